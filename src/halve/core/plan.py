@@ -1,0 +1,119 @@
+"""The plan: how every part of a model is stored and run. Search writes it; compress, models, engine, report read it.
+
+A plan is made of sections, each with its own version. Reading an old plan runs the migrations of each section in
+turn, so that a file written today stays readable; a section or version from a newer Halve is refused by name.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from halve.core.errors import ConfigError, PlanError
+from halve.core.record import from_dict, parse_json, to_dict
+
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+
+# MIGRATIONS[section][n] turns version n of that section into version n + 1; "plan" is the outer object.
+MIGRATIONS: dict[str, dict[int, Migration]] = {"plan": {}, "weights": {}, "activations": {}, "kv_cache": {}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightRule:
+    """Modules whose name matches `pattern` (shell wildcards) are stored in `format`, rounded by `method`."""
+
+    pattern: str
+    format: str
+    method: Literal["rtn", "clip"] | None = None  # None: stored as it is (16 and 32 bits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Rules in order, the first match wins; a module that none matches keeps the checkpoint's own format."""
+
+    rules: tuple[WeightRule, ...]
+    version: int = 1
+
+    def rule_for(self, name: str) -> WeightRule | None:
+        """The rule of module `name`, such as `model.layers.0.self_attn.q_proj`."""
+        return next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """The input of every projection is rounded to this format before the product."""
+
+    format: Literal["fp32", "bf16"] = "fp32"
+    version: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVCache:
+    """Keys and values are rounded to this format before attention reads them."""
+
+    format: Literal["fp32", "bf16"] = "bf16"
+    version: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How a model is stored and run.
+
+    portable: the bundle opens in transformers (embeddings 16-bit, fused layers uniform); else all parts are free.
+    Format names are checked by `halve.formats.check`, since they live in a room above this one.
+    """
+
+    portable: bool = False
+    weights: Weights = field(default_factory=lambda: Weights(rules=()))
+    activations: Activations = field(default_factory=Activations)
+    kv_cache: KVCache = field(default_factory=KVCache)
+    version: int = 1
+
+    def to_json(self) -> str:
+        """The plan as indented JSON."""
+        return json.dumps(to_dict(self), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan of this or an older version. Raises PlanError naming what is unknown or too new."""
+        try:
+            return from_dict(cls, migrate(parse_json(text, "plan")), "plan")
+        except ConfigError as error:
+            raise PlanError(str(error)) from error
+
+
+# The version that this Halve writes, by section; "plan" is the outer object.
+VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 1}
+
+
+def migrate(
+    raw: Any,
+    migrations: Mapping[str, Mapping[int, Migration]] = MIGRATIONS,
+    versions: Mapping[str, int] = VERSIONS,
+) -> dict[str, Any]:
+    """Bring every section of a plan's JSON up to today's version, oldest step first.
+
+    Raises PlanError when a version is missing, is newer than this Halve, or has no step that leads on.
+    """
+    plan = _upgrade("plan", raw, migrations["plan"], versions["plan"])
+    sections = versions.keys() - {"plan"}
+    return {
+        key: _upgrade(key, value, migrations[key], versions[key]) if key in sections else value
+        for key, value in plan.items()
+    }
+
+
+def _upgrade(name: str, raw: Any, steps: Mapping[int, Migration], target: int) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise PlanError(f"{name}: expected an object, got {raw!r}")
+    version = raw.get("version")
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise PlanError(f"{name}.version: expected a whole number, got {version!r}")
+    if version > target:
+        raise PlanError(f"{name}: version {version} was written by a newer Halve (this one reads up to {target})")
+    while version < target:
+        if version not in steps:
+            raise PlanError(f"{name}: version {version} can't be read any more; known steps start at {sorted(steps)}")
+        version, raw = version + 1, {**steps[version](raw), "version": version + 1}
+    return raw

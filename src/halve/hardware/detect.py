@@ -1,0 +1,107 @@
+"""Read the processor's name, features and memory from the operating system; nothing here loads torch."""
+
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+# Linux's words for the features our kernels ask for, to one spelling on every system.
+_LINUX_FEATURES = {
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512vl": "avx512vl",
+    "avx512dq": "avx512dq",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "avx512_vbmi": "avx512_vbmi",
+    "avx_vnni": "avx_vnni",
+    "amx_tile": "amx_tile",
+    "amx_int8": "amx_int8",
+    "amx_bf16": "amx_bf16",
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+}
+_MAC_FEATURES = {"FEAT_DotProd": "dotprod", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16", "AdvSIMD": "neon"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One place where a model can run."""
+
+    name: str  # "cpu", "cuda:0"
+    kind: str  # "cpu", "cuda", "mps", "xpu", "mtia"
+    model: str  # "AMD EPYC", "NVIDIA H200"
+    features: frozenset[str]
+    num_cores: int  # that this process may use
+    memory_bytes: int
+    machine: str  # "x86_64", "aarch64"
+    version: int = 1
+
+
+def detect_cpu() -> Device:
+    """Describe this machine's processor as this process may use it."""
+    model, flags = _cpu_model_and_flags()
+    return Device(
+        name="cpu",
+        kind="cpu",
+        model=model,
+        features=frozenset(flags),
+        num_cores=usable_cores(),
+        memory_bytes=_total_memory_bytes(),
+        machine=platform.machine(),
+    )
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity mask, cut to the cgroup's CPU quota (rounded up)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, _, period = quota_file.read_text().strip().partition(" ")
+        if quota.isdigit() and period.isdigit():
+            cores = min(cores, max(1, -(-int(quota) // int(period))))
+    return cores
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that can be taken without swapping, None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _total_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cpu_model_and_flags() -> tuple[str, set[str]]:
+    if platform.system() == "Darwin":
+        return _mac_model_and_flags()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    words = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = {_LINUX_FEATURES[w] for w in (words[1].split() if words else []) if w in _LINUX_FEATURES}
+    return (model[1].strip() if model else platform.machine()), flags
+
+
+def _mac_model_and_flags() -> tuple[str, set[str]]:
+    result = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, check=False)
+    values = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+    flags = {
+        flag for key, flag in _MAC_FEATURES.items() if any(k.endswith(key) and v == "1" for k, v in values.items())
+    }
+    return values.get("machdep.cpu.brand_string", platform.machine()), flags

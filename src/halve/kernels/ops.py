@@ -1,0 +1,134 @@
+"""`Ops`: every operation of a decoder over opaque buffers, so that the model is written once.
+
+Two implementations: `reference.TorchOps` (any torch device, differentiable, the definition of each operation) and
+`native.NativeOps` (our C++ on CPU, numpy outside, no torch). A buffer belongs to the Ops that made it: a torch
+tensor for one, a numpy array for the other. Float buffers are float32 [rows, features], C-contiguous.
+
+Shapes: T tokens of a step, S sequences, H query heads, G key-value heads, D head size, B blocks, P tokens a block.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from halve.formats import Weight
+
+Buffer = Any
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenBatch:
+    """The tokens of one step, flat: prefill chunks and single decode tokens side by side, no padding.
+
+    token_ids, positions: int32 [T]. cu_seqlens: int32 [S + 1], sequence s owns tokens cu_seqlens[s]:cu_seqlens[s+1],
+    in order of position and contiguous. slot_mapping: int32 [T], where each token's key and value go in the paged
+    cache (block * P + offset). block_tables: int32 [S, widest], blocks of each sequence in order, -1 beyond its last.
+    A batch without a cache (slot_mapping and block_tables None) holds whole sequences, each starting at position 0.
+    """
+
+    token_ids: Array
+    positions: Array
+    cu_seqlens: Array
+    slot_mapping: Array | None = None
+    block_tables: Array | None = None
+
+    @classmethod
+    def whole(cls, sequences: Sequence[Sequence[int] | Array]) -> "TokenBatch":
+        """Whole sequences from position 0, without a cache."""
+        lengths = np.array([len(s) for s in sequences], np.int32)
+        return cls(
+            token_ids=np.concatenate([np.asarray(s, np.int32) for s in sequences]),
+            positions=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens of this step."""
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """S, the sequences of this step."""
+        return len(self.cu_seqlens) - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpec:
+    """What one layer's attention computes. Source: arXiv:1706.03762; grouped queries arXiv:2305.13245.
+
+    window: a token sees itself and the `window - 1` before it; None sees all before it.
+    kv_format: keys and values are rounded to it (`fp32`, `bf16`) before they are read, cached or not.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    kv_format: str = "bf16"
+
+
+class Ops(Protocol):
+    """Operations on one device. Every function returns a new buffer; only `attention` writes (into the cache)."""
+
+    name: str
+    kernels: Mapping[str, str]  # operation and format -> the kernel that was chosen, for logs and reports
+
+    def linear(self, weight: Weight, bias: Array | None = None) -> Any:
+        """Prepare a matrix [out, in] for `project`; the kernel is chosen here, once."""
+
+    def table(self, weight: Weight) -> Any:
+        """Prepare an embedding table [vocab, hidden] for `embed`."""
+
+    def vector(self, values: Array) -> Buffer:
+        """Bring a float vector (norm gain, bias, sinks) to the device as float32."""
+
+    def from_host(self, values: Array) -> Buffer:
+        """Bring float32 [rows, features] to the device."""
+
+    def to_host(self, buffer: Buffer) -> Array:
+        """Bring a float buffer to a float32 numpy array."""
+
+    def embed(self, table: Any, token_ids: Array) -> Buffer:
+        """Rows of the table: [T] -> [T, hidden]."""
+
+    def rms_norm(self, x: Buffer, gain: Buffer, eps: float) -> Buffer:
+        """x / sqrt(mean(x^2) + eps) * gain over each row. Source: arXiv:1910.07467."""
+
+    def project(self, linear: Any, x: Buffer) -> Buffer:
+        """Round x [T, in] to the plan's activation format and return x @ weight.T + bias, [T, out]."""
+
+    def rope(self, x: Buffer, cos: Array, sin: Array, head_dim: int) -> Buffer:
+        """Rotate each head of x [T, heads * D] by half-split pairs; cos, sin float32 [T, D / 2]. arXiv:2104.09864."""
+
+    def attention(
+        self,
+        q: Buffer,
+        k: Buffer,
+        v: Buffer,
+        batch: TokenBatch,
+        spec: AttentionSpec,
+        cache: Any | None,
+        sinks: Buffer | None = None,
+    ) -> Buffer:
+        """Causal softmax attention: q [T, H * D], k and v [T, G * D] -> [T, H * D], scaled by 1 / sqrt(D).
+
+        With a cache (one layer's, from `kv_cache`) k and v are written to their slots first, then each token reads
+        its sequence's positions 0..own through the block table. Without one, sequences are whole in the batch.
+        sinks [H]: one more logit a head in the softmax's denominator.
+        """
+
+    def silu_mul(self, gate: Buffer, up: Buffer) -> Buffer:
+        """silu(gate) * up, elementwise. Source: arXiv:2002.05202."""
+
+    def add(self, x: Buffer, y: Buffer) -> Buffer:
+        """x + y."""
+
+    def take_rows(self, x: Buffer, rows: Array) -> Buffer:
+        """x[rows]."""
+
+    def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> Any:
+        """An empty paged cache of one layer: keys and values [B, P, G, D] in the spec's format."""
