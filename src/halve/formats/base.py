@@ -3,7 +3,8 @@
 Every compressed format is symmetric: weight ~ codes * scale, codes in [-2^(b-1), 2^(b-1) - 1], one bf16 scale for
 each row (`int8`, `fp8`) or for each `group_size` consecutive inputs of a row (`int4-g32`). Scales are bf16 because
 its 8 significant bits are exact in float32, float16 (in range) and bf16 alike, so that a file converts without loss
-to what other engines read; codes are always rounded against the scale as stored.
+to what other engines read; codes are always rounded against the scale as stored. Files written by others may hold
+their scales in fp16 or fp32, and keep them: rounding a scale would change every weight of its group.
 """
 
 import math
@@ -20,9 +21,16 @@ from halve.formats.integer import unpack_codes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-SCALE_DTYPE = BF16
+BF16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+FP8: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": BF16,
+    "fp8": FP8,
+}
+SCALE_DTYPE = BF16  # what we write
+SCALE_DTYPES = (BF16, np.dtype(np.float16), np.dtype(np.float32))  # what a weight may hold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +48,7 @@ class Format:
     def dtype(self) -> np.dtype[Any]:
         """Element type of a plain or 8-bit format; below 8 bits codes are packed into uint32 words."""
         if self.kind == "float":
-            return {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": BF16, "fp8": FP8}[self.name]
+            return FLOAT_DTYPES[self.name]
         return np.dtype(np.int8) if self.bits == 8 else np.dtype(np.uint32)
 
     def refusal(self, in_features: int) -> str | None:
@@ -60,7 +68,7 @@ class Format:
         return (*shape[:-1], shape[-1] // self.group_size if self.group_size else 1)
 
     def size_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of codes and scales of a matrix [.., out, in]."""
+        """Bytes of codes and scales of a matrix [.., out, in], scales in bf16."""
         codes = math.prod(self.codes_shape(shape)) * self.dtype.itemsize
         return codes + (math.prod(self.scale_shape(shape)) * SCALE_DTYPE.itemsize if self.scaled else 0)
 
@@ -79,8 +87,8 @@ def _table() -> dict[str, Format]:
         Format(name="int8", kind="int", bits=8, scaled=True),
     ]
     for bits in (8, 6, 5, 4, 3, 2):
-        for group in (32, 64) if bits == 2 else (32, 64, 128):
-            rows.append(Format(name=f"int{bits}-g{group}", kind="int", bits=bits, scaled=True, group_size=group))
+        groups = (32, 64) if bits == 2 else (32, 64, 128)
+        rows += [Format(name=f"int{bits}-g{g}", kind="int", bits=bits, scaled=True, group_size=g) for g in groups]
     return {row.name: row for row in rows}
 
 
@@ -106,7 +114,7 @@ class Weight:
 
     shape: the logical shape, [out, in] or [experts, out, in].
     codes: floats or int8 of `shape`, or uint32 words [.., out, ceil(in * bits / 32)] below 8 bits (`pack_codes`).
-    scale: bf16 [.., out, groups] ([.., out, 1] for one a row), None for plain floats.
+    scale: bf16, fp16 or fp32 [.., out, groups] ([.., out, 1] for one a row), None for plain floats.
     Raises FormatError when the arrays do not fit the format.
     """
 
@@ -127,11 +135,11 @@ class Weight:
         if f.scaled != (self.scale is not None):
             raise FormatError(f"{f.name}: {'needs' if f.scaled else 'takes no'} scale")
         if self.scale is not None and (
-            self.scale.dtype != SCALE_DTYPE or self.scale.shape != f.scale_shape(self.shape)
+            self.scale.dtype not in SCALE_DTYPES or self.scale.shape != f.scale_shape(self.shape)
         ):
             raise FormatError(
                 f"{f.name}: scale is {self.scale.dtype} {self.scale.shape}; a matrix {self.shape} "
-                f"needs {SCALE_DTYPE} {f.scale_shape(self.shape)}"
+                f"needs bfloat16, float16 or float32 {f.scale_shape(self.shape)}"
             )
 
     @property
