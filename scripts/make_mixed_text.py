@@ -384,7 +384,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         build(args.data, sources, args.out)
     except (OSError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        print(f"make_mixed_text: {error!r}; the inputs are listed in {args.out / 'SOURCES.md'}", file=sys.stderr)
+        print(
+            f"make_mixed_text: {type(error).__name__}: {error}; the inputs are listed in {args.out / 'SOURCES.md'}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
