@@ -1,0 +1,120 @@
+// The C interface that halve.kernels.native calls through ctypes: addresses and counts, nothing allocated, nothing
+// thrown. Shapes, element types and indices were checked by the caller. Functions of an instruction set return 0, or
+// 1 when it was not compiled into this library.
+#include "pool.h"
+#include "rows.h"
+
+namespace halve {
+namespace {
+
+constexpr int64_t kWorthThread = 1 << 15;  // multiply-adds, about; below, waking another thread costs more
+
+const Rows* const kIsas[] = {
+    &rows_baseline,
+#ifdef HALVE_HAS_AVX2
+    &rows_avx2,
+#else
+    nullptr,
+#endif
+#ifdef HALVE_HAS_AVX512
+    &rows_avx512,
+#else
+    nullptr,
+#endif
+};
+constexpr int kNumIsas = sizeof kIsas / sizeof *kIsas;
+
+const Rows* rows_of(int32_t isa) { return isa >= 0 && isa < kNumIsas ? kIsas[isa] : nullptr; }
+
+// Run one operation of an instruction set, block by block.
+template <class Work>
+int32_t spread(int32_t isa, void (*Rows::*operation)(const Work&, int64_t), const Work& work, int64_t blocks,
+               int64_t cost, int32_t threads) {
+    const Rows* rows = rows_of(isa);
+    if (!rows) return 1;
+    struct Context {
+        void (*operation)(const Work&, int64_t);
+        const Work& work;
+    };
+    const Context context{rows->*operation, work};
+    run(
+        [](const void* of, int64_t block) {
+            const Context& c = *static_cast<const Context*>(of);
+            c.operation(c.work, block);
+        },
+        &context, blocks, cost < kWorthThread ? 1 : threads);
+    return 0;
+}
+
+int64_t chunks(int64_t size) { return (size + kChunk - 1) / kChunk; }
+
+}  // namespace
+}  // namespace halve
+
+using namespace halve;
+
+#define HALVE_API extern "C" __attribute__((visibility("default")))
+
+HALVE_API int32_t halve_abi_version() { return kAbiVersion; }
+
+// Bit i is set when instruction set i is in this library.
+HALVE_API int32_t halve_isas() {
+    int32_t mask = 0;
+    for (int i = 0; i < kNumIsas; ++i) mask |= kIsas[i] ? 1 << i : 0;
+    return mask;
+}
+
+HALVE_API int32_t halve_grow_team(int32_t threads) { return grow_team(threads); }
+
+HALVE_API int32_t halve_linear(int32_t isa, const Matrix* weight, const float* x, const float* bias, float* y,
+                               int64_t rows, int32_t threads) {
+    const int64_t blocks = (weight->out_features + kOutputBlock - 1) / kOutputBlock;
+    const int64_t cost = rows * weight->out_features * weight->in_features;
+    return spread(isa, &Rows::linear, {weight, x, bias, y, rows}, rows ? blocks : 0, cost, threads);
+}
+
+HALVE_API int32_t halve_embed(int32_t isa, const Matrix* table, const int32_t* ids, float* y, int64_t tokens,
+                              int32_t threads) {
+    return spread(isa, &Rows::embed, {table, ids, y}, tokens, tokens * table->in_features, threads);
+}
+
+HALVE_API int32_t halve_rms_norm(int32_t isa, const float* x, const float* gain, float* y, int64_t rows, int64_t width,
+                                 float eps, int32_t threads) {
+    return spread(isa, &Rows::rms_norm, {x, gain, y, width, eps}, rows, rows * width, threads);
+}
+
+HALVE_API int32_t halve_rope(int32_t isa, const float* x, const float* cos, const float* sin, float* y, int64_t tokens,
+                             int64_t heads, int64_t head_dim, int32_t threads) {
+    return spread(isa, &Rows::rope, {x, cos, sin, y, heads, head_dim}, tokens, tokens * heads * head_dim, threads);
+}
+
+HALVE_API int32_t halve_add(int32_t isa, const float* x, const float* y, float* out, int64_t size, int32_t threads) {
+    return spread(isa, &Rows::add, {x, y, out, size}, chunks(size), size, threads);
+}
+
+HALVE_API int32_t halve_silu_mul(int32_t isa, const float* gate, const float* up, float* out, int64_t size,
+                                 int32_t threads) {
+    return spread(isa, &Rows::silu_mul, {gate, up, out, size}, chunks(size), size, threads);
+}
+
+HALVE_API int32_t halve_to_bf16(int32_t isa, const float* x, uint16_t* out, int64_t size, int32_t threads) {
+    return spread(isa, &Rows::to_bf16, {x, nullptr, out, size}, chunks(size), size, threads);
+}
+
+HALVE_API int32_t halve_round_bf16(int32_t isa, const float* x, float* out, int64_t size, int32_t threads) {
+    return spread(isa, &Rows::round_bf16, {x, nullptr, out, size}, chunks(size), size, threads);
+}
+
+HALVE_API int32_t halve_attention(int32_t isa, const float* q, const void* k, const void* v, const int32_t* positions,
+                                  const int32_t* cu_seqlens, const int32_t* block_tables, const float* sinks,
+                                  float* out, int64_t num_tokens, int64_t num_sequences, int64_t widest,
+                                  int64_t block_size, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                                  int64_t window, int32_t bf16, int32_t threads) {
+    const Attention work = {
+        q,      k,          v,         positions,    cu_seqlens, block_tables, sinks, out, num_sequences,
+        widest, block_size, num_heads, num_kv_heads, head_dim,   window,       bf16};
+    int64_t seen = 0;
+    for (int64_t t = 0; t < num_tokens; ++t) seen += positions[t] + 1;
+    const int64_t cost = seen * num_heads * head_dim;
+    return spread(isa, &Rows::attention, work, num_tokens * head_blocks(work), cost, threads);
+}

@@ -1,0 +1,17 @@
+// One team of threads for the process.
+#pragma once
+
+#include <cstdint>
+
+namespace halve {
+
+// Make the team at least `threads` strong, the caller included; returns how strong it is. A thread that the system
+// refuses is not an error: the others do its work.
+int grow_team(int threads);
+
+// Run task(context, block) for every block in [0, blocks) on the caller and at most `threads` - 1 of the team, and
+// return when all are done. Blocks come from one counter, so that a thread which the system puts aside holds up one
+// block and not its share. While another caller has the team, this one works alone.
+void run(void (*task)(const void* context, int64_t block), const void* context, int64_t blocks, int threads);
+
+}  // namespace halve

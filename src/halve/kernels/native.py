@@ -1,0 +1,547 @@
+"""`Ops` in our own C++ on the CPU: numpy arrays outside, plain rows inside, no torch.
+
+The C++ (csrc/) is one library with a plain C interface, called by ctypes with addresses as integers, at about half a
+microsecond a call. It holds the same rows for each instruction set; the best that the device does not refuse is
+chosen when a weight is prepared. Nothing reaches C++ before its type, shape and indices were checked here.
+
+Every row works in float32, and a product is a sum over the exact values of `Weight.dequantize`: a row widens codes
+to float (code times scale, exact: 8 bits times 8 bits) and multiplies. With n = in_features, L lanes (4 on baseline,
+8 on avx2, 16 on avx512) and eps = 2^-24, adding takes min(n, 1024) / L steps within a lane, log2(L) over the lanes
+and n / 1024 over stretches, and every product rounds once at most, so
+
+    |y - y_exact| <= Isa.linear_error_steps(n) * eps * (|bias| + sum |x| |w|) + (n + 1) * 2^-149 (subnormals).
+
+The order of that sum depends on n and the instruction set alone: a token's result is the same for any number of
+threads and whatever tokens are beside it.
+"""
+
+import ctypes
+import logging
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halve.core.errors import ConfigError, KernelError
+from halve.formats import FORMATS, Format, Weight
+from halve.formats.base import widen
+from halve.hardware import Device, detect_cpu
+from halve.hardware.detect import usable_cores
+from halve.kernels.dispatch import Kernel, Spec, choose
+from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+
+log = logging.getLogger("halve.kernels")
+
+ABI_VERSION = 1
+LIBRARY = "libhalve_kernels.so"
+MAX_HEAD_DIM = 1024
+MAX_THREADS = 1024
+ACTIVATIONS = ("fp32", "bf16")
+STORED: Mapping[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}  # bf16 as its bits
+
+_P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: Mapping[str, list[Any]] = {
+    "abi_version": [],
+    "isas": [],
+    "grow_team": [_I32],
+    "linear": [_I32, _P, _P, _P, _P, _I64, _I32],
+    "embed": [_I32, _P, _P, _P, _I64, _I32],
+    "rms_norm": [_I32, _P, _P, _P, _I64, _I64, _F32, _I32],
+    "rope": [_I32, _P, _P, _P, _P, _I64, _I64, _I64, _I32],
+    "add": [_I32, _P, _P, _P, _I64, _I32],
+    "silu_mul": [_I32, _P, _P, _P, _I64, _I32],
+    "to_bf16": [_I32, _P, _P, _I64, _I32],
+    "round_bf16": [_I32, _P, _P, _I64, _I32],
+    "attention": [_I32, *[_P] * 8, *[_I64] * 8, _I32, _I32],
+}
+
+
+def available() -> str | None:
+    """Why `NativeOps` cannot be made here, or None when it can."""
+    try:
+        _library()
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def library_paths() -> list[Path]:
+    """Where the library may lie: beside this file, or where the installer put it (an editable install)."""
+    paths = [Path(__file__).with_name(LIBRARY)]
+    with suppress(metadata.PackageNotFoundError):  # a source tree that was never installed has the first place only
+        paths.append(Path(str(metadata.distribution("halve").locate_file(f"halve/kernels/{LIBRARY}"))))
+    return paths
+
+
+@cache
+def _library() -> Any:
+    paths = library_paths()
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
+        raise KernelError(
+            f"halve was built without its C++ part: {LIBRARY} is not at {' or '.join(map(str, paths))}; "
+            "reinstall halve with a C++20 compiler at hand (apt-get install g++), or use the torch kernels"
+        )
+    return open_library(path)
+
+
+def open_library(path: Path) -> Any:
+    """Load the C++ library. Raises KernelError when it cannot be loaded or speaks another version of the interface."""
+    way_out = "reinstall halve, so that its Python and C++ parts come from one build"
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.halve_abi_version()
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"{path} is not a library of halve's kernels: {error}; {way_out}") from error
+    if version != ABI_VERSION:
+        raise KernelError(f"{path} has interface version {version}, this halve needs {ABI_VERSION}; {way_out}")
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, f"halve_{name}")
+        function.argtypes, function.restype = arguments, _I32
+    return library
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """An instruction set that the rows are compiled for. number: its place in the C++ table."""
+
+    name: str
+    number: int
+    lanes: int
+    features: tuple[str, ...]
+
+    def linear_error_steps(self, in_features: int) -> int:
+        """Roundings on the longest path of a product's sum, bias included: see the top of this file."""
+        within = math.ceil(min(in_features, 1024) / self.lanes)
+        return within + int(math.log2(self.lanes)) + math.ceil(in_features / 1024) + 2
+
+
+_AVX2 = ("avx2", "fma", "f16c")
+ISAS = (  # best first
+    Isa("avx512", 2, 16, (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")),
+    Isa("avx2", 1, 8, _AVX2),
+    Isa("baseline", 0, 4, ()),
+)
+
+
+class _MatrixRecord(ctypes.Structure):
+    """`Matrix` of csrc/rows.h."""
+
+    _fields_ = (
+        ("out_features", _I64),
+        ("in_features", _I64),
+        ("group", _I64),
+        ("codes", _P),
+        ("scale", _P),
+        ("kind", _I32),
+    )
+
+
+_KIND_FLOAT32, _KIND_FLOAT16, _KIND_BF16, _KIND_INT4, _KIND_INT8 = range(5)
+
+
+class Matrix:
+    """A stored matrix [out, in] as the rows take it; it keeps alive what its addresses point at.
+
+    fp32, fp16, bf16: as stored. int4 in groups: the packed words of the file. Other integers: one int8 a weight (as
+    stored in 8 bits, else unpacked once). fp8: widened to float32 once, four bytes a weight; it has no row of its own.
+    """
+
+    def __init__(self, weight: Weight, bias: Array | None = None) -> None:
+        if len(weight.shape) != 2 or 0 in weight.shape:
+            raise KernelError(
+                f"a product needs a matrix [out, in], got shape {weight.shape}; take one expert at a time"
+            )
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise KernelError(f"bias has shape {bias.shape}; a matrix {weight.shape} needs ({self.out_features},)")
+        self.bias = None if bias is None else _vector(bias)
+        kind, codes = _stored(weight)
+        self.codes = np.require(codes, requirements=["C", "A"])
+        self.scale = None
+        if weight.scale is not None and kind in (_KIND_INT4, _KIND_INT8):
+            self.scale = np.require(weight.scale, requirements=["C", "A"])
+        self.record = _MatrixRecord(
+            self.out_features,
+            self.in_features,
+            weight.format.group_size or self.in_features,
+            self.codes.ctypes.data,
+            None if self.scale is None else self.scale.ctypes.data,
+            kind,
+        )
+        self.address = ctypes.addressof(self.record)
+
+
+def _stored(weight: Weight) -> tuple[int, Array]:
+    if weight.format.kind == "int":
+        return (_KIND_INT4, weight.codes) if weight.format.bits == 4 else (_KIND_INT8, weight.unpacked_codes())
+    match weight.format.name:
+        case "fp16":
+            return _KIND_FLOAT16, weight.codes
+        case "bf16":
+            return _KIND_BF16, weight.codes
+    return _KIND_FLOAT32, weight.dequantize() if weight.format.scaled else weight.codes
+
+
+def _vector(values: Array) -> Array:
+    return np.array(widen(np.asarray(values)), np.float32, order="C")
+
+
+def _call(name: str, isa: Isa, *arguments: Any) -> None:
+    """Call the C++ function; arrays go as their addresses, None as a null pointer."""
+    values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
+    if getattr(_library(), f"halve_{name}")(isa.number, *values):
+        raise KernelError(
+            f"{name}: this build of {LIBRARY} has no rows for {isa.name}; reinstall halve on this machine"
+        )
+
+
+def _linear(isa: Isa, matrix: Matrix, x: Array, threads: int) -> Array:
+    y = np.empty((len(x), matrix.out_features), np.float32)
+    _call("linear", isa, matrix.address, x, matrix.bias, y, len(x), threads)
+    return y
+
+
+def _embed(isa: Isa, matrix: Matrix, ids: Array, threads: int) -> Array:
+    y = np.empty((len(ids), matrix.in_features), np.float32)
+    _call("embed", isa, matrix.address, ids, y, len(ids), threads)
+    return y
+
+
+def _rms_norm(isa: Isa, x: Array, gain: Array, eps: float, *, threads: int) -> Array:
+    y = np.empty_like(x)
+    _call("rms_norm", isa, x, gain, y, *x.shape, eps, threads)
+    return y
+
+
+def _rope(isa: Isa, x: Array, cos: Array, sin: Array, *, head_dim: int, threads: int) -> Array:
+    y = np.empty_like(x)
+    _call("rope", isa, x, cos, sin, y, len(x), x.shape[1] // head_dim, head_dim, threads)
+    return y
+
+
+def _pairwise(name: str, isa: Isa, x: Array, y: Array, *, threads: int) -> Array:
+    out = np.empty_like(x)
+    _call(name, isa, x, y, out, x.size, threads)
+    return out
+
+
+def _rounded(name: str, dtype: type[np.generic], isa: Isa, x: Array, *, threads: int) -> Array:
+    out = np.empty(x.shape, dtype)
+    _call(name, isa, x, out, x.size, threads)
+    return out
+
+
+def _attention(
+    isa: Isa, q: Array, k: Array, v: Array, *, batch: TokenBatch, spec: AttentionSpec, sinks: Array | None, threads: int
+) -> Array:
+    """Keys and values as stored: the cache's [B, P, G, D] where the batch has block tables, else [T, G * D]."""
+    tables = batch.block_tables
+    out = np.empty_like(q)
+    widest, block_size = (0, 1) if tables is None else (tables.shape[1], k.shape[1])
+    sizes = (len(q), batch.num_sequences, widest, block_size, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    settings = (spec.window or 0, spec.kv_format == "bf16", threads)
+    _call("attention", isa, q, k, v, batch.positions, batch.cu_seqlens, tables, sinks, out, *sizes, *settings)
+    return out
+
+
+_PLAIN: Mapping[str, Callable[..., Array]] = {
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "attention": _attention,
+    "add": partial(_pairwise, "add"),
+    "silu_mul": partial(_pairwise, "silu_mul"),
+    "to_bf16": partial(_rounded, "to_bf16", np.uint16),
+    "round_bf16": partial(_rounded, "round_bf16", np.float32),
+}
+
+
+def _refusal(isa: Isa, accepted: Format | None, device: Device, spec: Spec) -> str | None:
+    if spec.format != accepted:
+        return f"takes {accepted and accepted.name}, not {spec.format and spec.format.name}"
+    if device.kind != "cpu":
+        return f"needs a cpu; {device.name} is {device.kind}"
+    missing = [feature for feature in isa.features if feature not in device.features]
+    return f"needs {', '.join(missing)}" if missing else None
+
+
+def _rows(op: str, accepted: Format | None = None) -> list[Kernel]:
+    """The rows of one operation and format, best instruction set first."""
+    suffix = f"_{accepted.name.replace('-', '_')}" if accepted else ""
+    run = {"linear": _linear, "embed": _embed, **_PLAIN}[op]
+    return [
+        Kernel(
+            name=f"native_{isa.name}{suffix}",
+            op=op,
+            refusal=partial(_refusal, isa, accepted),
+            run=partial(run, isa),
+            prepare=Matrix if accepted else None,
+        )
+        for isa in ISAS
+    ]
+
+
+TABLE: list[Kernel] = [
+    *(row for op in ("linear", "embed") for accepted in FORMATS.values() for row in _rows(op, accepted)),
+    *(row for op in _PLAIN for row in _rows(op)),
+]
+
+
+def format_report(device: Device) -> list[dict[str, Any]]:
+    """For every format, the row that runs its products on `device` and why others don't (for `halve doctor`)."""
+    absent = available()
+    report = []
+    for accepted in FORMATS.values():
+        chosen, refused = None, []
+        for row in _rows("linear", accepted):
+            reason = absent or row.refusal(device, Spec(op="linear", format=accepted))
+            if reason is None:
+                chosen = row.name
+                break
+            refused.append({"kernel": row.name, "reason": reason})
+        report.append({"op": "linear", "format": accepted.name, "kernel": chosen, "refused": refused})
+    return report
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVCache:
+    """One layer's keys and values [B, P, G, D], float32, or uint16 bits of bf16."""
+
+    k: Array
+    v: Array
+
+
+class NativeOps:
+    """`Ops` in C++ on the CPU; buffers are float32 numpy arrays. See `halve.kernels.ops.Ops` for each operation.
+
+    device: a description of this processor; one with fewer features takes lesser rows. num_threads: None for every
+    core this process may use; the team of threads is one for the process, and a call that finds it busy works alone.
+    Raises KernelError without the C++ library or when `device` is not this machine's, ConfigError on bad settings.
+    """
+
+    name = "native"
+
+    def __init__(
+        self, device: Device | None = None, *, activations: str = "fp32", num_threads: int | None = None
+    ) -> None:
+        library = _library()
+        here = detect_cpu()
+        self.device = device or here
+        if claimed := sorted(self.device.features - here.features):
+            raise KernelError(f"device {self.device.model!r} claims {claimed}, which this machine ({here.model}) lacks")
+        if activations not in ACTIVATIONS:
+            raise ConfigError(f"activations: {activations!r} is not one of {list(ACTIVATIONS)}")
+        self.activations = activations
+        self.num_threads = usable_cores() if num_threads is None else num_threads
+        if not 1 <= self.num_threads <= MAX_THREADS:
+            raise ConfigError(f"num_threads: {num_threads} is not between 1 and {MAX_THREADS}")
+        if (strength := library.halve_grow_team(self.num_threads)) < self.num_threads:
+            log.warning("the system gave %d of %d threads; products run on those", strength, self.num_threads)
+        self.kernels: dict[str, str] = {}
+        self._last_batch: tuple[Any, TokenBatch] | None = None
+        self._run: dict[str, Callable[..., Array]] = {
+            op: partial(self._choose(op).run, threads=self.num_threads) for op in _PLAIN
+        }
+
+    def _choose(self, op: str, accepted: Format | None = None) -> Kernel:
+        spec = Spec(op=op, format=accepted, activations=self.activations)
+        choice = choose(_rows(op, accepted), self.device, spec)
+        key = f"{op} {accepted.name}" if accepted else op
+        if key not in self.kernels:
+            log.info("%s runs on %s; refused: %s", key, choice.kernel.name, dict(choice.refused) or "none")
+            self.kernels[key] = choice.kernel.name
+        return choice.kernel
+
+    def linear(self, weight: Weight, bias: Array | None = None) -> tuple[Kernel, Matrix]:
+        """Prepare a matrix [out, in] for `project`."""
+        return self._choose("linear", weight.format), Matrix(weight, bias)
+
+    def table(self, weight: Weight) -> tuple[Kernel, Matrix]:
+        """Prepare an embedding table [vocab, hidden] for `embed`."""
+        return self._choose("embed", weight.format), Matrix(weight)
+
+    def vector(self, values: Array) -> Array:
+        """A float32 copy."""
+        return _vector(values)
+
+    from_host = vector
+
+    def to_host(self, buffer: Array) -> Array:
+        """The buffer itself."""
+        return buffer
+
+    def embed(self, table: tuple[Kernel, Matrix], token_ids: Array) -> Array:
+        """[T] -> [T, hidden]. Raises KernelError for an id outside the table."""
+        kernel, matrix = table
+        ids = _int32("token_ids", token_ids, (None,))
+        _within("token id", ids, matrix.out_features, "the tokenizer and the model do not belong together")
+        return kernel.run(matrix, ids, self.num_threads)  # type: ignore[no-any-return]
+
+    def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
+        """Each row over its root mean square, times gain."""
+        x = _floats("x", x, (None, None))
+        return self._run["rms_norm"](x, _floats("gain", gain, (x.shape[1],)), eps)
+
+    def project(self, linear: tuple[Kernel, Matrix], x: Array) -> Array:
+        """round(x) @ weight.T + bias; the error bound is at the top of this file."""
+        kernel, matrix = linear
+        x = _floats("x", x, (None, matrix.in_features))
+        if self.activations == "bf16":
+            x = self._run["round_bf16"](x)
+        return kernel.run(matrix, x, self.num_threads)  # type: ignore[no-any-return]
+
+    def rope(self, x: Array, cos: Array, sin: Array, head_dim: int) -> Array:
+        """Rotate pairs (i, i + D/2) of each head."""
+        x = _floats("x", x, (None, None))
+        if head_dim < 2 or head_dim % 2 or x.shape[1] % head_dim:
+            raise KernelError(f"rope: head_dim {head_dim} must be even and divide the width {x.shape[1]}")
+        angles = (len(x), head_dim // 2)
+        return self._run["rope"](x, _floats("cos", cos, angles), _floats("sin", sin, angles), head_dim=head_dim)
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        batch: TokenBatch,
+        spec: AttentionSpec,
+        cache: KVCache | None,
+        sinks: Array | None = None,
+    ) -> Array:
+        """Causal softmax attention over whole sequences or a paged cache.
+
+        Raises KernelError, before anything is written, for a slot, block or position that does not exist.
+        """
+        check_attention(spec)
+        q = _floats("q", q, (batch.num_tokens, spec.num_heads * spec.head_dim))
+        k = _floats("k", k, (batch.num_tokens, spec.num_kv_heads * spec.head_dim))
+        v = _floats("v", v, k.shape)
+        sinks = None if sinks is None else _floats("sinks", sinks, (spec.num_heads,))
+        batch = self._checked(batch, spec, cache)
+        if spec.kv_format == "bf16":
+            k, v = self._run["to_bf16"](k), self._run["to_bf16"](v)
+        if cache is not None:
+            shape = (-1, spec.num_kv_heads, spec.head_dim)
+            cache.k.reshape(shape)[batch.slot_mapping] = k.reshape(shape)
+            cache.v.reshape(shape)[batch.slot_mapping] = v.reshape(shape)
+            k, v = cache.k, cache.v
+        return self._run["attention"](q, k, v, batch=batch, spec=spec, sinks=sinks)
+
+    def _checked(self, batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> TokenBatch:
+        """`check_batch`, once for all layers of a step: by the batch's bytes, not by which object it is."""
+        arrays = (batch.positions, batch.cu_seqlens, batch.slot_mapping, batch.block_tables)
+        seen = [None if a is None else (a.dtype.str, a.shape, a.tobytes()) for a in arrays]
+        key = (seen, spec, cache and (cache.k.dtype, cache.k.shape))
+        if self._last_batch is None or self._last_batch[0] != key:
+            self._last_batch = key, check_batch(batch, spec, cache)
+        return self._last_batch[1]
+
+    def silu_mul(self, gate: Array, up: Array) -> Array:
+        """silu(gate) * up."""
+        gate = _floats("gate", gate, (None, None))
+        return self._run["silu_mul"](gate, _floats("up", up, gate.shape))
+
+    def add(self, x: Array, y: Array) -> Array:
+        """Sum of two buffers."""
+        x = _floats("x", x, (None, None))
+        return self._run["add"](x, _floats("y", y, x.shape))
+
+    def take_rows(self, x: Array, rows: Array) -> Array:
+        """The rows of x, in that order."""
+        return x[np.asarray(rows, np.intp)]
+
+    def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> KVCache:
+        """Keys and values [B, P, G, D] in the spec's format, zero."""
+        check_attention(spec)
+        shape, dtype = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim), STORED[spec.kv_format]
+        return KVCache(np.zeros(shape, dtype), np.zeros(shape, dtype))
+
+
+def check_attention(spec: AttentionSpec) -> None:
+    """Refuse, with KernelError, attention that the rows do not compute."""
+    if spec.num_kv_heads < 1 or spec.num_heads < 1 or spec.num_heads % spec.num_kv_heads:
+        raise KernelError(f"attention: num_kv_heads {spec.num_kv_heads} must divide num_heads {spec.num_heads}")
+    if not 1 <= spec.head_dim <= MAX_HEAD_DIM:
+        raise KernelError(f"attention: head_dim {spec.head_dim} is not between 1 and {MAX_HEAD_DIM}")
+    if spec.window is not None and spec.window < 1:
+        raise KernelError(f"attention: window {spec.window} must be 1 or more, or None to see everything before")
+    if spec.kv_format not in STORED:
+        raise KernelError(f"attention: kv_format {spec.kv_format!r} is not one of {list(STORED)}")
+
+
+def check_batch(batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> TokenBatch:
+    """A copy of the batch as C++ reads it.
+
+    Raises KernelError for what would read or write outside the buffers or the cache.
+    """
+    tokens, sequences = batch.num_tokens, batch.num_sequences
+    positions = _int32("positions", batch.positions, (tokens,)).copy()
+    ends = _int32("cu_seqlens", batch.cu_seqlens, (None,)).copy()
+    lengths = np.diff(ends)
+    if sequences < 1 or ends[0] != 0 or ends[-1] != tokens or lengths.min() < 0:
+        raise KernelError(f"cu_seqlens {ends.tolist()} must rise from 0 to the {tokens} tokens of the batch")
+    owned = lengths > 0
+    first, last = positions[ends[:-1][owned]], positions[ends[1:][owned] - 1]
+    counted = np.arange(tokens) + np.repeat(first - ends[:-1][owned], lengths[owned])
+    if (positions != counted).any() or positions.min(initial=0) < 0:
+        raise KernelError("positions of each sequence must count up by one from 0 or more; order its tokens so")
+    if cache is None:
+        if first.any():
+            raise KernelError(f"without a cache sequences start at position 0, got {first.tolist()}; give a cache")
+        return TokenBatch(token_ids=batch.token_ids, positions=positions, cu_seqlens=ends)
+    num_blocks, block_size = cache.k.shape[:2]
+    if cache.k.dtype != STORED[spec.kv_format] or cache.k.shape[2:] != (spec.num_kv_heads, spec.head_dim):
+        raise KernelError(f"the cache holds {cache.k.dtype} {cache.k.shape}; make one with kv_cache for {spec}")
+    if batch.slot_mapping is None or batch.block_tables is None:
+        raise KernelError("a batch over a cache needs slot_mapping and block_tables; allocate blocks for it first")
+    slots = _int32("slot_mapping", batch.slot_mapping, (tokens,)).copy()
+    tables = _int32("block_tables", batch.block_tables, (sequences, None)).copy()
+    _within("slot", slots, num_blocks * block_size, "allocate a block for every token before the step")
+    oldest = np.zeros_like(first) if spec.window is None else np.maximum(first - spec.window + 1, 0)
+    _within(
+        "block", _blocks_read(tables[owned], oldest, last, block_size), num_blocks, "name a block for every position"
+    )
+    return TokenBatch(
+        token_ids=batch.token_ids, positions=positions, cu_seqlens=ends, slot_mapping=slots, block_tables=tables
+    )
+
+
+def _blocks_read(tables: Array, oldest: Array, last: Array, block_size: int) -> Array:
+    """Blocks that hold positions oldest..last of each sequence, -1 for those beyond the width of the tables."""
+    needed = int(last.max(initial=-1)) // block_size + 1
+    wide = np.pad(tables, ((0, 0), (0, max(0, needed - tables.shape[1]))), constant_values=-1)
+    column = np.arange(wide.shape[1])
+    read = (column >= (oldest // block_size)[:, None]) & (column <= (last // block_size)[:, None])
+    return wide[read]
+
+
+def _within(what: str, values: Array, end: int, way_out: str) -> None:
+    if values.size and (values.min() < 0 or values.max() >= end):
+        wrong = values[(values < 0) | (values >= end)]
+        raise KernelError(f"{what} {wrong[0]} ({wrong.size} of {values.size}) is not in 0..{end - 1}; {way_out}")
+
+
+def _floats(name: str, values: Array, shape: tuple[int | None, ...]) -> Array:
+    return _array(name, values, np.dtype(np.float32), shape)
+
+
+def _int32(name: str, values: Array, shape: tuple[int | None, ...]) -> Array:
+    return _array(name, values, np.dtype(np.int32), shape)
+
+
+def _array(name: str, values: Array, dtype: np.dtype[Any], shape: tuple[int | None, ...]) -> Array:
+    """The array itself when C++ may read it at its address, else KernelError; None in `shape` is any length."""
+    if not isinstance(values, np.ndarray) or values.dtype != dtype:
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise KernelError(f"{name}: expected a numpy array of {dtype}, got {kind}; convert it with from_host or astype")
+    if values.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, values.shape, strict=True)):
+        raise KernelError(f"{name}: expected shape {['any' if n is None else n for n in shape]}, got {values.shape}")
+    if not (values.flags.c_contiguous and values.flags.aligned):
+        raise KernelError(f"{name}: expected C-contiguous aligned memory; pass np.ascontiguousarray({name})")
+    return values

@@ -1,0 +1,728 @@
+"""Every row of the C++ that this machine runs, against float64 numpy and against `Weight.dequantize`."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halve.core.errors import ConfigError, KernelError
+from halve.formats import FORMATS, Weight, pack_codes
+from halve.formats.base import BF16
+from halve.hardware import detect_cpu
+from halve.kernels import native
+from halve.kernels.native import NativeOps, check_batch
+from halve.kernels.ops import AttentionSpec, TokenBatch
+
+EPS = 2.0**-24
+SUBNORMAL = 2.0**-149
+RUNNABLE = [isa for isa in native.ISAS if set(isa.features) <= detect_cpu().features]
+every_isa = pytest.mark.parametrize("isa", RUNNABLE, ids=lambda isa: isa.name)
+every_format = pytest.mark.parametrize("name", FORMATS)
+
+
+@cache
+def ops_for(isa, num_threads=1, activations="fp32"):
+    device = replace(detect_cpu(), features=frozenset(isa.features))
+    return NativeOps(device, num_threads=num_threads, activations=activations)
+
+
+def make_weight(name, shape, *, seed=0, scale=0.02):
+    """A weight whose codes cover the whole range of the format, with scales around `scale`."""
+    fmt, rng = FORMATS[name], np.random.default_rng(seed)
+    scales = (rng.uniform(0.5, 1.5, fmt.scale_shape(shape)) * scale).astype(BF16) if fmt.scaled else None
+    if fmt.kind == "float":
+        size = 1.0 if fmt.scaled else scale
+        return Weight(
+            format=fmt, shape=shape, codes=(rng.standard_normal(shape) * size).astype(fmt.dtype), scale=scales
+        )
+    codes = rng.integers(-(1 << (fmt.bits - 1)), 1 << (fmt.bits - 1), shape).astype(np.int8)
+    return Weight(format=fmt, shape=shape, codes=codes if fmt.bits == 8 else pack_codes(codes, fmt.bits), scale=scales)
+
+
+def make_x(rows, width, *, seed=1, size=1.0):
+    return (np.random.default_rng(seed).standard_normal((rows, width)) * size).astype(np.float32)
+
+
+def assert_within_bound(isa, y, x, weight, bias=None):
+    """The bound of native.py's docstring, with k * eps grown to k * eps / (1 - k * eps) as k roundings may."""
+    w, x = weight.dequantize().astype(np.float64), x.astype(np.float64)
+    exact, size = x @ w.T, np.abs(x) @ np.abs(w).T
+    if bias is not None:
+        exact, size = exact + bias, size + np.abs(bias)
+    steps = isa.linear_error_steps(x.shape[1]) * EPS
+    bound = steps / (1 - steps) * size + (x.shape[1] + 1) * SUBNORMAL
+    assert (np.abs(y - exact) <= bound).all(), (np.abs(y - exact) / bound).max()
+
+
+def widths(fmt):
+    if fmt.group_size is None:
+        return (1, 31, 33, 97, 1024, 1037, 2050)
+    return (fmt.group_size, 3 * fmt.group_size, 1024 + fmt.group_size)
+
+
+@every_isa
+@every_format
+def test_products_stay_within_the_derived_bound_at_odd_shapes(isa, name):
+    ops = ops_for(isa)
+    for width in widths(FORMATS[name]):
+        for out, rows in ((1, 1), (3, 5), (17, 3), (200, 1), (33, 64), (16, 7)):
+            weight, x = make_weight(name, (out, width)), make_x(rows, width)
+            assert_within_bound(isa, ops.project(ops.linear(weight), x), x, weight)
+
+
+@every_isa
+@every_format
+@pytest.mark.parametrize(("scale", "size"), [(1e-40, 1e30), (1e30, 1e-30), (1e-30, 1e-12), (1.0, 1e-42)])
+def test_products_stay_within_the_bound_at_extreme_scales(isa, name, scale, size):
+    scale = np.clip(scale, 1e-7, 1e4) if name == "fp16" else scale  # what fp16 holds
+    ops = ops_for(isa)
+    weight, x = make_weight(name, (17, 384), scale=scale), make_x(5, 384, size=size)
+    assert_within_bound(isa, ops.project(ops.linear(weight), x), x, weight)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    groups=st.integers(1, 6),
+    beyond=st.integers(0, 31),
+    out=st.integers(1, 40),
+    rows=st.integers(0, 14),
+    seed=st.integers(0, 1000),
+    with_bias=st.booleans(),
+)
+def test_products_of_any_shape_stay_within_the_bound(name, groups, beyond, out, rows, seed, with_bias):
+    group = FORMATS[name].group_size
+    width = groups * group if group else groups * 32 + beyond
+    weight, x = make_weight(name, (out, width), seed=seed), make_x(rows, width, seed=seed)
+    bias = np.random.default_rng(seed).standard_normal(out).astype(np.float32) if with_bias else None
+    for isa in RUNNABLE:
+        y = ops_for(isa).project(ops_for(isa).linear(weight, bias), x)
+        assert y.shape == (rows, out)
+        assert_within_bound(isa, y, x, weight, bias)
+
+
+@every_isa
+@every_format
+def test_one_hot_inputs_read_back_exactly_what_the_stored_bits_mean(isa, name):
+    weight = make_weight(name, (19, 128))
+    y = ops_for(isa).project(ops_for(isa).linear(weight), np.eye(128, dtype=np.float32))
+    np.testing.assert_array_equal(y.T, weight.dequantize())
+
+
+@every_isa
+def test_int4_takes_the_low_nibble_first_and_code_is_nibble_minus_eight(isa):
+    words = np.array([[0x76543210, 0xFEDCBA98, 0x00000000, 0xFFFFFFFF]], np.uint32)
+    weight = Weight(
+        format=FORMATS["int4-g32"], shape=(1, 32), codes=words, scale=np.array([[0.5]]).astype(ml_dtypes.bfloat16)
+    )
+    codes = [*range(-8, 8), *[-8] * 8, *[7] * 8]
+    y = ops_for(isa).project(ops_for(isa).linear(weight), np.eye(32, dtype=np.float32))
+    assert y[:, 0].tolist() == [code * 0.5 for code in codes]
+
+
+@every_isa
+@every_format
+def test_a_row_gives_the_same_bits_alone_and_among_others_on_any_number_of_threads(isa, name):
+    weight, x = make_weight(name, (200, 1152)), make_x(64, 1152)
+    together = ops_for(isa).project(ops_for(isa).linear(weight), x)
+    for threads in (1, 2, 3):
+        ops = ops_for(isa, threads)
+        linear = ops.linear(weight)
+        np.testing.assert_array_equal(ops.project(linear, x), together)
+        for rows in (1, 2, 3, 4, 5, 6, 7, 13):
+            np.testing.assert_array_equal(ops.project(linear, x[:rows].copy()), together[:rows])
+
+
+@every_isa
+def test_bf16_activations_are_rounded_to_nearest_even_before_the_product(isa):
+    weight = make_weight("fp32", (7, 96))
+    x = make_x(4, 96)
+    x.view(np.uint32)[0, :4] = [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF]  # ties, above a tie, to infinity
+    rounded = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    fp32, bf16 = ops_for(isa), ops_for(isa, 1, "bf16")
+    finite, wanted = x[1:].copy(), rounded[1:].copy()
+    np.testing.assert_array_equal(bf16.project(bf16.linear(weight), finite), fp32.project(fp32.linear(weight), wanted))
+    one_hot = np.diag(x[0]).astype(np.float32)[:3]
+    identity = Weight(format=FORMATS["fp32"], shape=(96, 96), codes=np.eye(96, dtype=np.float32))
+    np.testing.assert_array_equal(np.diag(bf16.project(bf16.linear(identity), one_hot)), rounded[0, :3])
+
+
+@every_isa
+def test_nan_and_infinity_are_carried_through(isa):
+    ops, weight = ops_for(isa, 1, "bf16"), make_weight("bf16", (5, 40))
+    x = make_x(3, 40)
+    x[0, 39], x[1, 0] = np.nan, np.inf
+    y = ops.project(ops.linear(weight), x)
+    assert np.isnan(y[0]).all()
+    assert np.isinf(y[1]).all()
+    assert np.isfinite(y[2]).all()
+
+
+@every_isa
+@every_format
+def test_embedding_gathers_exactly_the_dequantized_rows(isa, name):
+    weight, ids = make_weight(name, (50, 128)), np.array([49, 0, 7, 7, 31], np.int32)
+    np.testing.assert_array_equal(ops_for(isa).embed(ops_for(isa).table(weight), ids), weight.dequantize()[ids])
+
+
+@every_isa
+def test_every_half_that_exists_is_widened_exactly(isa):
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    weight = Weight(format=FORMATS["fp16"], shape=(256, 256), codes=bits.view(np.float16))
+    table = ops_for(isa).table(weight)
+    got = ops_for(isa).embed(table, np.arange(256, dtype=np.int32))
+    np.testing.assert_array_equal(got, bits.view(np.float16).astype(np.float32))
+
+
+@every_isa
+@pytest.mark.parametrize("width", [1, 7, 8, 65, 2048])
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e30])
+def test_rms_norm_agrees_with_float64(isa, width, size):
+    x, gain = make_x(3, width, size=size), make_x(1, width, seed=2)[0]
+    exact = x.astype(np.float64) / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5) * gain
+    # One rounding of the scale (summed in double) and two products.
+    np.testing.assert_allclose(ops_for(isa).rms_norm(x, gain, 1e-5), exact, rtol=4 * EPS, atol=4 * SUBNORMAL)
+
+
+@every_isa
+@pytest.mark.parametrize("head_dim", [2, 6, 64, 128])
+def test_rope_rotates_half_split_pairs(isa, head_dim):
+    x, half = make_x(5, 3 * head_dim), head_dim // 2
+    angles = make_x(5, half, seed=3).astype(np.float64)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    a, b = np.split(x.astype(np.float64).reshape(5, 3, head_dim), 2, axis=-1)
+    c, s = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
+    exact = np.concatenate((a * c - b * s, b * c + a * s), axis=-1).reshape(x.shape)
+    # Two products and a sum: at most two roundings of |a| + |b|.
+    np.testing.assert_allclose(ops_for(isa).rope(x, cos, sin, head_dim), exact, rtol=0, atol=4 * EPS * np.abs(x).max())
+
+
+@every_isa
+@pytest.mark.parametrize("width", [1, 15, 16, 5000])
+def test_silu_mul_agrees_with_float64(isa, width):
+    gate, up = make_x(3, width, size=10), make_x(3, width, seed=2)
+    gate[:, 0] = [0.0, -200.0, 200.0]
+    wide = gate.astype(np.float64)
+    exact = wide / (1 + np.exp(-wide)) * up
+    # exp within 2 ulp, then a sum, a quotient and a product; below -88 the result is tiny, not exact.
+    np.testing.assert_allclose(ops_for(isa).silu_mul(gate, up), exact, rtol=8 * EPS, atol=1e-35)
+
+
+@every_isa
+def test_silu_of_extreme_values_is_the_limit(isa):
+    gate = np.array([[-3e38, -1e4, -88.4, 88.4, 3e38, 0.0]], np.float32)
+    got = ops_for(isa).silu_mul(gate, np.ones_like(gate))
+    np.testing.assert_allclose(got, [[0, 0, 0, 88.4, 3e38, 0]], rtol=1e-6, atol=2)
+    assert np.isnan(ops_for(isa).silu_mul(np.full((1, 3), np.nan, np.float32), np.ones((1, 3), np.float32))).all()
+
+
+@every_isa
+def test_add_is_exact_and_take_rows_copies_rows(isa):
+    x, y, ops = make_x(300, 129), make_x(300, 129, seed=2), ops_for(isa)
+    np.testing.assert_array_equal(ops.add(x, y), x + y)
+    taken = ops.take_rows(x, np.array([2, 0, 2]))
+    np.testing.assert_array_equal(taken, x[[2, 0, 2]])
+    assert not np.shares_memory(taken, x)
+
+
+def test_buffers_come_to_the_device_and_back_as_float32_copies():
+    ops, values = NativeOps(num_threads=1), make_x(2, 3).astype(ml_dtypes.bfloat16)
+    vector = ops.vector(values)
+    assert vector.dtype == np.float32
+    source = make_x(2, 3)
+    assert not np.shares_memory(ops.from_host(source), source)
+    np.testing.assert_array_equal(ops.to_host(ops.from_host(source)), source)
+
+
+# Attention
+
+
+def exact_attention(q, k, v, spec, sinks=None):
+    """One sequence, float64: the last len(q) of len(k) positions ask. Also what bounds the error of its scores."""
+    if spec.kv_format == "bf16":
+        k, v = (a.astype(ml_dtypes.bfloat16) for a in (k, v))
+    heads, group, dim = spec.num_heads, spec.num_heads // spec.num_kv_heads, spec.head_dim
+    q, k, v = (a.astype(np.float64).reshape(len(a), -1, dim) for a in (q, k, v))
+    out, first = np.empty_like(q), len(k) - len(q)
+    size = 0.0
+    for t in range(len(q)):
+        own = first + t
+        start = 0 if spec.window is None else max(0, own - spec.window + 1)
+        for h in range(heads):
+            keys, values = k[start : own + 1, h // group], v[start : own + 1, h // group]
+            scores = keys @ q[t, h] / np.sqrt(dim)
+            size = max(size, (np.abs(keys) @ np.abs(q[t, h])).max() / np.sqrt(dim))
+            scores = np.append(scores, sinks[h]) if sinks is not None else scores
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            out[t, h] = weights[: len(keys)] @ values
+    return out.reshape(len(q), -1), size
+
+
+def attention_tolerance(spec, context, score_size, v):
+    """Scores are off by (D / 4 + 6) eps of their size; weights by twice that and an exp; sums by a term a position."""
+    score_error = (spec.head_dim / 4 + 6) * EPS * score_size
+    return (2 * score_error + (2 * context + 32) * EPS) * np.abs(v).max()
+
+
+def qkv(tokens, spec, seed=0):
+    widths_ = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    return [make_x(tokens, n * spec.head_dim, seed=seed + i) for i, n in enumerate(widths_)]
+
+
+SPECS = [
+    AttentionSpec(num_heads=4, num_kv_heads=4, head_dim=16),
+    AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64),
+    AttentionSpec(num_heads=20, num_kv_heads=1, head_dim=20, kv_format="fp32"),
+    AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=80, window=5),
+    AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=1, kv_format="fp32", window=1),
+    AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=1024, window=70),
+]
+every_spec = pytest.mark.parametrize(
+    "spec", SPECS, ids=lambda s: f"H{s.num_heads}-G{s.num_kv_heads}-D{s.head_dim}-w{s.window}-{s.kv_format}"
+)
+
+
+@every_isa
+@every_spec
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention_over_whole_sequences_agrees_with_float64(isa, spec, with_sinks):
+    lengths = [1, 90, 17]
+    batch = TokenBatch.whole([[0] * n for n in lengths])
+    q, k, v = qkv(sum(lengths), spec)
+    sinks = make_x(1, spec.num_heads, seed=9)[0] if with_sinks else None
+    got = ops_for(isa, 2).attention(q, k, v, batch, spec, None, sinks)
+    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        exact, size = exact_attention(q[start:end], k[start:end], v[start:end], spec, sinks)
+        np.testing.assert_allclose(got[start:end], exact, rtol=0, atol=attention_tolerance(spec, 90, size, v))
+
+
+class Paged:
+    """Sequences over a paged cache whose blocks lie in a shuffled order, fed in steps."""
+
+    def __init__(self, ops, spec, lengths, block_size=4, seed=0):
+        self.ops, self.spec, self.block_size = ops, spec, block_size
+        per = [-(-n // block_size) for n in lengths]
+        order = np.random.default_rng(seed).permutation(sum(per) + 3).astype(np.int32)
+        self.tables = np.full((len(lengths), max(per) + 1), -1, np.int32)
+        for s, n in enumerate(per):
+            self.tables[s, :n], order = order[:n], order[n:]
+        self.cache = ops.kv_cache(sum(per) + 3, block_size, spec)
+
+    def batch(self, spans):
+        """Spans (sequence, first, end) of one step."""
+        positions = np.concatenate([np.arange(a, b, dtype=np.int32) for _, a, b in spans])
+        owner = np.concatenate([np.full(b - a, s) for s, a, b in spans])
+        return TokenBatch(
+            token_ids=np.zeros(len(positions), np.int32),
+            positions=positions,
+            cu_seqlens=np.cumsum([0, *(b - a for _, a, b in spans)]).astype(np.int32),
+            slot_mapping=self.tables[owner, positions // self.block_size] * self.block_size
+            + positions % self.block_size,
+            block_tables=self.tables[[s for s, _, _ in spans]].copy(),
+        )
+
+
+@every_isa
+@every_spec
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_paged_cache_fed_in_chunks_and_single_tokens_gives_the_bits_of_the_whole_sequence(isa, spec, threads):
+    lengths, ops = (75, 9), ops_for(isa, threads)
+    inputs = [qkv(n, spec, seed=10 * n) for n in lengths]
+    sinks = make_x(1, spec.num_heads, seed=9)[0]
+    whole = [
+        ops.attention(*a, TokenBatch.whole([[0] * n]), spec, None, sinks) for a, n in zip(inputs, lengths, strict=True)
+    ]
+    paged = Paged(ops, spec, lengths)
+    steps = [[(0, 0, 7)], [(1, 0, 3), (0, 7, 70)], [(0, 70, 71), (1, 3, 3), (1, 3, 9)], [(0, 71, 75)]]
+    got = [np.empty_like(w) for w in whole]
+    for spans in steps:
+        q, k, v = (np.concatenate([inputs[s][i][a:b] for s, a, b in spans]) for i in range(3))
+        out = ops.attention(q, k, v, paged.batch(spans), spec, paged.cache, sinks)
+        for (s, a, b), end in zip(spans, np.cumsum([b - a for _, a, b in spans]), strict=True):
+            got[s][a:b] = out[end - (b - a) : end]
+    for mine, theirs in zip(got, whole, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_cache_holds_keys_and_values_rounded_to_its_format():
+    for kv_format in ("bf16", "fp32"):
+        spec = AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=8, kv_format=kv_format)
+        ops = NativeOps(num_threads=1)
+        paged, (q, k, v) = Paged(ops, spec, (6,)), qkv(6, spec)
+        batch = paged.batch([(0, 0, 6)])
+        ops.attention(q, k, v, batch, spec, paged.cache)
+        for stored, given_ in ((paged.cache.k, k), (paged.cache.v, v)):
+            rows = stored.reshape(-1, 16)[batch.slot_mapping]
+            wanted = given_ if kv_format == "fp32" else given_.astype(ml_dtypes.bfloat16).view(np.uint16)
+            np.testing.assert_array_equal(rows, wanted)
+
+
+@every_isa
+def test_large_scores_do_not_overflow_and_a_sink_of_minus_infinity_is_no_sink(isa):
+    spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=32, kv_format="fp32")
+    q, k, v = qkv(80, spec)
+    q, k = q * 1e3, k * 1e3
+    batch, none = TokenBatch.whole([[0] * 80]), np.full(2, -np.inf, np.float32)
+    got = ops_for(isa).attention(q, k, v, batch, spec, None)
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(ops_for(isa).attention(q, k, v, batch, spec, None, none), got)
+
+
+def test_blocks_before_the_window_may_be_gone_and_empty_sequences_are_allowed():
+    spec = replace(SPECS[0], window=3)
+    ops = NativeOps(num_threads=1)
+    paged = Paged(ops, spec, (12, 1))
+    q, k, v = qkv(12, spec)
+    whole = ops.attention(q, k, v, TokenBatch.whole([[0] * 12]), spec, None)
+    ops.attention(q[:11], k[:11], v[:11], paged.batch([(0, 0, 11)]), spec, paged.cache)
+    paged.tables[0, :2] = -1  # positions 0..7; position 11 sees 9, 10, 11
+    last = ops.attention(q[11:], k[11:], v[11:], paged.batch([(1, 0, 0), (0, 11, 12), (1, 0, 0)]), spec, paged.cache)
+    np.testing.assert_array_equal(last[0], whole[11])
+    nothing = TokenBatch(
+        token_ids=np.zeros(0, np.int32), positions=np.zeros(0, np.int32), cu_seqlens=np.zeros(2, np.int32)
+    )
+    assert ops.attention(q[:0], k[:0], v[:0], nothing, spec, None).shape == (0, 64)
+
+
+def wrong_batches():
+    spec = SPECS[0]
+    paged = Paged(NativeOps(num_threads=1), spec, (6, 5))
+    good = paged.batch([(0, 2, 6), (1, 4, 5)])
+
+    def changed(field, index, value):
+        array = getattr(good, field).copy()
+        array[index] = value
+        return replace(good, **{field: array})
+
+    return (
+        spec,
+        paged,
+        [
+            (changed("slot_mapping", 1, -1), r"slot -1 \(1 of 5\) is not in 0\.\."),
+            (changed("slot_mapping", 0, 4 * len(paged.cache.k)), "slot .* is not in"),
+            (changed("block_tables", (0, 0), -1), "block -1 .*name a block for every position"),
+            (changed("block_tables", (1, 1), len(paged.cache.k)), "block .* is not in"),
+            (replace(good, block_tables=good.block_tables[:, :1].copy()), "block -1"),
+            (changed("positions", 1, 9), "must count up by one"),
+            (replace(good, positions=good.positions - 3), "must count up by one from 0 or more"),
+            (changed("cu_seqlens", 1, 7), "must rise from 0 to the 5 tokens"),
+            (changed("cu_seqlens", 0, 1), "must rise from 0"),
+            (changed("cu_seqlens", 2, 4), "must rise from 0"),
+            (replace(good, slot_mapping=None), "needs slot_mapping and block_tables"),
+            (replace(good, block_tables=None), "needs slot_mapping and block_tables"),
+            (
+                replace(good, slot_mapping=good.slot_mapping.astype(np.int64)),
+                "slot_mapping: expected a numpy array of int32",
+            ),
+            (replace(good, block_tables=good.block_tables[:1]), r"block_tables: expected shape \[2, 'any'\]"),
+        ],
+    )
+
+
+def test_a_batch_that_would_leave_the_cache_is_refused_before_anything_is_written():
+    spec, paged, wrong = wrong_batches()
+    q, k, v = qkv(5, spec)
+    for batch, message in wrong:
+        with pytest.raises(KernelError, match=message):
+            paged.ops.attention(q, k, v, batch, spec, paged.cache)
+    assert not paged.cache.k.any()
+    assert not paged.cache.v.any()
+
+
+def test_a_batch_changed_in_place_after_it_was_accepted_is_checked_again():
+    spec, ops = SPECS[0], NativeOps(num_threads=1)
+    paged, (q, k, v) = Paged(ops, spec, (6,)), qkv(2, spec)
+    batch = paged.batch([(0, 4, 6)])
+    ops.attention(q, k, v, batch, spec, paged.cache)
+    batch.slot_mapping[0] = 1 << 30
+    with pytest.raises(KernelError, match="slot 1073741824"):
+        ops.attention(q, k, v, batch, spec, paged.cache)
+
+
+def test_a_batch_without_a_cache_must_start_at_position_zero():
+    batch = replace(TokenBatch.whole([[0] * 3]), positions=np.arange(1, 4, dtype=np.int32))
+    with pytest.raises(KernelError, match=r"sequences start at position 0, got \[1\]; give a cache"):
+        check_batch(batch, SPECS[0], None)
+
+
+def test_a_cache_of_another_layer_is_refused():
+    ops = NativeOps(num_threads=1)
+    paged = Paged(ops, SPECS[0], (6,))
+    for other in (replace(SPECS[0], kv_format="fp32"), replace(SPECS[0], num_heads=2, num_kv_heads=2)):
+        with pytest.raises(KernelError, match="make one with kv_cache"):
+            ops.attention(*qkv(6, other), paged.batch([(0, 0, 6)]), other, paged.cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads 3 must divide num_heads 4"),
+        ({"num_kv_heads": 0}, "num_kv_heads 0 must divide"),
+        ({"head_dim": 1025}, "head_dim 1025 is not between 1 and 1024"),
+        ({"window": 0}, "window 0 must be 1 or more"),
+        ({"kv_format": "int8"}, "kv_format 'int8' is not one of"),
+    ],
+)
+def test_attention_that_is_not_computed_is_refused(change, message):
+    with pytest.raises(KernelError, match=message):
+        NativeOps(num_threads=1).kv_cache(1, 4, replace(SPECS[0], **change))
+
+
+# What comes in from outside
+
+
+def test_buffers_of_the_wrong_type_shape_or_layout_are_refused():
+    ops, weight = NativeOps(num_threads=1), make_weight("int8", (4, 8))
+    linear, x = ops.linear(weight), make_x(3, 8)
+    unaligned = np.zeros(3 * 8 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(3, 8)
+    for wrong, message in (
+        (x.astype(np.float64), "x: expected a numpy array of float32, got float64"),
+        ([[1.0] * 8], "x: expected a numpy array of float32, got list"),
+        (x[:, :7].copy(), r"x: expected shape \['any', 8\], got \(3, 7\)"),
+        (x[0], r"x: expected shape"),
+        (make_x(8, 3).T, "x: expected C-contiguous"),
+        (unaligned, "x: expected C-contiguous aligned"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            ops.project(linear, wrong)
+    with pytest.raises(KernelError, match="gain: expected shape"):
+        ops.rms_norm(x, x[0, :4].copy(), 1e-5)
+    with pytest.raises(KernelError, match="up: expected shape"):
+        ops.silu_mul(x, x[:2])
+    with pytest.raises(KernelError, match="y: expected shape"):
+        ops.add(x, x[:2])
+    with pytest.raises(KernelError, match="cos: expected shape"):
+        ops.rope(x, x, x, 8)
+    for head_dim in (3, 0, 16):
+        with pytest.raises(KernelError, match=rf"head_dim {head_dim} must be even and divide the width 8"):
+            ops.rope(x, x, x, head_dim)
+    with pytest.raises(KernelError, match="sinks: expected shape"):
+        ops.attention(*qkv(1, SPECS[0]), TokenBatch.whole([[0]]), SPECS[0], None, np.zeros(3, np.float32))
+
+
+def test_token_ids_outside_the_table_are_refused():
+    ops = NativeOps(num_threads=1)
+    table = ops.table(make_weight("bf16", (10, 8)))
+    for ids in ([3, -1], [10, 2]):
+        with pytest.raises(KernelError, match=r"token id (-1|10) \(1 of 2\) is not in 0..9"):
+            ops.embed(table, np.array(ids, np.int32))
+
+
+def test_matrices_and_biases_that_do_not_fit_are_refused():
+    ops = NativeOps(num_threads=1)
+    with pytest.raises(KernelError, match=r"got shape \(2, 4, 8\); take one expert at a time"):
+        ops.linear(make_weight("fp32", (2, 4, 8)))
+    with pytest.raises(KernelError, match=r"bias has shape \(3,\); a matrix \(4, 8\) needs \(4,\)"):
+        ops.linear(make_weight("fp32", (4, 8)), np.zeros(3, np.float32))
+
+
+def test_weights_that_are_read_only_or_unaligned_in_a_file_are_taken():
+    weight, x = make_weight("int4-g32", (5, 64)), make_x(2, 64)
+    raw = b"x" + weight.codes.tobytes()
+    mapped = replace(weight, codes=np.frombuffer(raw, np.uint32, offset=1).reshape(weight.codes.shape))
+    ops = NativeOps(num_threads=1)
+    np.testing.assert_array_equal(ops.project(ops.linear(mapped), x), ops.project(ops.linear(weight), x))
+
+
+def test_packed_int4_and_plain_weights_are_not_copied():
+    ops = NativeOps(num_threads=1)
+    for name in ("int4-g32", "int8", "bf16", "fp16", "fp32"):
+        weight = make_weight(name, (8, 64))
+        assert np.shares_memory(ops.linear(weight)[1].codes, weight.codes)
+
+
+# Choosing, loading, threads
+
+
+@every_isa
+def test_a_device_with_fewer_features_takes_lesser_rows(isa):
+    ops = ops_for(isa)
+    ops.linear(make_weight("int4-g32", (4, 32)))
+    ops.table(make_weight("bf16", (4, 32)))
+    assert ops.kernels["linear int4-g32"] == f"native_{isa.name}_int4_g32"
+    assert ops.kernels["embed bf16"] == f"native_{isa.name}_bf16"
+    assert ops.kernels["attention"] == f"native_{isa.name}"
+
+
+def test_a_choice_is_logged_once_with_every_refusal(caplog):
+    with caplog.at_level(logging.INFO, "halve.kernels"):
+        ops = NativeOps(replace(detect_cpu(), features=frozenset()), num_threads=1)
+        for seed in range(3):
+            ops.linear(make_weight("int8", (4, 32), seed=seed))
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO and "linear int8" in r.getMessage()]
+    assert len(lines) == 1
+    assert "native_baseline_int8" in lines[0]
+    assert "'native_avx2_int8': 'needs avx2, fma, f16c'" in lines[0]
+
+
+def test_the_report_names_a_row_for_every_format_and_why_others_refuse():
+    report = native.format_report(replace(detect_cpu(), features=frozenset({"avx2", "f16c"})))
+    assert [entry["format"] for entry in report] == list(FORMATS)
+    assert all(entry.keys() == {"op", "format", "kernel", "refused"} and entry["op"] == "linear" for entry in report)
+    int4 = next(entry for entry in report if entry["format"] == "int4-g32")
+    assert int4["kernel"] == "native_baseline_int4_g32"
+    assert int4["refused"][1] == {"kernel": "native_avx2_int4_g32", "reason": "needs fma"}
+    cuda = native.format_report(replace(detect_cpu(), name="cuda:0", kind="cuda"))
+    assert all(entry["kernel"] is None and len(entry["refused"]) == 3 for entry in cuda)
+
+
+def test_a_device_that_is_not_this_machine_is_refused():
+    with pytest.raises(KernelError, match=r"claims \['amx_tile2'\], which this machine"):
+        NativeOps(replace(detect_cpu(), features=frozenset({"amx_tile2"})))
+    with pytest.raises(KernelError, match="needs a cpu; cuda:0 is cuda"):
+        NativeOps(replace(detect_cpu(), name="cuda:0", kind="cuda"))
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match=r"activations: 'int8' is not one of \['fp32', 'bf16'\]"):
+        NativeOps(activations="int8")
+    for wrong in (0, -1, 1025):
+        with pytest.raises(ConfigError, match=f"num_threads: {wrong} is not between 1 and 1024"):
+            NativeOps(num_threads=wrong)
+
+
+@pytest.fixture
+def fresh_library(monkeypatch):
+    """Look for the library anew, before and after."""
+    native._library.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    native._library.cache_clear()
+
+
+def test_without_the_library_the_reason_and_the_way_out_are_told(fresh_library):
+    fresh_library.setattr(native, "library_paths", lambda: [Path("/nowhere/lib.so")])
+    reason = native.available()
+    assert reason is not None
+    assert "built without its C++ part" in reason
+    assert "/nowhere/lib.so" in reason
+    assert "reinstall halve" in reason
+    with pytest.raises(KernelError, match=r"built without its C\+\+ part"):
+        NativeOps()
+    report = native.format_report(detect_cpu())
+    assert all(entry["kernel"] is None and entry["refused"][0]["reason"] == reason for entry in report)
+
+
+def test_with_the_library_nothing_is_missing():
+    assert native.available() is None
+
+
+def test_the_library_is_looked_for_beside_the_module_first_and_then_where_it_was_installed(monkeypatch):
+    installed = SimpleNamespace(locate_file=lambda path: Path("/site-packages") / path)
+    monkeypatch.setattr(native.metadata, "distribution", lambda name: installed)
+    paths = native.library_paths()
+    assert paths[0] == Path(native.__file__).with_name("libhalve_kernels.so")
+    assert paths[1] == Path("/site-packages/halve/kernels/libhalve_kernels.so")
+
+    def unknown(name):
+        raise native.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(native.metadata, "distribution", unknown)
+    assert native.library_paths() == paths[:1]
+
+
+def test_a_library_of_another_interface_version_is_refused(monkeypatch):
+    path = next(p for p in native.library_paths() if p.exists())
+    monkeypatch.setattr(native, "ABI_VERSION", 999)
+    with pytest.raises(KernelError, match=r"has interface version .*, this halve needs 999; reinstall halve"):
+        native.open_library(path)
+
+
+def test_a_file_that_is_no_library_of_ours_is_refused(tmp_path):
+    text = tmp_path / "libhalve_kernels.so"
+    text.write_text("not a library")
+    with pytest.raises(KernelError, match="is not a library of halve's kernels"):
+        native.open_library(text)
+
+
+def test_an_instruction_set_that_was_not_built_is_an_error():
+    with pytest.raises(KernelError, match="has no rows for sparc"):
+        native._rms_norm(native.Isa("sparc", 9, 4, ()), make_x(1, 4), make_x(1, 4), 1e-5, threads=1)
+
+
+def test_fewer_threads_than_asked_for_are_told(monkeypatch, caplog):
+    monkeypatch.setattr(native, "_library", lambda: SimpleNamespace(halve_grow_team=lambda threads: 1))
+    with caplog.at_level(logging.WARNING, "halve.kernels"):
+        NativeOps(num_threads=3)
+    assert "the system gave 1 of 3 threads" in caplog.text
+
+
+def test_calls_from_several_python_threads_at_once_give_the_same_bits():
+    ops, x = NativeOps(num_threads=2), make_x(8, 1024)
+    linear = ops.linear(make_weight("int4-g32", (256, 1024)))
+    wanted, wrong = ops.project(linear, x), []
+
+    def work():
+        wrong.extend(1 for _ in range(40) if not np.array_equal(ops.project(linear, x), wanted))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def run_python(script):
+    """Run a script in an interpreter of its own and return what it printed."""
+    src = str(Path(native.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([src, os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(
+        [sys.executable, "-c", SETUP + script], capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+SETUP = """
+import os, sys, threading
+import numpy as np
+from halve.formats import FORMATS, Weight
+from halve.kernels.native import NativeOps
+ops = NativeOps(num_threads=3)
+weight = Weight(format=FORMATS["fp32"], shape=(256, 512), codes=np.ones((256, 512), np.float32))
+linear, x = ops.linear(weight), np.ones((4, 512), np.float32)
+assert (ops.project(linear, x) == 512).all()
+"""
+
+
+def test_neither_torch_nor_transformers_is_loaded():
+    assert run_python("print([m for m in ('torch', 'transformers') if m in sys.modules])") == "[]"
+
+
+def test_forked_children_and_their_parent_go_on_computing():
+    script = """
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        good = all((ops.project(linear, x) == 512).all() for _ in range(20))
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (ops.project(linear, x) == 512).all()
+print("done")
+"""
+    assert run_python(script) == "done"
+
+
+def test_the_interpreter_exits_while_a_daemon_thread_computes():
+    script = """
+def forever():
+    while True:
+        ops.project(linear, x)
+started = threading.Thread(target=forever, daemon=True)
+started.start()
+print("done")
+"""
+    assert run_python(script) == "done"
