@@ -1,0 +1,27 @@
+"""How good is it, with an interval: the smaller model against the original on text that the search never saw."""
+
+from halve.evaluate.fidelity import (
+    MINIMUM,
+    LogitSource,
+    Minimum,
+    PairedScores,
+    compare,
+    quality,
+    require_enough,
+    windows,
+)
+from halve.evaluate.verdict import answer, differences, passes
+
+__all__ = [
+    "MINIMUM",
+    "LogitSource",
+    "Minimum",
+    "PairedScores",
+    "answer",
+    "compare",
+    "differences",
+    "passes",
+    "quality",
+    "require_enough",
+    "windows",
+]

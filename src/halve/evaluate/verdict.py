@@ -1,0 +1,86 @@
+"""What a measured quality says about a limit, and whether a second measurement says the same as the first."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from halve.core.certificate import Answer, Measured, Quality
+
+# How far a logit moves when float32 sums run in another order on another machine, by the format of the activations.
+# A rounding to bf16 that falls to the other side is a thousand times the difference that caused it: with weights off
+# by 1e-7, as float32 rounds, the logits of tiny-en at 4 bits move by 1e-6 (one standard deviation) without bf16, by
+# 2e-4 with keys and values in bf16, by 6e-3 with activations in bf16. Keys and values are bf16 by default.
+NOISE = {"fp32": 1e-3, "bf16": 1e-2}  # nats
+
+
+def passes(quality: Quality, limit: float) -> bool:
+    """Whether the quality loss is within `limit` (0.01 is 1 %) even at the worse end of its interval."""
+    # Not `high - 1 <= limit`: 1.01 - 1 is more than 0.01 in floating point.
+    return quality.ppl_ratio.high <= 1 + limit
+
+
+def answer(quality: Quality, limit: float | None) -> Answer:
+    """`holds`: the whole interval is within the limit. `contradicted`: all of it is beyond. Else `inconclusive`.
+
+    Without a limit the figures are `measured`.
+    """
+    if limit is None:
+        return "measured"
+    if passes(quality, limit):
+        return "holds"
+    return "contradicted" if quality.ppl_ratio.low > 1 + limit else "inconclusive"
+
+
+def differences(recorded: Quality, again: Quality, *, activations: Literal["fp32", "bf16"] = "fp32") -> list[str]:
+    """One line for each figure that does not reproduce; none when all do.
+
+    activations: as the plan of the smaller model has them. Counts, confidence and the set of tasks must be equal;
+    values and both ends of intervals agree within what NOISE allows, since the bootstrap is the same on every machine.
+    """
+    noise = NOISE[activations]
+    lines = [
+        f"{name}: recorded {getattr(recorded, name)}, now {getattr(again, name)}"
+        for name in ("num_documents", "num_tokens", "confidence")
+        if getattr(recorded, name) != getattr(again, name)
+    ]
+    if lines:
+        return lines  # other text: its figures are not comparable
+    for name, allowed in _TOLERANCES.items():
+        lines += _compare(
+            name, getattr(recorded, name), getattr(again, name), partial(allowed, noise, recorded.num_tokens)
+        )
+    for task in sorted(recorded.tasks.keys() | again.tasks.keys()):
+        one, other = recorded.tasks.get(task), again.tasks.get(task)
+        if one is None or other is None:
+            lines.append(f"tasks.{task}: {'not recorded' if one is None else 'recorded, but not measured again'}")
+        else:
+            lines += _compare(f"tasks.{task}", one, other, partial(_one_item, one.n))
+    return lines
+
+
+# How far a figure of this value may move; means over tokens by four standard errors.
+# KL is of second order in the logits: noise e changes a token's KL by about sqrt(2 KL) e + e^2. A quantile can move
+# as much as one token does, a mean by e / sqrt(tokens) of that. nll moves by e a token.
+# A flip comes or goes when two logits lie within e of each other, for 0.6 e of the tokens (measured on tiny-en: noise
+# of 0.23 at 4 bits flips 0.13, noise of 0.013 at 8 bits flips 0.008); two more tokens for a short text.
+_TOLERANCES: dict[str, Callable[[float, int, float], float]] = {
+    "kl_mean": lambda noise, num_tokens, value: 4 * (2 * value) ** 0.5 * noise / num_tokens**0.5 + noise**2,
+    "kl_p99": lambda noise, num_tokens, value: (2 * value) ** 0.5 * noise + noise**2,
+    "flip_rate": lambda noise, num_tokens, value: 4 * (0.6 * noise / num_tokens) ** 0.5 + 2 / num_tokens,
+    "ppl_ratio": lambda noise, num_tokens, value: value * 4 * noise / num_tokens**0.5,
+}
+
+
+def _one_item(num_items: int, value: float) -> float:
+    return 1 / num_items
+
+
+def _compare(name: str, recorded: Measured, again: Measured, allowed: Callable[[float], float]) -> list[str]:
+    if recorded.n != again.n:
+        return [f"{name}.n: recorded {recorded.n}, now {again.n}"]
+    return [
+        f"{name}.{end}: recorded {one:.6g}, now {other:.6g}, allowed difference {allowed(abs(one)):.2g}"
+        for end in ("value", "low", "high")
+        for one, other in [(getattr(recorded, end), getattr(again, end))]
+        if not abs(one - other) <= allowed(abs(one))  # NaN never reproduces
+    ]
