@@ -1,7 +1,7 @@
 """Intervals by a paired bootstrap over documents, numpy only.
 
 Tokens of one document are correlated, so a bootstrap over tokens gives intervals that are too narrow: measured on
-250 stories and web pages, the mean nll difference of tiny-en at 8 bits, by 1.2 for documents of 100 tokens and by 6
+300 stories and web pages, the mean nll difference of tiny-en at 8 bits, by 1.2 for documents of 100 tokens and by 6
 for whole ones. Here whole documents are drawn with replacement, as many as there are, and both models' scores go with
 their document. Source: Efron and Tibshirani 1993, ch. 8; for ratios of sums, Davison and Hinkley 1997, ch. 3.8.
 
