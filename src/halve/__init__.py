@@ -4,19 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halve.api import demo as demo
-    from halve.api import doctor as doctor
-    from halve.api import inspect as inspect
-    from halve.api import load as load
-    from halve.api import optimize as optimize
-    from halve.api import verify as verify
+    from halve.api.demo import demo as demo
+    from halve.api.describe import doctor as doctor
+    from halve.api.describe import inspect as inspect
+    from halve.api.model import load as load
+    from halve.api.optimize import optimize as optimize
+    from halve.api.verify import verify as verify
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "demo", "doctor", "inspect", "load", "optimize", "verify"]
 
+# Verbs load on first use: `import halve` reads no disk, and running a model never loads torch.
+_HOMES = {
+    "demo": "halve.api.demo",
+    "doctor": "halve.api.describe",
+    "inspect": "halve.api.describe",
+    "load": "halve.api.model",
+    "optimize": "halve.api.optimize",
+    "verify": "halve.api.verify",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # The verbs load on first use, so that `import halve` reads no disk and loads neither numpy nor torch.
-    if name in __all__:
-        return getattr(import_module("halve.api"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'halve' has no attribute {name!r}")

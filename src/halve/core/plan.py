@@ -116,4 +116,4 @@ def _upgrade(name: str, raw: Any, steps: Mapping[int, Migration], target: int) -
         if version not in steps:
             raise PlanError(f"{name}: version {version} can't be read any more; known steps start at {sorted(steps)}")
         version, raw = version + 1, {**steps[version](raw), "version": version + 1}
-    return raw
+    return dict(raw)

@@ -75,7 +75,10 @@ class Ops(Protocol):
     """Operations on one device. Every function returns a new buffer; only `attention` writes (into the cache)."""
 
     name: str
-    kernels: Mapping[str, str]  # operation and format -> the kernel that was chosen, for logs and reports
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        """Operation and format -> the kernel that was chosen, for logs and reports."""
 
     def linear(self, weight: Weight, bias: Array | None = None) -> Any:
         """Prepare a matrix [out, in] for `project`; the kernel is chosen here, once."""

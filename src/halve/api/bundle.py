@@ -1,0 +1,35 @@
+"""What a bundle holds beside a model directory's own files: names, and how they are read. No torch here."""
+
+from halve.checkpoint import Checkpoint
+from halve.core.certificate import Certificate
+from halve.core.errors import CheckpointError
+from halve.core.plan import KVCache, Plan
+from halve.core.record import from_json
+
+PLAN_FILE = "halve/plan.json"
+CERTIFICATE_FILE = "halve/certificate.json"
+SEALED_FILE = "halve/sealed.jsonl"
+REPORT_FILE = "halve/report.html"
+
+
+def read_plan(checkpoint: Checkpoint) -> Plan:
+    """The plan of a bundle; a plain checkpoint runs as it is, its cache as wide as its floats."""
+    if not checkpoint.is_bundle:
+        wide = any(checkpoint.reader.info(name).dtype == "F32" for name in checkpoint.reader.names)
+        return Plan(kv_cache=KVCache(format="fp32" if wide else "bf16"))
+    return Plan.from_json(_read(checkpoint, PLAN_FILE))
+
+
+def read_certificate(bundle: Checkpoint) -> Certificate:
+    """The certificate of a bundle. Raises CheckpointError when it has none, ConfigError when it can't be read."""
+    return from_json(Certificate, _read(bundle, CERTIFICATE_FILE), CERTIFICATE_FILE)
+
+
+def _read(bundle: Checkpoint, name: str) -> str:
+    path = bundle.path / name
+    if not path.exists():
+        raise CheckpointError(f"{bundle.path}: holds no {name}; it is no bundle of `halve optimize`, or a broken one")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: can't be read: {error}") from error

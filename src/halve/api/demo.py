@@ -1,0 +1,67 @@
+"""The verb `demo`: the whole path on the model that the package ships."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from halve.api.optimize import Optimized, optimize
+from halve.api.progress import SILENT, Progress
+from halve.core.errors import HalveError
+from halve.models.embedded import embedded_model_path
+
+PROMPT = "Once upon a time there was a little girl named"
+MAX_TOKENS = 48
+LIMIT = "1%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """One model's answer in a process of its own. peak_memory_bytes: of that whole process."""
+
+    text: str
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstrated:
+    """What the demo shows."""
+
+    optimized: Optimized
+    prompt: str
+    original: Answered
+    smaller: Answered
+
+
+def demo(out: str | Path = "halve-demo", *, progress: Progress = SILENT) -> Demonstrated:
+    """Optimize the embedded model under a 1 % quality limit, certify it, and let both models answer a prompt.
+
+    out: where the bundle goes; a bundle that an earlier demo left there is replaced.
+    """
+    model = embedded_model_path()
+    optimized = optimize(model, out, max_quality_loss=LIMIT, force=True, progress=progress)
+    return Demonstrated(optimized=optimized, prompt=PROMPT, original=_answer(model), smaller=_answer(optimized.path))
+
+
+# Peak memory is a process's own high-water mark, so each model answers in a fresh one.
+_ANSWER = """
+import json, resource, sys
+from halve.cli.main import main
+sys.argv = ["halve", "generate", sys.argv[1], sys.argv[2], "--max-tokens", sys.argv[3], "--json"]
+try:
+    main()
+finally:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak * (1 if sys.platform == "darwin" else 1024), file=sys.stderr)
+"""
+
+
+def _answer(model: Path) -> Answered:
+    command = [sys.executable, "-c", _ANSWER, str(model), PROMPT, str(MAX_TOKENS)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise HalveError(f"generating with {model} failed: {result.stderr.strip()[-2000:]}")
+    return Answered(
+        text=json.loads(result.stdout)["text"], peak_memory_bytes=int(result.stderr.strip().splitlines()[-1])
+    )

@@ -1,0 +1,157 @@
+"""The verbs that only look: `inspect` a model, `doctor` a machine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from halve.api.bundle import read_certificate, read_plan
+from halve.api.facts import versions
+from halve.checkpoint import Checkpoint, open_checkpoint, resolve
+from halve.hardware import detect_cpu, free_memory_bytes
+from halve.kernels import native
+from halve.models import load_config, stored_formats
+from halve.models.names import EMBEDDING, groups, modules, num_parameters, vectors
+
+KIND_PATTERNS: Mapping[str, str] = {
+    "qkv": "model.layers.*.self_attn.[qkv]_proj",
+    "o": "model.layers.*.self_attn.o_proj",
+    "gate_up": "model.layers.*.mlp.{gate,up}_proj",
+    "down": "model.layers.*.mlp.down_proj",
+    "lm_head": "lm_head",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupFacts:
+    """Matrices of one kind and format: a pattern of their names, how many weights, how many bytes."""
+
+    pattern: str
+    format: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What `halve inspect` says."""
+
+    path: str
+    architecture: str
+    parameters: int
+    active_parameters: int  # that one token runs through
+    bytes: int  # of the weight files
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context: int
+    tied: bool
+    kv_cache_bytes_per_token: int
+    licence: str | None
+    bundle: bool
+    verdict: str | None
+    groups: tuple[GroupFacts, ...]
+    version: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MachineFacts:
+    """What `halve doctor` says. ceilings is null until they are measured."""
+
+    device: Mapping[str, Any]
+    features: tuple[str, ...]
+    memory_bytes: int
+    free_memory_bytes: int | None
+    native: str  # "ready", or why the C++ kernels are not there
+    kernels: tuple[Mapping[str, Any], ...]
+    ceilings: Mapping[str, float] | None
+    versions: Mapping[str, str]
+    version: int = 1
+
+
+def inspect(model: str | Path) -> ModelFacts:
+    """Describe a checkpoint or a bundle without loading its weights."""
+    with open_checkpoint(resolve(str(model))) as checkpoint:
+        plan = read_plan(checkpoint)
+        config = load_config(checkpoint, plan)
+        kv_bytes = {"fp32": 4, "bf16": 2}
+        per_token = sum(2 * config.num_kv_heads * config.head_dim * kv_bytes[s.kv_format] for s in config.layers)
+        parameters = num_parameters(config)
+        return ModelFacts(
+            path=str(checkpoint.path),
+            architecture=config.architecture,
+            parameters=parameters,
+            active_parameters=parameters,
+            bytes=checkpoint.reader.size_bytes,
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            context=config.context,
+            tied=config.tied,
+            kv_cache_bytes_per_token=per_token,
+            licence=checkpoint.licence(),
+            bundle=checkpoint.is_bundle,
+            verdict=_verdict(checkpoint),
+            groups=tuple(_group_facts(checkpoint)),
+        )
+
+
+def _verdict(checkpoint: Checkpoint) -> str | None:
+    return read_certificate(checkpoint).verdict if checkpoint.is_bundle else None
+
+
+def _group_facts(checkpoint: Checkpoint) -> list[GroupFacts]:
+    config = load_config(checkpoint)
+    stored = stored_formats(checkpoint, config)
+    kind_of = {m.name: g.kind for g in groups(config) for m in g.members}
+    totals: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def add(pattern: str, format_name: str, parameters: int, size: int) -> None:
+        old = totals.get((pattern, format_name), (0, 0))
+        totals[pattern, format_name] = (old[0] + parameters, old[1] + size)
+
+    for module in modules(config):
+        fmt = stored[module.name]
+        pattern = EMBEDDING if module.name == EMBEDDING else KIND_PATTERNS[kind_of[module.name]]
+        add(pattern, fmt.name, module.shape[0] * module.shape[1], fmt.size_bytes(module.shape))
+    for name, shape in vectors(config):
+        info = checkpoint.reader.info(name)
+        add("norms and biases", info.dtype.lower(), shape[0], shape[0] * int(info.dtype[-2:]) // 8)
+    return [
+        GroupFacts(pattern=pattern, format=name, parameters=parameters, bytes=size)
+        for (pattern, name), (parameters, size) in totals.items()
+    ]
+
+
+def doctor() -> MachineFacts:
+    """Describe this machine: its features, the kernel of each format and why others refuse, versions, memory."""
+    device = detect_cpu()
+    reason = native.available()
+    kernels = native.format_report(device)
+    if reason is not None:
+        kernels = [
+            {
+                "op": row["op"],
+                "format": row["format"],
+                "kernel": "torch_reference",
+                "refused": [{"kernel": "native", "reason": reason}],
+            }
+            for row in kernels
+        ]
+    return MachineFacts(
+        device={"name": device.name, "model": device.model, "cores": device.num_cores, "machine": device.machine},
+        features=tuple(sorted(device.features)),
+        memory_bytes=device.memory_bytes,
+        free_memory_bytes=free_memory_bytes(),
+        native="ready" if reason is None else reason,
+        kernels=tuple(kernels),
+        ceilings=None,
+        versions=versions() | {"torch usable": "yes" if find_spec("torch") else "no"},
+    )

@@ -1,0 +1,123 @@
+"""`halve.load(path).generate(...)`: a model on a device, answering prompts through the engine."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from halve.api.bundle import read_plan
+from halve.checkpoint import Checkpoint, open_checkpoint, resolve
+from halve.checkpoint.files import read_object
+from halve.core.errors import KernelError, RequestError
+from halve.core.plan import Plan
+from halve.engine import Completion, Engine, EngineConfig, ModelRunner, Request, SamplingParams, StepOutput
+from halve.kernels import native
+from halve.kernels.ops import Ops
+from halve.models import Decoder, ModelConfig, load_config, load_decoder
+from halve.text import Tokenizer
+
+log = logging.getLogger("halve")
+
+BLOCK_SIZE = 16  # tokens
+CACHE_TOKENS = 4096  # cached at once by `load`, or one whole context where that is shorter
+
+
+class Model:
+    """A loaded model. Make one by `halve.load`."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, plan: Plan, ops: Ops, decoder: Decoder) -> None:
+        self.path = checkpoint.path
+        self.config, self.plan, self.ops, self.decoder = config, plan, ops, decoder
+        self.tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+        self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Which kernel runs each operation and format."""
+        return dict(self.ops.kernels)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Iterable[str] = (),
+    ) -> Completion:
+        """Continue a prompt (text, or token ids).
+
+        temperature 0 is greedy. seed makes a sampled text repeatable. stop: strings that end the text and are not
+        part of it. Raises RequestError for a prompt that is empty or longer than the context, or bad parameters.
+        """
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+        engine = self.engine([prompt], max_tokens)
+        return engine.complete([self.request("0", prompt, sampling)])[0]
+
+    def stream(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Iterator[StepOutput]:
+        """The same, step by step as tokens come."""
+        engine = self.engine([prompt], sampling.max_tokens)
+        yield from engine.generate([self.request("0", prompt, sampling)])
+
+    def request(self, request_id: str, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
+        """A request of this model's tokens."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Request(request_id=request_id, prompt_token_ids=tuple(ids), sampling=sampling)
+
+    def engine(self, prompts: Sequence[str | Sequence[int]], max_tokens: int) -> Engine:
+        """An engine whose cache holds these prompts and their answers, up to the model's context each."""
+        longest = max(len(self.tokenizer.encode(p)) if isinstance(p, str) else len(p) for p in prompts)
+        tokens = min(longest + max(max_tokens, 1), self.config.context)
+        num_blocks = len(prompts) * -(-tokens // BLOCK_SIZE)
+        runner = ModelRunner(self.decoder, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+        return Engine(runner, self.tokenizer, EngineConfig(), eos_token_ids=self.eos_token_ids)
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
+
+    device: `auto` (our C++ on CPU), or a torch device such as `cuda`. progress: layers done, layers in all.
+    Raises CheckpointError, ConfigError, TextError naming what is wrong with the files.
+    """
+    checkpoint = open_checkpoint(resolve(str(model)))
+    plan = read_plan(checkpoint)
+    config = load_config(checkpoint, plan)
+    ops = make_ops(device, plan.activations.format)
+    decoder = load_decoder(checkpoint, config, ops, progress)
+    for what, kernel in sorted(ops.kernels.items()):
+        log.debug("%s: %s", what, kernel)
+    return Model(checkpoint, config, plan, ops, decoder)
+
+
+def make_ops(device: str, activations: str) -> Ops:
+    """The Ops of a device: our C++ on CPU where it is built, else torch (said in the log)."""
+    if device in ("auto", "cpu"):
+        reason = native.available()
+        if reason is None:
+            return native.NativeOps(activations=activations)
+        log.warning("running on torch instead of the C++ kernels: %s", reason)
+        device = "cpu"
+    from halve.kernels.reference import TorchOps
+
+    try:
+        return TorchOps(device, activations=activations)
+    except (RuntimeError, KernelError) as error:
+        raise RequestError(f"device {device!r} can't be used: {str(error).splitlines()[0]}; try auto or cpu") from error
+
+
+def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a text: generation_config.json's, else config.json's, else the tokenizer's."""
+    path = checkpoint.path / "generation_config.json"
+    generation = read_object(path) if path.exists() else {}
+    for source in (generation, checkpoint.config):
+        value: Any = source.get("eos_token_id")
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

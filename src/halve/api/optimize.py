@@ -1,0 +1,237 @@
+"""The verb `optimize`: check everything that can be checked first, run the pipeline, publish the bundle."""
+
+import datetime
+import logging
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE
+from halve.api.facts import environment, versions
+from halve.api.page import report_page
+from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
+from halve.api.progress import SILENT, Progress
+from halve.api.texts import prepare_texts
+from halve.api.trial import Trial, run_trial
+from halve.api.workspace import Workspace, write_atomic
+from halve.checkpoint import open_checkpoint, resolve
+from halve.compress import resolve as resolve_plan
+from halve.core.certificate import Certificate, Cost, Inputs, SealedText, Size
+from halve.core.errors import FormatError, OutputError
+from halve.core.record import to_json
+from halve.core.units import parse_percent
+from halve.data import write_documents
+from halve.formats import Format, format_named
+from halve.models import ModelConfig, load_config, stored_formats
+from halve.models.names import num_parameters
+from halve.report import render
+from halve.search import Candidate, bytes_per_token, candidates, method_for, plain_bytes_per_token, plan_for
+from halve.text import Tokenizer
+
+log = logging.getLogger("halve")
+
+NUM_SAMPLES = 2  # answers of both models that the report shows
+DEFAULT_FORMAT = "int8"  # without a limit there is nothing to search for: the format that hardly loses anything
+
+Method = Literal["auto", "rtn", "clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimized:
+    """A finished bundle."""
+
+    path: Path
+    certificate: Certificate
+    report: Path
+
+
+def optimize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    max_quality_loss: float | str | None = None,
+    format: str = "auto",
+    method: Method = "auto",
+    portable: bool = False,
+    calibration: str | Path | None = None,
+    keep_text: bool = True,
+    force: bool = False,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> Optimized:
+    """Make a smaller model that loses at most `max_quality_loss`, certify it, write it to `out`.
+
+    max_quality_loss: perplexity ratio - 1, as `"1%"` or 0.01; without it the bundle is made and measured.
+    format: `auto` for the cheapest uniform format that passes, or a format's name. method: `rtn` rounds to nearest,
+    `clip` weighs each input by its energy on the calibration text, `auto` takes clip below 8 bits.
+    portable: the bundle also opens in transformers and vLLM (embeddings stay in 16 bits).
+    calibration: a text file or directory; without it the package's own mixed text. It is split three ways:
+    calibration, selection, and sealed text that only the certificate sees. keep_text: the bundle keeps the sealed
+    text, so that anyone can verify it; else its hash and path only.
+    device: where the model is calibrated and scored, any torch device.
+
+    Raises UserError's kinds: CheckpointError, ConfigError, FormatError, DataError, QualityError when nothing meets
+    the limit, OutputError; nothing is left behind then.
+    """
+    limit = None if max_quality_loss is None else parse_percent(max_quality_loss, "max_quality_loss")
+    text_path = None if calibration is None else Path(calibration)
+    with open_checkpoint(resolve(str(model))) as checkpoint:
+        if Path(out).resolve() == checkpoint.path.resolve():
+            raise OutputError(f"{out}: is the model itself; choose another output")
+        config = load_config(checkpoint).with_kv_format("fp32")
+        source = stored_formats(checkpoint, config)
+        listed = _list_candidates(config, source, format, method, portable=portable, limit=limit)
+        ranked = tuple(c for c in listed if c.plan is not None)
+        tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+        texts = prepare_texts(text_path, tokenizer, config, selected=len(ranked) > 1)
+        command = _command(model, out, max_quality_loss, format, method, portable, calibration, keep_text, device)
+        with progress.task("Hashing the weights", "bytes") as advance:
+            model_sha256 = checkpoint.sha256(advance)
+        key = {
+            "model": model_sha256,
+            "text": texts.calibration_sha256 + texts.sealed_sha256,
+            "limit": limit,
+            "formats": [f"{c.format} {c.method}" for c in ranked],
+            "portable": portable,
+            "versions": versions(),
+        }
+        with Workspace(Path(out), key, force=force, resume=resume) as workspace:
+            job = Job(
+                checkpoint=checkpoint,
+                config=config,
+                source=source,
+                ranked=ranked,
+                limit=limit,
+                device=device,
+                texts=texts,
+                workspace=workspace,
+                progress=progress,
+            )
+            outcome = run(job)
+            with open_checkpoint(outcome.directory) as smaller:
+                trial = run_trial(
+                    checkpoint.path,
+                    outcome.directory,
+                    reload(smaller, device),
+                    texts.sealed[:NUM_SAMPLES],
+                    "auto" if device == "cpu" else device,
+                    progress,
+                )
+            inputs = Inputs(
+                model_sha256=model_sha256,
+                calibration_sha256=texts.calibration_sha256,
+                sealed_sha256=texts.sealed_sha256,
+                device=environment(device),
+                workload=None,
+                price=None,
+                versions=versions(),
+                command=command,
+            )
+            certificate = _certificate(job, outcome, inputs, trial, keep_text=keep_text)
+            _finish(job, outcome, trial, certificate, listed, keep_text=keep_text)
+            workspace.publish(outcome.directory)
+    path = Path(out)
+    return Optimized(path=path, certificate=certificate, report=path / REPORT_FILE)
+
+
+def _list_candidates(
+    config: ModelConfig,
+    source: Mapping[str, Format],
+    format: str,
+    method: Method,
+    *,
+    portable: bool,
+    limit: float | None,
+) -> list[Candidate]:
+    """Every format for `auto` under a limit; else the one that was named (or the default), or FormatError."""
+    stored = dict(source)
+    if format == "auto" and limit is not None:
+        listed = candidates(config, method, portable=portable, source=stored)
+        if refused := [c for c in listed if c.refusal]:
+            log.info("skipped %s: %s", ", ".join(c.format for c in refused), refused[0].refusal)
+        return listed
+    if format == "auto":
+        log.info("no --max-quality-loss, so nothing to search for: taking %s", DEFAULT_FORMAT)
+    fmt = format_named(DEFAULT_FORMAT if format == "auto" else format)
+    if not fmt.scaled:
+        raise FormatError(f"format {fmt.name} stores floats as they are and makes nothing smaller; take int8 or below")
+    chosen = method_for(fmt, method)
+    plan = plan_for(config, fmt, chosen, portable=portable, source=stored)
+    size = bytes_per_token(config, resolve_plan(plan, config), stored)
+    return [Candidate(format=fmt.name, method=chosen, plan=plan, bytes_per_token=size)]
+
+
+def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, keep_text: bool) -> Certificate:
+    with open_checkpoint(outcome.directory) as bundle:
+        size, weights_sha256 = bundle.reader.size_bytes, bundle.reader.sha256()
+    float32 = 4 * num_parameters(job.config)
+    assert outcome.candidate.bytes_per_token is not None
+    original_bytes_per_token = plain_bytes_per_token(job.config, dict(job.source))
+    return Certificate(
+        verdict="measured" if job.limit is None else "pass",
+        max_quality_loss=job.limit,
+        quality=outcome.quality,
+        size=Size(
+            bytes=size,
+            original_bytes=job.checkpoint.reader.size_bytes,
+            float32_bytes=float32,
+            ratio=size / float32,
+        ),
+        cost=Cost(
+            basis="bytes",
+            usd_per_mtok=None,
+            original_usd_per_mtok=None,
+            ratio=outcome.candidate.bytes_per_token / original_bytes_per_token,
+        ),
+        speed=trial.speeds[1],
+        original_speed=trial.speeds[0],
+        inputs=inputs,
+        sealed=SealedText(kept=keep_text, source=job.texts.source, window_tokens=job.texts.window_tokens),
+        attempts=outcome.attempts,
+        max_attempts=MAX_ATTEMPTS if job.searched else 1,
+        weights_sha256=weights_sha256,
+    )
+
+
+def _finish(
+    job: Job, outcome: Outcome, trial: Trial, certificate: Certificate, listed: list[Candidate], *, keep_text: bool
+) -> None:
+    """Add what makes a model directory a bundle: certificate, sealed text, report."""
+    directory = outcome.directory
+    if keep_text:
+        write_documents(directory / SEALED_FILE, job.texts.sealed_documents)
+    write_atomic(directory / CERTIFICATE_FILE, to_json(certificate))
+    created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    assert outcome.candidate.plan is not None
+    page = report_page(job, outcome, outcome.candidate.plan, trial, certificate, listed, created)
+    write_atomic(directory / REPORT_FILE, render(page))
+
+
+def _command(
+    model: str | Path,
+    out: str | Path,
+    max_quality_loss: float | str | None,
+    format: str,
+    method: str,
+    portable: bool,
+    calibration: str | Path | None,
+    keep_text: bool,
+    device: str,
+) -> str:
+    """The shell command that makes this bundle again."""
+    words = ["halve", "optimize", str(model), "-o", str(out)]
+    if max_quality_loss is not None:
+        words += ["--max-quality-loss", str(max_quality_loss)]
+    words += ["--format", format, "--method", method]
+    if portable:
+        words.append("--portable")
+    if calibration is not None:
+        words += ["--calibration", str(calibration)]
+    if not keep_text:
+        words.append("--no-keep-text")
+    if device != "cpu":
+        words += ["--device", device]
+    return shlex.join(words)

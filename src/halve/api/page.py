@@ -1,0 +1,130 @@
+"""What a finished run knows, as the records that the report shows."""
+
+from collections.abc import Mapping
+
+from halve.api.pipeline import Job, Outcome, label
+from halve.api.trial import Trial
+from halve.compress import ModuleReport
+from halve.core.certificate import Certificate
+from halve.core.plan import Plan
+from halve.models.names import EMBEDDING, groups
+from halve.report import Candidate, GroupSize, LayerError, ReportPage, Sample
+from halve.search import Candidate as Ranked
+from halve.search import Judged
+
+KIND_WORDS = {
+    "qkv": "attention q/k/v",
+    "o": "attention out",
+    "gate_up": "feed-forward gate/up",
+    "down": "feed-forward down",
+}
+
+
+def report_page(
+    job: Job,
+    outcome: Outcome,
+    plan: Plan,
+    trial: Trial,
+    certificate: Certificate,
+    listed: list[Ranked],
+    created: str,
+) -> ReportPage:
+    """Fill the page. listed: every candidate, also those that were skipped and why."""
+    kinds = {m.name: (g.kind, g.layer) for g in groups(job.config) for m in g.members}
+    name = job.checkpoint.path.name
+    return ReportPage(
+        title=f"{name}, made smaller",
+        model_name=name,
+        certificate=certificate,
+        plan=plan,
+        architecture=job.checkpoint.config["architectures"][0],
+        licence=job.checkpoint.licence(),
+        groups=_group_sizes(outcome.modules, kinds, tied=job.config.tied),
+        layers=tuple(
+            LayerError(
+                name=m.name,
+                layer=kinds.get(m.name, ("", None))[1],
+                group=_words(m.name, kinds, tied=job.config.tied),
+                format=m.format_after,
+                method=m.method or "as it is",
+                relative_error=m.relative_error,
+            )
+            for m in outcome.modules
+        ),
+        candidates=_candidates(listed, outcome),
+        samples=tuple(Sample(prompt=a.prompt, original=a.original, smaller=a.smaller) for a in trial.answers),
+        notes=_notes(job, trial, listed),
+        created=created,
+    )
+
+
+def _words(name: str, kinds: Mapping[str, tuple[str, int | None]], *, tied: bool) -> str:
+    if name == EMBEDDING:
+        return "embedding table and lm_head (tied)" if tied else "embedding table"
+    return KIND_WORDS.get(kinds[name][0], kinds[name][0])
+
+
+def _group_sizes(
+    modules: tuple[ModuleReport, ...], kinds: Mapping[str, tuple[str, int | None]], *, tied: bool
+) -> tuple[GroupSize, ...]:
+    totals: dict[tuple[str, str, str], list[int]] = {}
+    for m in modules:
+        key = (_words(m.name, kinds, tied=tied), m.format_before, m.format_after)
+        total = totals.setdefault(key, [0, 0, 0])
+        for i, value in enumerate((m.parameters, m.bytes_before, m.bytes_after)):
+            total[i] += value
+    return tuple(
+        GroupSize(
+            pattern=pattern,
+            parameters=parameters,
+            format_before=before,
+            bytes_before=bytes_before,
+            format_after=after,
+            bytes_after=bytes_after,
+        )
+        for (pattern, before, after), (parameters, bytes_before, bytes_after) in totals.items()
+    )
+
+
+def _candidates(listed: list[Ranked], outcome: Outcome) -> tuple[Candidate, ...]:
+    judged: dict[str, Judged] = {label(j): j for j in outcome.judged}
+    chosen = label(outcome.candidate)
+    failed_sealed = {a.plan for a in outcome.attempts if a.passed is False}
+    rows = []
+    for candidate in listed:
+        if candidate.bytes_per_token is None:
+            continue
+        name = label(candidate)
+        verdict = judged.get(name)
+        if name == chosen:
+            words = "chosen"
+        elif name in failed_sealed:
+            words = "passed on the selection text but not on the sealed text"
+        elif verdict is None:
+            larger = candidate.bytes_per_token > (outcome.candidate.bytes_per_token or 0)
+            words = "not judged: larger than the chosen one" if larger else "not judged: a larger one already failed"
+        else:
+            words = "within the limit, but larger than the chosen one" if verdict.passed else "beyond the limit"
+        rows.append(
+            Candidate(
+                format=candidate.format,
+                method=candidate.method,
+                bytes_per_token=candidate.bytes_per_token,
+                ppl_ratio=verdict.ppl_ratio if verdict else outcome.quality.ppl_ratio if name == chosen else None,
+                outcome=words,
+                chosen=name == chosen,
+            )
+        )
+    return tuple(rows)
+
+
+def _notes(job: Job, trial: Trial, listed: list[Ranked]) -> tuple[str, ...]:
+    notes = [
+        f"The kernels that serve this model here ({', '.join(sorted(set(trial.kernels.values())))}) differ from the "
+        f"reference kernels that the certificate was measured with by a KL divergence of {trial.agreement:.1e} nats.",
+        f"Text: {job.texts.source}; {len(job.texts.calibration)} documents to calibrate, {len(job.texts.selection)} to "
+        f"select, {len(job.texts.sealed)} sealed, scored in windows of at most {job.texts.window_tokens} tokens.",
+        "Formats are ranked by the bytes of weights that one decoded token reads at batch 1; the cache is left out.",
+    ]
+    notes += [f"{c.format} was skipped: {c.refusal}" for c in listed if c.refusal]
+    return tuple(notes)

@@ -1,0 +1,246 @@
+"""`optimize`: from a checkpoint to a certified bundle, every stage kept as it ends so that a killed run resumes."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halve.api.bundle import read_plan
+from halve.api.progress import Progress
+from halve.api.texts import Texts
+from halve.api.workspace import Workspace
+from halve.checkpoint import Checkpoint, open_checkpoint
+from halve.compress import Energies, ModuleReport, apply_plan, calibrate
+from halve.core.certificate import Attempt, Quality
+from halve.core.errors import QualityError
+from halve.core.record import from_dict, to_dict
+from halve.evaluate import compare, passes, quality
+from halve.evaluate.scorer import DecoderScorer
+from halve.formats import Format
+from halve.kernels.ops import Array
+from halve.kernels.reference import TorchOps
+from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder
+from halve.search import Candidate, Judged, cheapest_passing
+
+log = logging.getLogger("halve")
+
+MAX_ATTEMPTS = 3  # openings of the sealed text when formats are searched, each at a third of the error rate
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one run works on; made once, read everywhere below."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig  # of the original, with its cache in fp32: the reference that quality is measured against
+    source: Mapping[str, Format]
+    ranked: tuple[Candidate, ...]  # that can be made, cheapest first; one when the format was named
+    limit: float | None
+    device: str
+    texts: Texts
+    workspace: Workspace
+    progress: Progress
+
+    @property
+    def searched(self) -> bool:
+        """Whether formats are searched, so that the sealed text may be opened more than once."""
+        return len(self.ranked) > 1
+
+    @property
+    def confidence(self) -> float:
+        """Of every interval: the error rate is shared out among the attempts (Bonferroni)."""
+        return 1 - (1 - CONFIDENCE) / (MAX_ATTEMPTS if self.searched else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the search ends with: a finished model directory in the workspace, and how it was judged."""
+
+    candidate: Candidate
+    directory: Path
+    modules: tuple[ModuleReport, ...]
+    quality: Quality
+    attempts: tuple[Attempt, ...]
+    judged: tuple[Judged, ...]
+
+
+def run(job: Job) -> Outcome:
+    """Calibrate, search on the selection text, certify on the sealed text.
+
+    Raises QualityError, naming the best that was reached, when nothing passes within the attempts.
+    """
+    energies = _calibrate(job)
+    original = original_decoder(job.checkpoint, job.config, job.device)
+    first, judged = _search(job, original, energies)
+    attempts: list[Attempt] = []
+    last = min(first + (MAX_ATTEMPTS if job.searched else 1), len(job.ranked))
+    for index in range(first, last):
+        candidate = job.ranked[index]
+        directory, modules = _make(job, candidate, energies)
+        measured = _certify(job, original, candidate, directory)
+        passed = None if job.limit is None else passes(measured, job.limit)
+        attempts.append(Attempt(plan=label(candidate), ppl_ratio=measured.ppl_ratio, passed=passed))
+        if passed is not False:
+            return Outcome(
+                candidate=candidate,
+                directory=directory,
+                modules=modules,
+                quality=measured,
+                attempts=tuple(attempts),
+                judged=tuple(judged),
+            )
+        log.info("%s does not hold on the sealed text: %s", label(candidate), in_words(measured))
+    best = min(attempts, key=lambda a: a.ppl_ratio.value)
+    raise QualityError(_nothing_passed(job, f"{best.plan} on the sealed text", best.ppl_ratio))
+
+
+def label(candidate: Candidate | Judged) -> str:
+    """A candidate as people say it: `int4-g32 (clip)`."""
+    return f"{candidate.format} ({candidate.method})"
+
+
+def in_words(measured: Quality) -> str:
+    """Quality loss with its interval: `0.41 % [0.28 %, 0.55 %]`."""
+    ratio = measured.ppl_ratio
+    return f"{ratio.value - 1:.3%} [{ratio.low - 1:.3%}, {ratio.high - 1:.3%}]"
+
+
+def original_decoder(checkpoint: Checkpoint, config: ModelConfig, device: str) -> Decoder:
+    """The original model in float32 arithmetic by the reference kernels."""
+    return load_decoder(checkpoint, config, TorchOps(device))
+
+
+def _calibrate(job: Job) -> Energies | None:
+    """Input energies, where any candidate needs them."""
+    if all(candidate.method == "rtn" for candidate in job.ranked):
+        return None
+    path = job.workspace.path / "energies.npz"
+    if path.exists():
+        return Energies.load(path)
+    with job.progress.task("Calibrating", "layers") as advance:
+        energies = calibrate(
+            job.config,
+            CheckpointSource(job.checkpoint),
+            job.texts.calibration,
+            window_tokens=job.texts.window_tokens,
+            device=job.device,
+            progress=advance,
+        )
+    temporary = path.with_suffix(".new.npz")
+    energies.save(temporary)
+    temporary.replace(path)
+    return energies
+
+
+def _search(job: Job, original: Decoder, energies: Energies | None) -> tuple[int, list[Judged]]:
+    """Index of the cheapest candidate that passes on the selection text. A named format is not judged there."""
+    if not job.searched:
+        return 0, []
+    assert job.limit is not None, "formats are searched only under a limit"
+    limit = job.limit
+
+    def judge(candidate: Candidate) -> Judged:
+        stored = job.workspace.state.setdefault("judged", {})
+        if label(candidate) in stored:
+            return from_dict(Judged, stored[label(candidate)])
+        directory, _ = _make(job, candidate, energies)
+        measured = _score(job, original, directory, job.texts.selection, f"Judging {label(candidate)}")
+        assert candidate.bytes_per_token is not None
+        result = Judged(
+            format=candidate.format,
+            method=candidate.method,
+            bytes_per_token=candidate.bytes_per_token,
+            ppl_ratio=measured.ppl_ratio,
+            passed=passes(measured, limit),
+        )
+        log.info(
+            "%s: quality loss %s on the selection text: %s",
+            label(candidate),
+            in_words(measured),
+            "within the limit" if result.passed else "beyond the limit",
+        )
+        stored[label(candidate)] = to_dict(result)
+        job.workspace.save_state()
+        return result
+
+    index, judged = cheapest_passing(job.ranked, judge)
+    if index is None:
+        best = min(judged.values(), key=lambda j: j.ppl_ratio.value)
+        raise QualityError(_nothing_passed(job, label(best), best.ppl_ratio))
+    return index, [judged[i] for i in sorted(judged)]
+
+
+def _nothing_passed(job: Job, what: str, ratio: Any) -> str:
+    reached = f"{ratio.value - 1:.3%}, interval {ratio.low - 1:.3%} to {ratio.high - 1:.3%}"
+    advice = "allow more, give more text (--calibration), or leave out --max-quality-loss to have it made and measured"
+    searched = "no format meets" if job.searched else "this format does not meet"
+    return (
+        f"{searched} a quality loss of {job.limit:.3%}; best reached: {what} with {reached}. Nothing written; {advice}"
+    )
+
+
+def _make(job: Job, candidate: Candidate, energies: Energies | None) -> tuple[Path, tuple[ModuleReport, ...]]:
+    """Write a candidate's model into the workspace; only the newest is kept on disk."""
+    name = f"model-{candidate.format}-{candidate.method}"
+    directory = job.workspace.path / name
+    made = job.workspace.state.get("made")
+    if made is not None and made["name"] == name and directory.exists():
+        return directory, tuple(from_dict(ModuleReport, raw) for raw in made["modules"])
+    for old in job.workspace.path.glob("model-*"):
+        shutil.rmtree(old)
+    directory = job.workspace.fresh_directory(name)
+    assert candidate.plan is not None
+    with job.progress.task(f"Writing {label(candidate)}", "matrices") as advance:
+        modules = apply_plan(job.checkpoint, job.config, candidate.plan, directory, energies=energies, progress=advance)
+    job.workspace.state["made"] = {"name": name, "modules": [to_dict(m) for m in modules]}
+    job.workspace.save_state()
+    return directory, modules
+
+
+def _certify(job: Job, original: Decoder, candidate: Candidate, directory: Path) -> Quality:
+    """Open the sealed text for this candidate; the opening is on record before the first token is read."""
+    opened = job.workspace.state.setdefault("opened", {})
+    if isinstance(opened.get(label(candidate)), dict):
+        return from_dict(Quality, opened[label(candidate)])
+    opened[label(candidate)] = "begun"
+    job.workspace.save_state()
+    measured = _score(job, original, directory, job.texts.sealed, f"Certifying {label(candidate)}")
+    opened[label(candidate)] = to_dict(measured)
+    job.workspace.save_state()
+    return measured
+
+
+def _score(job: Job, original: Decoder, directory: Path, documents: Sequence[Array], what: str) -> Quality:
+    with job.progress.task(what, "tokens") as advance:
+        return score(original, directory, documents, job.texts.window_tokens, job.confidence, job.device, advance)
+
+
+def score(
+    original: Decoder,
+    directory: Path,
+    documents: Sequence[Array],
+    window_tokens: int,
+    confidence: float,
+    device: str,
+    progress: Any,
+) -> Quality:
+    """Reload the smaller model from disk and measure it against the original on documents."""
+    with open_checkpoint(directory) as checkpoint:
+        scores = compare(
+            DecoderScorer(original),
+            DecoderScorer(reload(checkpoint, device)),
+            documents,
+            window_tokens=window_tokens,
+            progress=progress,
+        )
+    return quality(scores, confidence=confidence)
+
+
+def reload(checkpoint: Checkpoint, device: str) -> Decoder:
+    """A compressed model as it lies on disk, by the reference kernels and as its plan says."""
+    plan = read_plan(checkpoint)
+    config = load_config(checkpoint, plan)
+    return load_decoder(checkpoint, config, TorchOps(device, activations=plan.activations.format))

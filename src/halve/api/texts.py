@@ -1,0 +1,79 @@
+"""The text of one run: read, split three ways, in tokens; and the sealed part as a bundle keeps it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from halve.core.errors import DataError
+from halve.data import Document, documents_sha256, encode, read_documents, split
+from halve.data.mixed import mixed_text_paths
+from halve.evaluate import require_enough
+from halve.kernels.ops import Array
+from halve.models import ModelConfig
+from halve.text import Tokenizer
+
+# Windows are no longer than this even where the context is: attention over a longer one costs more than it tells.
+WINDOW_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Texts:
+    """Token ids of each split's documents, and the sealed documents themselves."""
+
+    calibration: list[Array]
+    selection: list[Array]
+    sealed: list[Array]
+    sealed_documents: tuple[Document, ...]
+    calibration_sha256: str
+    sealed_sha256: str
+    window_tokens: int
+    source: str
+
+
+def read_texts(path: Path | None) -> list[Document]:
+    """Documents of a file or directory; without one, the mixed text that the package ships."""
+    if path is not None:
+        return read_documents(path)
+    return [document for part in mixed_text_paths() for document in read_documents(part)]
+
+
+def window_of(config: ModelConfig) -> int:
+    """Tokens of a scoring window: the context, at most WINDOW_TOKENS."""
+    return min(config.context, WINDOW_TOKENS)
+
+
+def prepare_texts(path: Path | None, tokenizer: Tokenizer, config: ModelConfig, *, selected: bool) -> Texts:
+    """Split, encode and check that each split that will be used holds enough.
+
+    selected: whether candidates will be judged on the selection split. Raises DataError saying how much text is
+    there and how much is needed.
+    """
+    parts = split(read_texts(path))
+    calibration, selection, sealed = (
+        encode(part, tokenizer, vocab_size=config.vocab_size)
+        for part in (parts.calibration, parts.selection, parts.sealed)
+    )
+    require_enough(sealed, "sealed")
+    require_enough(calibration, "calibration")
+    if selected:
+        require_enough(selection, "selection")
+    return Texts(
+        calibration=calibration,
+        selection=selection,
+        sealed=sealed,
+        sealed_documents=tuple(parts.sealed),
+        calibration_sha256=documents_sha256(parts.calibration),
+        sealed_sha256=documents_sha256(parts.sealed),
+        window_tokens=window_of(config),
+        source="shipped mixed text" if path is None else str(Path(path).resolve()),
+    )
+
+
+def sealed_again(source: str, expected_sha256: str) -> list[Document]:
+    """The sealed split of a text that a bundle only names. Raises DataError when it is not the same any more."""
+    documents = list(split(read_texts(None if source == "shipped mixed text" else Path(source))).sealed)
+    if documents_sha256(documents) != expected_sha256:
+        raise DataError(
+            f"{source}: its sealed part is not the text that was certified (its hash differs); "
+            "give the original file back, or judge on other text with --text FILE"
+        )
+    return documents

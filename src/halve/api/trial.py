@@ -1,0 +1,136 @@
+"""Both models run as users will run them: how fast, what they say, and whether the fast kernels agree.
+
+Speeds are taken in turns, so that a drifting machine slows each model alike.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from halve.api.model import Model, load
+from halve.api.progress import Progress
+from halve.api.texts import WINDOW_TOKENS
+from halve.core.certificate import Measured, Speed
+from halve.core.errors import KernelError
+from halve.engine import SamplingParams
+from halve.evaluate import compare
+from halve.evaluate.scorer import DecoderScorer
+from halve.kernels.ops import Array
+from halve.models import Decoder
+
+PROMPT_TOKENS = 128
+DECODE_TOKENS = 32
+RUNS = 5
+SLOW_S = 10.0  # a warm-up longer than this is itself the measurement: a slow model is measured once, not RUNS times
+
+SAMPLE_PROMPT_TOKENS = 24
+SAMPLE_TOKENS = 40
+
+# Two right sets of kernels differ by the order of their sums: measured, 1e-7 nats per token.
+AGREEMENT = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A prompt and how both models continue it, greedily."""
+
+    prompt: str
+    original: str
+    smaller: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """speeds: of the original and the smaller model. agreement: KL to the reference kernels."""
+
+    speeds: tuple[Speed, Speed]
+    answers: tuple[Answer, ...]
+    agreement: float
+    kernels: dict[str, str]
+
+
+def run_trial(
+    original: Path, smaller: Path, reference: Decoder, documents: Sequence[Array], device: str, progress: Progress
+) -> Trial:
+    """Load both models as `halve.load` does, measure and sample them.
+
+    reference: the smaller model by the reference kernels. documents: token ids; their beginnings are the prompts.
+    Raises KernelError when the kernels that will serve the smaller model disagree with the reference.
+    """
+    models = [load(path, device=device) for path in (original, smaller)]
+    speeds = _speeds(models, progress)
+    with progress.task("Sampling", "answers") as advance:
+        answers = []
+        for done, prompt in enumerate(documents):
+            answers.append(_answer(models, prompt[:SAMPLE_PROMPT_TOKENS].tolist()))
+            advance(done + 1, len(documents))
+    return Trial(
+        speeds=(speeds[0], speeds[1]),
+        answers=tuple(answers),
+        agreement=_agreement(models[1], reference, documents),
+        kernels=models[1].kernels,
+    )
+
+
+def _answer(models: Sequence[Model], prompt: list[int]) -> Answer:
+    room = models[0].config.context - len(prompt)
+    original, smaller = (model.generate(prompt, max_tokens=min(SAMPLE_TOKENS, room)).text for model in models)
+    return Answer(prompt=models[0].tokenizer.decode(prompt), original=original, smaller=smaller)
+
+
+def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> float:
+    """KL(reference || served) in nats per token. Rounded caches make a last-bit difference of two sums a larger one."""
+    window_tokens = min(model.config.context, WINDOW_TOKENS)
+    scores = compare(DecoderScorer(reference), DecoderScorer(model.decoder), documents, window_tokens=window_tokens)
+    divergence = float(scores.kl.mean())
+    if not divergence <= AGREEMENT:
+        raise KernelError(
+            f"kernels {model.kernels} differ from the reference by a KL divergence of {divergence:.2g} nats per token; "
+            "this is a defect of Halve on this machine: please report it, with `halve doctor --json`"
+        )
+    return divergence
+
+
+def _speeds(models: Sequence[Model], progress: Progress) -> list[Speed]:
+    """Prefill and decode at batch 1, tokens per second: median, lowest and highest run after one that warms up."""
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    with progress.task("Measuring speed", "runs") as advance:
+        for done in range(RUNS + 1):
+            started = time.perf_counter()
+            for model, taken in zip(models, times, strict=True):
+                taken.append(_run_once(model, seed=done))
+            if done == 0 and time.perf_counter() - started > SLOW_S * len(models):
+                break
+            advance(done, RUNS)
+    return [_speed(taken[1:] or taken) for taken in times]
+
+
+def _run_once(model: Model, seed: int) -> tuple[float, float]:
+    """Prefill and decode tokens per second of one request of random tokens (speed does not depend on which)."""
+    half = max(model.config.context // 2, 1)
+    prompt_tokens, decode_tokens = min(PROMPT_TOKENS, half), min(DECODE_TOKENS, max(half - 1, 1))
+    prompt = np.random.default_rng(seed).integers(0, model.config.vocab_size, prompt_tokens).tolist()
+    sampling = SamplingParams(max_tokens=decode_tokens + 1, ignore_eos=True)
+    engine = model.engine([prompt], sampling.max_tokens)
+    engine.add(model.request("0", prompt, sampling))
+    started = time.perf_counter()
+    first, made = 0.0, 0
+    while engine.has_unfinished:
+        made += len(engine.step())
+        if made and not first:
+            first = time.perf_counter()
+    ended = time.perf_counter()
+    return prompt_tokens / (first - started), (made - 1) / (ended - first)
+
+
+def _speed(times: Sequence[tuple[float, float]]) -> Speed:
+    prefill, decode = zip(*times, strict=True)
+    return Speed(prefill_tok_s=_spread(prefill), decode_tok_s=_spread(decode))
+
+
+def _spread(values: Sequence[float]) -> Measured:
+    return Measured(value=median(values), low=min(values), high=max(values), n=len(values))

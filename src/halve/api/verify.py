@@ -1,0 +1,118 @@
+"""The verb `verify`: compute a bundle's certificate again, from its files and the original's."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from halve.api.bundle import SEALED_FILE, read_certificate
+from halve.api.pipeline import original_decoder, score
+from halve.api.progress import SILENT, Progress
+from halve.api.texts import sealed_again
+from halve.checkpoint import Checkpoint, open_checkpoint, resolve
+from halve.core.certificate import Answer, Certificate, Size
+from halve.core.errors import CheckpointError
+from halve.data import Document, documents_sha256, encode, read_documents
+from halve.evaluate import answer, differences, require_enough
+from halve.models import load_config
+from halve.models.names import num_parameters
+from halve.text import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A certificate computed again.
+
+    answer: `holds`, `inconclusive` or `contradicted` against the recorded limit, `measured` where there is none.
+    differences: recorded figures that did not come out again, in words; empty on other text, which has no record.
+    """
+
+    answer: Answer
+    certificate: Certificate  # with the quality and size measured now
+    recorded: Certificate
+    differences: tuple[str, ...]
+    text: str
+
+
+def verify(
+    bundle: str | Path,
+    *,
+    against: str | Path,
+    text: str | Path | None = None,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> Verified:
+    """Measure a bundle against its original again, on its sealed text or on `text`.
+
+    Raises CheckpointError when the bundle is broken: a file is missing or changed since it was certified, or
+    `against` is not the model it was made from; DataError for text that is too little or not the one certified.
+    """
+    with open_checkpoint(resolve(str(bundle))) as smaller, open_checkpoint(resolve(str(against))) as original:
+        recorded = read_certificate(smaller)
+        _check_files(smaller, original, recorded, progress)
+        documents, source = _documents(smaller, recorded, text)
+        config = load_config(original).with_kv_format("fp32")
+        tokenizer = Tokenizer.from_directory(original.path, vocab_size=config.vocab_size)
+        tokens = encode(documents, tokenizer, vocab_size=config.vocab_size)
+        if text is not None:
+            require_enough(tokens, "sealed")
+        with progress.task("Verifying", "tokens") as advance:
+            measured = score(
+                original_decoder(original, config, device),
+                smaller.path,
+                tokens,
+                recorded.sealed.window_tokens,
+                recorded.quality.confidence,
+                device,
+                advance,
+            )
+        size = smaller.reader.size_bytes
+        parameters = 4 * num_parameters(config)
+        again = replace(
+            recorded,
+            quality=measured,
+            size=Size(
+                bytes=size,
+                original_bytes=original.reader.size_bytes,
+                float32_bytes=parameters,
+                ratio=size / parameters,
+            ),
+        )
+    found = differences(recorded.quality, measured) if text is None else []
+    if again.size != recorded.size:
+        found.append(f"size: recorded {recorded.size}, found {again.size}")
+    return Verified(
+        answer=answer(measured, recorded.max_quality_loss),
+        certificate=again,
+        recorded=recorded,
+        differences=tuple(found),
+        text=source,
+    )
+
+
+def _check_files(smaller: Checkpoint, original: Checkpoint, recorded: Certificate, progress: Progress) -> None:
+    with progress.task("Hashing the bundle", "bytes") as advance:
+        if smaller.reader.sha256(advance) != recorded.weights_sha256:
+            raise CheckpointError(
+                f"{smaller.path}: the weight files are not the ones that were certified (their hash differs); "
+                "make the bundle again by `halve optimize`"
+            )
+    with progress.task("Hashing the original", "bytes") as advance:
+        if original.sha256(advance) != recorded.inputs.model_sha256:
+            raise CheckpointError(
+                f"{original.path}: is not the model that {smaller.path} was made from (its hash differs); "
+                "give that model to --against"
+            )
+
+
+def _documents(bundle: Checkpoint, recorded: Certificate, text: str | Path | None) -> tuple[list[Document], str]:
+    """The text to judge on, and where it came from."""
+    if text is not None:
+        return read_documents(Path(text)), str(text)
+    if not recorded.sealed.kept:
+        return sealed_again(recorded.sealed.source, recorded.inputs.sealed_sha256), recorded.sealed.source
+    path = bundle.path / SEALED_FILE
+    if not path.exists():
+        raise CheckpointError(f"{path}: is missing from the bundle; judge it on other text with --text FILE")
+    documents = read_documents(path)
+    if documents_sha256(documents) != recorded.inputs.sealed_sha256:
+        raise CheckpointError(f"{path}: is not the text that was certified (its hash differs)")
+    return documents, SEALED_FILE

@@ -1,0 +1,5 @@
+"""`python -m halve.cli`."""
+
+from halve.cli.main import main
+
+main()

@@ -1,0 +1,247 @@
+"""The command `halve`. `--help` loads neither torch nor transformers: each verb imports what it runs."""
+
+import logging
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+
+from halve import __version__
+from halve.cli.screen import ShellProgress, error_console, print_json
+from halve.core.errors import HalveError, UserError
+
+app = typer.Typer(
+    name="halve",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run open Llama-family models for a fraction of what they cost, and prove it.",
+)
+
+EXIT_USER = 1
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a bundle, or ORG/NAME.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or a torch device such as cuda.")]
+
+
+class Method(StrEnum):
+    """How weights are rounded."""
+
+    auto = "auto"
+    rtn = "rtn"
+    clip = "clip"
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell every choice on stderr.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    handler = RichHandler(console=error_console(), show_time=False, show_path=False, show_level=verbose)
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], format="%(message)s")
+    if not verbose:
+        logging.getLogger("halve.kernels").setLevel(logging.WARNING)
+    for noisy in ("urllib3", "filelock", "huggingface_hub", "httpx", "httpcore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command()
+def optimize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle goes.")],
+    max_quality_loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PERCENT", help="Most that perplexity may rise, as 1% or 0.01. Without it: made, measured."
+        ),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="auto, or a format such as int8, int4-g32 (`halve doctor` lists them).")
+    ] = "auto",
+    method: Annotated[Method, typer.Option(help="Rounding: rtn (to nearest), clip (calibrated), auto.")] = Method.auto,
+    portable: Annotated[bool, typer.Option("--portable", help="Also opens in transformers and vLLM.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Your text (.txt, .jsonl, a directory). Without it: a mixed text we ship.")
+    ] = None,
+    keep_text: Annotated[
+        bool, typer.Option("--keep-text/--no-keep-text", help="Keep the sealed text in the bundle, or only its hash.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up a run that was killed.")] = False,
+    device: DeviceOption = "cpu",
+    json: Json = False,
+) -> None:
+    """Make a smaller model within a quality limit, and certify it."""
+    from halve.api.optimize import optimize as verb
+    from halve.cli.tables import show_certificate
+
+    result = verb(
+        model,
+        out,
+        max_quality_loss=max_quality_loss,
+        format=format,
+        method=method.value,
+        portable=portable,
+        calibration=calibration,
+        keep_text=keep_text,
+        force=force,
+        resume=resume,
+        device=device,
+        progress=ShellProgress(),
+    )
+    if json:
+        print_json(result.certificate)
+        return
+    show_certificate(result.certificate)
+    typer.echo(f"bundle  {result.path}\nreport  {result.report}")
+
+
+@app.command()
+def verify(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="What `halve optimize` wrote.")],
+    against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The original it was made from.")],
+    text: Annotated[Path | None, typer.Option(help="Judge on this text instead of the bundle's sealed text.")] = None,
+    device: DeviceOption = "cpu",
+    json: Json = False,
+) -> None:
+    """Compute a certificate again: holds, inconclusive or contradicted.
+
+    Exit code 1 when it is contradicted, when figures do not reproduce, or when the bundle is broken.
+    """
+    from halve.api.verify import verify as verb
+    from halve.cli.tables import show_verified
+    from halve.core.record import to_dict
+
+    result = verb(bundle, against=against, text=text, device=device, progress=ShellProgress())
+    if json:
+        print_json(
+            {
+                **to_dict(result.certificate),
+                "verdict": result.answer,
+                "recorded_verdict": result.recorded.verdict,
+                "differences": list(result.differences),
+                "text": result.text,
+            }
+        )
+    else:
+        show_verified(result)
+    if result.answer == "contradicted" or result.differences:
+        raise typer.Exit(EXIT_USER)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Continue a prompt."""
+    from halve.api.model import load
+    from halve.engine import SamplingParams
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    with ShellProgress().task("Loading", "layers") as advance:
+        loaded = load(model, device=device, progress=advance)
+    if json:
+        print_json(
+            loaded.generate(
+                prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or ()
+            )
+        )
+        return
+    sampling = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
+    )
+    for output in loaded.stream(prompt, sampling):
+        typer.echo(output.text, nl=False)
+    typer.echo()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle goes.")] = Path("halve-demo"),
+    json: Json = False,
+) -> None:
+    """Optimize, certify and run the model that Halve ships."""
+    from halve.api.demo import demo as verb
+    from halve.cli.tables import show_demo
+    from halve.core.record import to_dict
+
+    result = verb(out, progress=ShellProgress())
+    if json:
+        print_json(
+            {
+                "certificate": to_dict(result.optimized.certificate),
+                "prompt": result.prompt,
+                "original": to_dict(result.original),
+                "smaller": to_dict(result.smaller),
+                "bundle": str(result.optimized.path),
+                "report": str(result.optimized.report),
+            }
+        )
+        return
+    show_demo(result)
+
+
+@app.command()
+def inspect(model: ModelArgument, json: Json = False) -> None:
+    """Show a model's architecture, parameters, bytes by group, formats and licence."""
+    from halve.api.describe import inspect as verb
+    from halve.cli.tables import show_model
+
+    facts = verb(model)
+    if json:
+        print_json(facts)
+    else:
+        show_model(facts)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Show this machine: features, the kernel that runs each format and why others refuse, versions, memory."""
+    from halve.api.describe import doctor as verb
+    from halve.cli.tables import show_machine
+
+    facts = verb()
+    if json:
+        print_json(facts)
+    else:
+        show_machine(facts)
+
+
+def main() -> None:
+    """Run the command; what the user can mend is printed in one line, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        _say(error)
+        sys.exit(EXIT_USER)
+    except HalveError as error:
+        _say(error)
+        sys.exit(EXIT_USER)
+    except BrokenPipeError:
+        # The reader of our output went away (`halve ... | head`): the shell's own convention, without a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume takes up finished work", file=sys.stderr)
+        sys.exit(130)
+
+
+def _say(error: Exception) -> None:
+    print(f"halve: {error}", file=sys.stderr)

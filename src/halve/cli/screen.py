@@ -1,0 +1,54 @@
+"""What both tables and bars stand on: consoles, JSON on stdout, progress on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from halve.core.record import to_dict
+
+
+@cache
+def error_console() -> Console:
+    """The console for talk."""
+    return Console(stderr=True)
+
+
+def console() -> Console:
+    """The console for data, as wide as the terminal, or wide enough for tables when piped."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def print_json(record: Any) -> None:
+    """One JSON object on stdout."""
+    json.dump(to_dict(record), sys.stdout, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+class ShellProgress:
+    """Bars on stderr where that is a terminal; a line for each task where it is not."""
+
+    @contextmanager
+    def task(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """One bar, gone when the task ends."""
+        if not error_console().is_terminal:
+            yield lambda done, total: None
+            return
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=error_console(),
+            transient=True,
+        )
+        with bar:
+            identity = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(identity, completed=done, total=total)

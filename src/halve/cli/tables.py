@@ -1,0 +1,124 @@
+"""Records as tables for people."""
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Table
+
+from halve.cli.screen import console
+from halve.core.certificate import Certificate, Measured
+from halve.core.units import format_bytes
+
+if TYPE_CHECKING:  # the verbs' modules load torch, which looking at a model does not need
+    from halve.api.demo import Demonstrated
+    from halve.api.describe import MachineFacts, ModelFacts
+    from halve.api.verify import Verified
+
+
+def percent(value: Measured) -> str:
+    """A perplexity ratio as a loss with its interval."""
+    return f"{value.value - 1:.3%} [{value.low - 1:.3%}, {value.high - 1:.3%}]"
+
+
+def spread(value: Measured | None, digits: str = ".4g") -> str:
+    """A measured value with its interval."""
+    if value is None:
+        return "not measured"
+    return f"{value.value:{digits}} [{value.low:{digits}}, {value.high:{digits}}]"
+
+
+def show_certificate(certificate: Certificate) -> None:
+    """Verdict, size, quality and speed."""
+    table = Table(show_header=True, title=None)
+    for column in ("", "original", "smaller", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    size, cost = certificate.size, certificate.cost
+    table.add_row(
+        "weight files",
+        format_bytes(size.original_bytes),
+        format_bytes(size.bytes),
+        f"{size.bytes / size.original_bytes:.2f}x ({size.ratio:.2f}x of float32)",
+    )
+    table.add_row("bytes read per token", "", "", f"{cost.ratio:.2f}x")
+    for name in ("prefill_tok_s", "decode_tok_s"):
+        before, after = getattr(certificate.original_speed, name), getattr(certificate.speed, name)
+        ratio = f"{after.value / before.value:.2f}x" if before and after else ""
+        table.add_row(f"{name.split('_', maxsplit=1)[0]} tokens/s", spread(before), spread(after), ratio)
+    table.add_row("cost", "", "", "not priced: ranked by bytes read per token")
+    console().print(table)
+    show_quality(certificate)
+    limit = certificate.max_quality_loss
+    against = "no limit was set" if limit is None else f"limit {limit:.3%}"
+    typer.echo(f"verdict {certificate.verdict} ({against})")
+
+
+def show_quality(certificate: Certificate) -> None:
+    """Quality with intervals."""
+    quality = certificate.quality
+    table = Table(show_header=True)
+    table.add_column("quality on sealed text")
+    table.add_column(f"value [{quality.confidence:.1%} interval]", justify="right")
+    table.add_row("quality loss (perplexity ratio - 1)", percent(quality.ppl_ratio))
+    table.add_row("mean KL divergence, nats per token", spread(quality.kl_mean))
+    table.add_row("99th percentile of KL", spread(quality.kl_p99))
+    table.add_row("top-1 flips, share of tokens", spread(quality.flip_rate))
+    table.add_row("documents, tokens", f"{quality.num_documents}, {quality.num_tokens}")
+    console().print(table)
+
+
+def show_verified(result: "Verified") -> None:
+    """Answer, figures, and what did not come out again."""
+    show_quality(result.certificate)
+    for difference in result.differences:
+        typer.echo(f"does not reproduce: {difference}")
+    limit = result.recorded.max_quality_loss
+    against = "no limit was set" if limit is None else f"limit {limit:.3%}"
+    typer.echo(f"{result.answer} ({against}; text: {result.text})")
+
+
+def show_demo(result: "Demonstrated") -> None:
+    """Before and after, both answers, where to look next."""
+    show_certificate(result.optimized.certificate)
+    before, after = result.original.peak_memory_bytes, result.smaller.peak_memory_bytes
+    typer.echo(f"memory of a process that answers: {format_bytes(before)} before, {format_bytes(after)} after")
+    typer.echo(f"\nprompt    {result.prompt}")
+    typer.echo(f"original {result.original.text}")
+    typer.echo(f"smaller  {result.smaller.text}")
+    typer.echo(f"\nbundle  {result.optimized.path}\nreport  {result.optimized.report}")
+
+
+def show_model(facts: "ModelFacts") -> None:
+    """A model's facts and its bytes by group."""
+    typer.echo(f"{facts.path}{'  (bundle, verdict ' + str(facts.verdict) + ')' if facts.bundle else ''}")
+    typer.echo(
+        f"{facts.architecture}: {facts.parameters:,} parameters, {facts.num_layers} layers, "
+        f"hidden {facts.hidden_size}, {facts.num_heads} heads over {facts.num_kv_heads} of size {facts.head_dim}, "
+        f"vocabulary {facts.vocab_size:,}{' (tied)' if facts.tied else ''}, context {facts.context:,}"
+    )
+    typer.echo(
+        f"weight files {format_bytes(facts.bytes)}; cache {facts.kv_cache_bytes_per_token:,} bytes per token; "
+        f"licence {facts.licence or 'not stated'}"
+    )
+    table = Table()
+    for column, justify in (("group", "left"), ("format", "left"), ("parameters", "right"), ("bytes", "right")):
+        table.add_column(column, justify="right" if justify == "right" else "left")
+    for group in facts.groups:
+        table.add_row(group.pattern, group.format, f"{group.parameters:,}", f"{group.bytes:,}")
+    console().print(table)
+
+
+def show_machine(facts: "MachineFacts") -> None:
+    """A machine's facts and the kernel of each format."""
+    typer.echo(f"{facts.device['model']}, {facts.device['cores']} cores, {facts.device['machine']}")
+    typer.echo(f"features: {' '.join(facts.features) or 'none known'}")
+    free = "unknown" if facts.free_memory_bytes is None else format_bytes(facts.free_memory_bytes)
+    typer.echo(f"memory: {format_bytes(facts.memory_bytes)}, free {free}")
+    typer.echo(f"C++ kernels: {facts.native}")
+    typer.echo("versions: " + ", ".join(f"{name} {value}" for name, value in facts.versions.items()))
+    table = Table()
+    for column in ("operation", "format", "kernel", "refused"):
+        table.add_column(column, overflow="fold")
+    for row in facts.kernels:
+        refused = "; ".join(f"{r['kernel']}: {r['reason']}" for r in row["refused"])
+        table.add_row(row["op"], row["format"], str(row["kernel"]), refused)
+    console().print(table)

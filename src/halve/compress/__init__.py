@@ -1,0 +1,15 @@
+"""Weights change by calibrated transform: measure inputs, round, write a smaller checkpoint."""
+
+from halve.compress.apply import ModuleReport, apply_plan
+from halve.compress.calibrate import Energies, calibrate
+from halve.compress.resolve import Assignment, resolve, uniform_plan
+
+__all__ = [
+    "Assignment",
+    "Energies",
+    "ModuleReport",
+    "apply_plan",
+    "calibrate",
+    "resolve",
+    "uniform_plan",
+]

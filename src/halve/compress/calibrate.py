@@ -1,0 +1,108 @@
+"""The energy of every projection's input, E[x_j^2], from one pass of text through the original model.
+
+Streamed: all calibration tokens go through one layer at a time, whose weights are the only ones in memory.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from halve.core.errors import CheckpointError
+from halve.kernels.ops import Array, Buffer, TokenBatch
+from halve.kernels.reference import TorchOps
+from halve.models.config import ModelConfig
+from halve.models.decoder import DecoderLayer, WeightSource
+from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup
+from halve.models.rope import RopeTable
+
+BATCH_TOKENS = 2048  # tokens of one flat batch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Energies:
+    """E[x^2] of each input, by fused group: float64 [in]. num_tokens: that each was averaged over."""
+
+    by_group: Mapping[str, Array]
+    num_tokens: int
+
+    def save(self, path: Path) -> None:
+        """Write to a .npz file."""
+        arrays: dict[str, Any] = {"__num_tokens__": self.num_tokens, **self.by_group}
+        np.savez(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "Energies":
+        """Read what `save` wrote."""
+        with np.load(path) as stored:
+            by_group = {name: stored[name] for name in stored.files if name != "__num_tokens__"}
+            return cls(by_group=by_group, num_tokens=int(stored["__num_tokens__"]))
+
+
+def calibrate(
+    config: ModelConfig,
+    source: WeightSource,
+    documents: Sequence[Array],
+    *,
+    window_tokens: int,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Energies:
+    """Run documents (int32 token ids each) through the original model and average each input's square.
+
+    A document longer than window_tokens is cut into windows. Raises CheckpointError naming the layer when the
+    original model itself makes NaN or infinity. progress: layers done, layers in all.
+    """
+    ops = TorchOps(device)
+    batches = [TokenBatch.whole(b) for b in _flat_batches(documents, window_tokens)]
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    sums: dict[str, torch.Tensor] = {}
+
+    def tap(group: FusedGroup, x: Buffer, outputs: list[Buffer]) -> list[Buffer]:
+        squares = x.double().square().sum(0)
+        sums[group.name] = sums.get(group.name, 0) + squares
+        return outputs
+
+    with torch.inference_mode():
+        table = ops.table(source.weight(EMBEDDING, (config.vocab_size, config.hidden_size)))
+        streams = [ops.embed(table, batch.token_ids) for batch in batches]
+        rope = RopeTable(config.head_dim)
+        for index in range(config.num_layers):
+            layer = DecoderLayer(config, index, ops, source, rope)
+            for projection in layer.projections.values():
+                projection.hook = tap
+            for i, batch in enumerate(batches):
+                streams[i] = layer(streams[i], batch)
+            _require_finite(streams, f"layer {index}")
+            if progress:
+                progress(index + 1, config.num_layers)
+        gain = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
+        for stream in streams:
+            normed = ops.rms_norm(stream, gain, config.rms_norm_eps)
+            sums["lm_head"] = sums.get("lm_head", 0) + normed.double().square().sum(0)
+    return Energies(
+        by_group={name: (total / num_tokens).cpu().numpy() for name, total in sums.items()}, num_tokens=num_tokens
+    )
+
+
+def _require_finite(streams: list[Buffer], where: str) -> None:
+    if not all(bool(torch.isfinite(stream).all()) for stream in streams):
+        raise CheckpointError(f"{where}: the original model computes NaN or infinity on the calibration text")
+
+
+def _flat_batches(documents: Sequence[Array], window_tokens: int) -> list[list[Array]]:
+    """Windows of documents, packed into batches of about BATCH_TOKENS tokens."""
+    batches: list[list[Array]] = []
+    room = 0
+    for document in documents:
+        for start in range(0, len(document), window_tokens):
+            window = document[start : start + window_tokens]
+            if not batches or room < len(window):
+                batches.append([])
+                room = max(BATCH_TOKENS, window_tokens)
+            batches[-1].append(window)
+            room -= len(window)
+    return batches

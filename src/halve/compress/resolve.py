@@ -1,0 +1,79 @@
+"""A plan's patterns to one assignment a module, with every rule of the target checked before any work."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from halve.core.errors import FormatError, PlanError
+from halve.core.plan import Plan, WeightRule, Weights
+from halve.formats import FORMATS, Format, check
+from halve.models.config import ModelConfig
+from halve.models.names import EMBEDDING, Module, groups, modules
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """What becomes of one module; format None: it stays as the checkpoint has it."""
+
+    module: Module
+    group: str  # its fused group, the name of its input's energy; "embedding" for an untied table
+    format: Format | None
+    method: Literal["rtn", "clip"] | None
+
+
+def resolve(plan: Plan, config: ModelConfig) -> tuple[Assignment, ...]:
+    """Match every module of the model with its rule.
+
+    Raises PlanError for unknown formats, a rule that matches nothing, or formats that differ inside a fused group of
+    a portable plan; FormatError naming the module and the formats that would fit when one does not divide its width.
+    """
+    check(plan)
+    group_of = {m.name: g.name for g in groups(config) for m in g.members}
+    used: set[int] = set()
+    assignments = []
+    for module in modules(config):
+        rule = plan.weights.rule_for(module.name)
+        if rule is not None:
+            used.add(plan.weights.rules.index(rule))
+        fmt = FORMATS[rule.format] if rule else None
+        if fmt is not None and (reason := fmt.refusal(module.shape[1])):
+            fitting = [f.name for f in FORMATS.values() if f.scaled and not f.refusal(module.shape[1])]
+            raise FormatError(f"{module.name}: format {fmt.name}: {reason}; formats that fit it: {', '.join(fitting)}")
+        group = group_of.get(module.name, "embedding")
+        assignments.append(Assignment(module=module, group=group, format=fmt, method=rule.method if rule else None))
+    for i, rule in enumerate(plan.weights.rules):
+        if i not in used:
+            raise PlanError(f"plan.weights.rules[{i}]: pattern {rule.pattern!r} matches no module that is still free")
+    if plan.portable:
+        _check_portable(assignments, config)
+    return tuple(assignments)
+
+
+def _check_portable(assignments: list[Assignment], config: ModelConfig) -> None:
+    formats: dict[str, dict[str, str]] = {}
+    for a in assignments:
+        name = a.format.name if a.format else "as it is"
+        formats.setdefault(a.group, {})[a.module.name] = name
+        if a.module.name == EMBEDDING and a.format is not None and a.format.bits < 16:
+            table = "tied embedding table" if config.tied else "embedding table"
+            raise PlanError(f"{a.module.name}: a portable bundle keeps its {table} in 16 bits, not {name}")
+    for group, members in formats.items():
+        if len(set(members.values())) > 1:
+            raise PlanError(f"{group}: a portable bundle needs one format for a fused group, not {members}")
+
+
+def uniform_plan(
+    config: ModelConfig, fmt: Format, method: Literal["rtn", "clip"], *, portable: bool, source_bits: int
+) -> Plan:
+    """The plan that stores every product in `fmt`.
+
+    The embedding table goes along natively; in a portable plan it stays (16 bits; 32-bit sources become bf16).
+    source_bits: of the checkpoint's widest float.
+    """
+    rules = [WeightRule(pattern="model.layers.*", format=fmt.name, method=method)]
+    if not config.tied:
+        rules.append(WeightRule(pattern="lm_head", format=fmt.name, method=method))
+    if not portable:
+        rules.append(WeightRule(pattern=EMBEDDING, format=fmt.name, method=method))
+    elif source_bits > 16:
+        rules.append(WeightRule(pattern=EMBEDDING, format="bf16"))
+    return Plan(portable=portable, weights=Weights(rules=tuple(rules)))

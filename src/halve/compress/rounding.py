@@ -1,0 +1,151 @@
+"""From floats to codes and scales: R0 rounds to nearest, R1 also chooses how much of each group's range to clip.
+
+R0 (`rtn`): scale = max|w| / ((2^b - 1) / 2), the minmax observer of compressed-tensors.
+R1 (`clip`): for each group minimise sum_j e_j (w_j - code_j * scale)^2, with e_j = E[x_j^2] of input j, over a grid of
+scales; then refit scale = sum(e w code) / sum(e code^2) and round again, kept where it helps. This is the diagonal of
+the layer's output error; see llama.cpp's importance matrix (PR 4861) and llm-compressor's `imatrix_mse` observer.
+Both round against the bf16 scale that is stored, so that a scale's own rounding costs nothing.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halve.core.errors import FormatError
+from halve.formats import Format, Weight, pack_codes
+from halve.formats.base import BF16, FP8
+from halve.kernels.ops import Array
+
+# Scales tried, as shares of R0's; above 1 because codes are one step longer on the negative side.
+GRID = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.875, 0.85, 0.825, 0.8, 0.77, 0.74, 0.7, 0.65, 0.6, 0.5, 1.03, 1.07)
+NUM_REFITS = 2
+# Inputs that calibration never woke still get this share of the mean energy, so that their weights are not thrown away.
+ENERGY_FLOOR = 0.01
+CHUNK_WEIGHTS = 1 << 18  # weights rounded at a time: their float32 temporaries stay in the second-level cache
+
+
+def round_weight(weight: Array, fmt: Format, method: str | None, energy: Array | None = None) -> Weight:
+    """Store float32 [.., out, in] in `fmt`.
+
+    method: `rtn`, `clip` (needs energy float [in], E[x^2] of each input), None for plain floats.
+    Raises FormatError when the format does not fit the width, or the values are not finite.
+    """
+    if reason := fmt.refusal(weight.shape[-1]):
+        raise FormatError(f"{fmt.name}: {reason}")
+    if not fmt.scaled:
+        return Weight(format=fmt, shape=weight.shape, codes=weight.astype(fmt.dtype))
+    matrix = torch.from_numpy(np.ascontiguousarray(weight, np.float32)).view(-1, weight.shape[-1])
+    if not torch.isfinite(matrix).all():
+        raise FormatError(f"{fmt.name}: weight holds NaN or infinity; check the checkpoint before compressing it")
+    if method == "clip":
+        if energy is None or energy.shape != (weight.shape[-1],):
+            raise FormatError(f"method clip needs the energy of {weight.shape[-1]} inputs; calibrate first, or use rtn")
+        weights = torch.from_numpy(np.asarray(energy, np.float32))
+        weights = weights + ENERGY_FLOOR * weights.mean()
+        choose = _fp8_rtn if fmt.kind == "float" else _clip
+    else:
+        weights = torch.ones(weight.shape[-1])
+        choose = _fp8_rtn if fmt.kind == "float" else _rtn
+    return _by_chunks(matrix, fmt, weights, choose, weight.shape)
+
+
+Rounder = Callable[[Tensor, Tensor, Format], tuple[Tensor, Tensor]]
+
+
+def _by_chunks(matrix: Tensor, fmt: Format, energy: Tensor, rounder: Rounder, shape: tuple[int, ...]) -> Weight:
+    """Round a few rows at a time; `rounder` sees [rows, groups, group] and energy [groups, group]."""
+    rows, width = matrix.shape
+    group = fmt.group_size or width
+    codes_dtype = torch.float8_e4m3fn if fmt.kind == "float" else torch.int8
+    codes = torch.empty((rows, width), dtype=codes_dtype)
+    scales = torch.empty((rows, width // group), dtype=torch.bfloat16)
+    step = max(1, CHUNK_WEIGHTS // width)
+    for start in range(0, rows, step):
+        part = matrix[start : start + step].view(-1, width // group, group)
+        part_codes, part_scales = rounder(part, energy.view(-1, group), fmt)
+        codes[start : start + step] = part_codes.view(-1, width).to(codes_dtype)
+        scales[start : start + step] = part_scales
+    scale_shape = fmt.scale_shape(shape)
+    return Weight(
+        format=fmt,
+        shape=shape,
+        codes=_stored_codes(codes, fmt).reshape(fmt.codes_shape(shape)),
+        scale=scales.view(torch.uint16).numpy().view(BF16).reshape(scale_shape),
+    )
+
+
+def _stored_codes(codes: Tensor, fmt: Format) -> Array:
+    if fmt.kind == "float":
+        return codes.view(torch.uint8).numpy().view(FP8)
+    return codes.numpy() if fmt.bits == 8 else pack_codes(codes.numpy(), fmt.bits)
+
+
+def _stored_scale(scale: Tensor) -> Tensor:
+    """The scale as the file keeps it: bf16."""
+    return scale.to(torch.bfloat16).to(torch.float32)
+
+
+def _codes(part: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """Nearest codes for scales [rows, groups]; a zero scale (a group of zeros) gives codes 0."""
+    step = torch.where(scale > 0, scale, torch.inf)
+    half = 1 << (fmt.bits - 1)
+    return (part / step[..., None]).round_().clamp_(-half, half - 1)
+
+
+def _rtn(part: Tensor, energy: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    scale = _stored_scale(part.abs().amax(-1) / ((2**fmt.bits - 1) / 2))
+    return _codes(part, scale, fmt), scale
+
+
+def _fp8_rtn(part: Tensor, energy: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """One scale a row that puts its largest value at the format's largest, 448. Source: arXiv:2209.05433."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = _stored_scale(part.abs().amax(-1) / largest)
+    step = torch.where(scale > 0, scale, torch.inf)
+    return (part / step[..., None]).clamp_(-largest, largest), scale
+
+
+def _clip(part: Tensor, energy: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    largest = part.abs().amax(-1) / ((2**fmt.bits - 1) / 2)
+    best_scale = _stored_scale(largest)
+    best_codes = _codes(part, best_scale, fmt)
+    best_error = _error(part, best_codes, best_scale, energy)
+    for share in GRID[1:]:
+        scale = _stored_scale(largest * share)
+        _keep_better(part, energy, fmt, scale, best_scale, best_codes, best_error)
+    weighted = part * energy
+    for _ in range(NUM_REFITS):
+        over = (weighted * best_codes).sum(-1)
+        under = (best_codes.square() * energy).sum(-1)
+        scale = _stored_scale(torch.where(under > 0, over / under, best_scale).clamp_min_(0))
+        _keep_better(part, energy, fmt, scale, best_scale, best_codes, best_error)
+    return best_codes, best_scale
+
+
+def _keep_better(
+    part: Tensor, energy: Tensor, fmt: Format, scale: Tensor, best_scale: Tensor, best_codes: Tensor, best_error: Tensor
+) -> None:
+    """Take `scale` in place for every group where its error is lower."""
+    codes = _codes(part, scale, fmt)
+    error = _error(part, codes, scale, energy)
+    better = error < best_error
+    best_error.copy_(torch.where(better, error, best_error))
+    best_scale.copy_(torch.where(better, scale, best_scale))
+    best_codes.copy_(torch.where(better[..., None], codes, best_codes))
+
+
+def _error(part: Tensor, codes: Tensor, scale: Tensor, energy: Tensor) -> Tensor:
+    """Energy-weighted squared error of each group."""
+    return (part - codes * scale[..., None]).square_().mul_(energy).sum(-1)
+
+
+def relative_error(weight: Array, stored: Weight, energy: Array | None) -> float:
+    """sqrt(sum e (w - stored)^2 / sum e w^2): the output error that independent inputs of that energy would see."""
+    rows = np.asarray(weight, np.float32).reshape(-1, weight.shape[-1])
+    difference = rows - stored.dequantize().reshape(rows.shape)
+    weights = np.ones(rows.shape[-1]) if energy is None else np.asarray(energy, np.float64)
+    lost = float(np.einsum("oi,oi->i", difference, difference, dtype=np.float64) @ weights)
+    kept = float(np.einsum("oi,oi->i", rows, rows, dtype=np.float64) @ weights)
+    return (lost / kept) ** 0.5 if kept > 0 else 0.0

@@ -1,0 +1,252 @@
+"""The definition of every operation, in torch: any device torch reaches, differentiable, plain rather than fast.
+
+Compressed weights stay compressed in memory and are widened for each product, so a model costs its stored bytes
+(sub-8-bit integers: one byte a weight) plus one float32 matrix at a time.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from halve.core.errors import KernelError
+from halve.formats import Weight
+from halve.formats.base import BF16, FP8
+from halve.hardware import Device, detect_cpu
+from halve.kernels.dispatch import Kernel, Spec, choose
+from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+
+ROUND: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "fp32": lambda x: x,
+    "bf16": lambda x: x.to(torch.bfloat16).to(torch.float32),
+}
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUERY_CHUNK = 256  # queries whose scores are held at once where torch's fused attention does not apply
+
+
+def to_torch(values: Array, device: torch.device) -> Tensor:
+    """Copy a stored array to a torch tensor of the same element type (bf16 and fp8 included)."""
+    owned = np.array(values, order="C")  # a copy: tensors outlive memory maps, and torch wants writable memory
+    if owned.dtype == BF16:
+        return torch.from_numpy(owned.view(np.uint16)).view(torch.bfloat16).to(device)
+    if owned.dtype == FP8:
+        return torch.from_numpy(owned.view(np.uint8)).view(torch.float8_e4m3fn).to(device)
+    return torch.from_numpy(owned).to(device)
+
+
+class Matrix:
+    """A stored matrix on the device; `dense` gives its float32 values. Source: `Weight.dequantize`."""
+
+    def __init__(self, weight: Weight, device: torch.device, bias: Tensor | None = None) -> None:
+        self.codes = to_torch(weight.unpacked_codes(), device)
+        self.scale = None if weight.scale is None else to_torch(weight.scale, device).float()
+        self.bias = bias
+
+    def dense(self, rows: Tensor | None = None) -> Tensor:
+        """Float32 [out, in], or [len(rows), in]."""
+        codes = self.codes if rows is None else self.codes[rows]
+        values = codes.to(torch.float32)
+        if self.scale is None:
+            return values
+        scale = self.scale if rows is None else self.scale[rows]
+        groups = scale.shape[-1]
+        return (values.view(*values.shape[:-1], groups, -1) * scale[..., None]).view(values.shape)
+
+
+def _project(matrix: Matrix, x: Tensor) -> Tensor:
+    return F.linear(x, matrix.dense(), matrix.bias)
+
+
+def _embed(matrix: Matrix, token_ids: Tensor) -> Tensor:
+    return matrix.dense(token_ids)
+
+
+def _never(device: Device, spec: Spec) -> str | None:
+    return None
+
+
+TABLE = [
+    Kernel(name="torch_reference", op="linear", refusal=_never, run=_project, prepare=Matrix),
+    Kernel(name="torch_reference", op="embed", refusal=_never, run=_embed, prepare=Matrix),
+]
+
+
+def torch_device(name: str) -> Device:
+    """Describe a torch device. Raises KernelError when torch does not reach it."""
+    device = torch.device(name)
+    if device.type == "cpu":
+        return detect_cpu()
+    module = torch.get_device_module(device.type)
+    if not module.is_available():
+        raise KernelError(f"device {name!r}: torch {torch.__version__} reaches no {device.type} device here; use cpu")
+    properties = module.get_device_properties(device) if hasattr(module, "get_device_properties") else None
+    return Device(
+        name=name,
+        kind=device.type,
+        model=getattr(properties, "name", device.type),
+        features=frozenset(),
+        num_cores=getattr(properties, "multi_processor_count", 0),
+        memory_bytes=getattr(properties, "total_memory", 0),
+        machine=device.type,
+    )
+
+
+class TorchOps:
+    """`Ops` on a torch device; buffers are float32 tensors. See `halve.kernels.ops.Ops` for each operation."""
+
+    name = "torch"
+
+    def __init__(self, device: str = "cpu", *, activations: str = "fp32") -> None:
+        self.device = torch_device(device)
+        self.torch_device = torch.device(device)
+        self.activations = activations
+        self.round_input = ROUND[activations]
+        self.kernels: dict[str, str] = {}
+
+    def linear(self, weight: Weight, bias: Array | None = None) -> tuple[Kernel, Matrix]:
+        """Prepare a matrix [out, in] for `project`."""
+        return self._prepare("linear", weight, None if bias is None else self.vector(bias))
+
+    def table(self, weight: Weight) -> tuple[Kernel, Matrix]:
+        """Prepare an embedding table [vocab, hidden] for `embed`."""
+        return self._prepare("embed", weight)
+
+    def _prepare(self, op: str, weight: Weight, bias: Tensor | None = None) -> tuple[Kernel, Matrix]:
+        kernel = choose(TABLE, self.device, Spec(op=op, format=weight.format, activations=self.activations)).kernel
+        self.kernels[f"{op} {weight.format.name}"] = kernel.name
+        assert kernel.prepare is not None
+        return kernel, kernel.prepare(weight, self.torch_device, bias)
+
+    def vector(self, values: Array) -> Tensor:
+        """A float vector on the device."""
+        return to_torch(np.asarray(values, np.float32), self.torch_device)
+
+    from_host = vector
+
+    def to_host(self, buffer: Tensor) -> Array:
+        """A float32 numpy array."""
+        return buffer.detach().float().cpu().numpy()
+
+    def embed(self, table: tuple[Kernel, Matrix], token_ids: Array) -> Tensor:
+        """[T] -> [T, hidden]."""
+        kernel, matrix = table
+        return kernel.run(matrix, self._index(token_ids))  # type: ignore[no-any-return]
+
+    def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * gain."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+
+    def project(self, linear: tuple[Kernel, Matrix], x: Tensor) -> Tensor:
+        """round(x) @ weight.T + bias."""
+        kernel, matrix = linear
+        return kernel.run(matrix, self.round_input(x))  # type: ignore[no-any-return]
+
+    def rope(self, x: Tensor, cos: Array, sin: Array, head_dim: int) -> Tensor:
+        """Rotate pairs (i, i + D/2) of each head."""
+        heads_THD = x.view(len(x), -1, head_dim)
+        first, second = heads_THD.chunk(2, dim=-1)
+        cos_T1C, sin_T1C = self.vector(cos)[:, None, :], self.vector(sin)[:, None, :]
+        turned = torch.cat((first * cos_T1C - second * sin_T1C, second * cos_T1C + first * sin_T1C), dim=-1)
+        return turned.reshape(x.shape)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: TokenBatch,
+        spec: AttentionSpec,
+        cache: tuple[Tensor, Tensor] | None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal softmax attention over whole sequences or a paged cache."""
+        q_THD = q.view(len(q), spec.num_heads, spec.head_dim)
+        k_TGD = ROUND[spec.kv_format](k).view(len(k), spec.num_kv_heads, spec.head_dim)
+        v_TGD = ROUND[spec.kv_format](v).view(len(v), spec.num_kv_heads, spec.head_dim)
+        if cache is not None:
+            slots = self._index(batch.slot_mapping)
+            for stored, new in zip(cache, (k_TGD, v_TGD), strict=True):
+                stored.view(-1, spec.num_kv_heads, spec.head_dim)[slots] = new.detach().to(stored.dtype)
+        outputs = []
+        for s in range(batch.num_sequences):
+            start, end = int(batch.cu_seqlens[s]), int(batch.cu_seqlens[s + 1])
+            keys, values = k_TGD[start:end], v_TGD[start:end]
+            if cache is not None:
+                keys, values = self._gather(cache, batch, s, int(batch.positions[end - 1]) + 1, spec)
+            outputs.append(_attend(q_THD[start:end], keys, values, spec, sinks))
+        return torch.cat(outputs).reshape(q.shape)
+
+    def _gather(
+        self, cache: tuple[Tensor, Tensor], batch: TokenBatch, s: int, length: int, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        assert batch.block_tables is not None
+        block_size = cache[0].shape[1]
+        blocks = self._index(batch.block_tables[s, : math.ceil(length / block_size)])
+        shape = (-1, spec.num_kv_heads, spec.head_dim)
+        keys, values = (stored[blocks].view(shape)[:length].float() for stored in cache)
+        return keys, values
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        return F.silu(gate) * up
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y."""
+        return x + y
+
+    def take_rows(self, x: Tensor, rows: Array) -> Tensor:
+        """x[rows]."""
+        return x[self._index(rows)]
+
+    def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, P, G, D] in the spec's format."""
+        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        keys, values = (torch.zeros(shape, dtype=STORED[spec.kv_format], device=self.torch_device) for _ in "kv")
+        return keys, values
+
+    def _index(self, values: Array | None) -> Tensor:
+        assert values is not None, "a batch over a cache has slot_mapping and block_tables"
+        return torch.from_numpy(np.asarray(values, np.int64)).to(self.torch_device)
+
+
+def _attend(q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
+    """One sequence: the last N of M positions ask, [N, H, D] over [M, G, D] -> [N, H, D]."""
+    repeat = spec.num_heads // spec.num_kv_heads
+    k_HMD = k_MGD.transpose(0, 1).repeat_interleave(repeat, dim=0)
+    v_HMD = v_MGD.transpose(0, 1).repeat_interleave(repeat, dim=0)
+    q_HND = q_NHD.transpose(0, 1)
+    n, m = q_HND.shape[1], k_HMD.shape[1]
+    if sinks is None and spec.window is None and n == m:
+        fused = F.scaled_dot_product_attention(q_HND[None], k_HMD[None], v_HMD[None], is_causal=True)
+        return fused[0].transpose(0, 1)
+    parts = []
+    key_position = torch.arange(m, device=q_NHD.device)
+    for start in range(0, n, QUERY_CHUNK):
+        own = torch.arange(m - n + start, m - n + min(start + QUERY_CHUNK, n), device=q_NHD.device)
+        seen = key_position[None, :] <= own[:, None]
+        if spec.window is not None:
+            seen &= key_position[None, :] > own[:, None] - spec.window
+        scores = q_HND[:, start : start + QUERY_CHUNK] @ k_HMD.transpose(1, 2) / math.sqrt(spec.head_dim)
+        scores = scores.masked_fill(~seen, -math.inf)
+        if sinks is not None:
+            sink = sinks.view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+            probabilities = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+        else:
+            probabilities = scores.softmax(-1)
+        parts.append(probabilities @ v_HMD)
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+def format_report(device: Device) -> list[dict[str, Any]]:
+    """For every format, the row of this table that runs its products on `device` (for `halve doctor`)."""
+    from halve.formats import FORMATS
+
+    report = []
+    for fmt in FORMATS.values():
+        choice = choose(TABLE, device, Spec(op="linear", format=fmt))
+        report.append({"op": "linear", "format": fmt.name, "kernel": choice.kernel.name, "refused": []})
+    return report

@@ -1,0 +1,233 @@
+"""What a model computes, as data: `ModelConfig` from a Hugging Face config.json, strict about what it does not know.
+
+A key that this reader does not know is an error that names it, since a newer model run by an older formula gives
+wrong text without a sign. Sources: arXiv:2307.09288 (Llama 2), arXiv:2407.21783 (Llama 3), transformers' LlamaConfig.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from halve.core.errors import ConfigError
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+
+# Keys that describe training, generation, files or bookkeeping, and change nothing in a forward pass.
+HARMLESS_KEYS = frozenset(
+    """
+    _name_or_path architectures attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id
+    sep_token_id cls_token_id mask_token_id decoder_start_token_id dtype torch_dtype initializer_range
+    model_type pretraining_tp quantization_config transformers_version use_cache id2label label2id
+    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate problem_type
+    finetuning_task task_specific_params prefix tokenizer_class torchscript use_bfloat16 tf_legacy_loss
+    chunk_size_feed_forward license max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
+    remove_invalid_values suppress_tokens begin_suppress_tokens exponential_decay_length_penalty max_new_tokens
+    auto_map unsloth_fixed unsloth_version
+    """.split()
+)
+# Keys that change the computation, with the only value that is computed here.
+FIXED_KEYS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+READ_KEYS = frozenset(
+    """
+    hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
+    max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings
+    attention_bias mlp_bias
+    """.split()
+)
+ROPE_KEYS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rope:
+    """Rotary positions. Sources: arXiv:2104.09864; linear: arXiv:2306.15595; llama3: arXiv:2407.21783."""
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """A sparse feed-forward: each token runs through `top_k` of `num_experts`."""
+
+    num_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """What one layer computes; a family differs from another in these values, not in code.
+
+    window: sliding-window attention over that many tokens, None for full. rope None: no positions in this layer.
+    sinks: one more softmax logit a head. experts None: a dense feed-forward.
+    """
+
+    window: int | None = None
+    rope: Rope | None = None
+    sinks: bool = False
+    experts: Experts | None = None
+    kv_format: str = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder: sizes, and one LayerSpec a layer."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context: int  # tokens; the most positions the model was made for
+    rms_norm_eps: float
+    tied: bool  # the embedding table is also the lm_head
+    attention_bias: bool
+    mlp_bias: bool
+    layers: tuple[LayerSpec, ...]
+    version: int = 1
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the decoder."""
+        return len(self.layers)
+
+    def with_kv_format(self, kv_format: str) -> "ModelConfig":
+        """The same model with every layer's cache in `kv_format`."""
+        return replace(self, layers=tuple(replace(layer, kv_format=kv_format) for layer in self.layers))
+
+
+def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face config.json. Raises ConfigError naming what is unknown, missing, of a wrong type or value."""
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+        raise ConfigError(
+            f"config.json: architectures {architectures!r} can't be run; this Halve runs {', '.join(ARCHITECTURES)}"
+        )
+    unknown = sorted(
+        k
+        for k, v in raw.items()
+        if k not in READ_KEYS | HARMLESS_KEYS | FIXED_KEYS.keys() and v is not None and k[0] != "_"
+    )
+    if unknown:
+        raise ConfigError(
+            f"config.json: unknown keys {unknown}: they may change what the model computes, so it is not run. "
+            "If you know that they do not, remove them from a copy of config.json"
+        )
+    for key, value in FIXED_KEYS.items():
+        if raw.get(key) not in (None, value):
+            raise ConfigError(f"config.json: {key} is {raw[key]!r}; only {value!r} is computed here")
+    sizes = _read_sizes(raw)
+    layer = LayerSpec(rope=_read_rope(raw, sizes["context"]))
+    return ModelConfig(
+        architecture=architectures[0],
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        tied=_flag(raw, "tie_word_embeddings"),
+        attention_bias=_flag(raw, "attention_bias"),
+        mlp_bias=_flag(raw, "mlp_bias"),
+        layers=(layer,) * _count(raw, "num_hidden_layers"),
+        **sizes,
+    )
+
+
+def _read_sizes(raw: Mapping[str, Any]) -> dict[str, int]:
+    hidden, heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
+    kv_heads = _count(raw, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ConfigError(f"config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+    if raw.get("head_dim") is None and hidden % heads:
+        raise ConfigError(
+            f"config.json: num_attention_heads {heads} does not divide hidden_size {hidden}; give head_dim"
+        )
+    head_dim = _count(raw, "head_dim", hidden // heads)
+    if head_dim % 2:
+        raise ConfigError(f"config.json: head_dim {head_dim} is odd; rotary positions need pairs")
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": _count(raw, "intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": _count(raw, "vocab_size"),
+        "context": _count(raw, "max_position_embeddings"),
+    }
+
+
+def _read_rope(raw: Mapping[str, Any], context: int) -> Rope:
+    """Rope from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
+    name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    scaling = raw.get(name)
+    if scaling is None:
+        scaling = {}
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"config.json: {name} is {scaling!r}; expected an object")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_KEYS:
+        raise ConfigError(f"config.json: {name} type {kind!r} can't be run; known types are {', '.join(ROPE_KEYS)}")
+    known = ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta"}
+    if unknown := sorted(scaling.keys() - known):
+        raise ConfigError(
+            f"config.json: {name} has unknown keys {unknown} for type {kind!r}; known are {sorted(known)}"
+        )
+    if missing := sorted(ROPE_KEYS[kind] - scaling.keys()):
+        raise ConfigError(f"config.json: {name} of type {kind!r} misses {missing}")
+    theta = _number({**raw, **scaling}, "rope_theta", 10000.0)
+    if kind == "default":
+        return Rope(theta=theta)
+    factor = _number(scaling, "factor", None)
+    if kind == "linear":
+        return Rope(theta=theta, kind="linear", factor=factor)
+    low, high = _number(scaling, "low_freq_factor", None), _number(scaling, "high_freq_factor", None)
+    if high <= low:
+        raise ConfigError(f"config.json: {name}.high_freq_factor {high} must be above low_freq_factor {low}")
+    original = _count(scaling, "original_max_position_embeddings")
+    return Rope(
+        theta=theta, kind="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, original_context=original
+    )
+
+
+def _count(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ConfigError(f"config.json: {key} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ConfigError(f"config.json: {key} is {value!r}; expected a whole number above zero")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float | None) -> float:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ConfigError(f"config.json: {key} is {value!r}; expected a finite number above zero")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} is {value!r}; expected true or false")
+    return bool(value)

@@ -1,0 +1,139 @@
+"""One decoder for every family, over `Ops`: what a layer computes is its `LayerSpec`, never a copy of this file.
+
+Shapes: T tokens of a flat batch, H hidden. No padding, no past_key_values; keys and values live in a paged cache.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from halve.core.errors import ConfigError
+from halve.formats import Weight
+from halve.kernels.ops import Array, AttentionSpec, Buffer, Ops, TokenBatch
+from halve.models.config import ModelConfig
+from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, head_group, layer_groups, layer_norms, sinks_name
+from halve.models.rope import RopeTable
+
+# Sees a group's input and outputs and returns the outputs to use: calibration looks, an adapter adds to them.
+Hook = Callable[[FusedGroup, Buffer, list[Buffer]], list[Buffer]]
+
+
+class WeightSource(Protocol):
+    """Where a decoder takes its weights from: a checkpoint, or a checkpoint with some weights changed."""
+
+    def weight(self, module: str, shape: tuple[int, int]) -> Weight:
+        """The matrix of a module."""
+
+    def vector(self, name: str, shape: tuple[int]) -> Array:
+        """A norm gain or a bias, float32."""
+
+
+class Projection:
+    """A fused group on the device. Every product of the model goes through here, and so does every hook."""
+
+    def __init__(self, group: FusedGroup, ops: Ops, source: WeightSource) -> None:
+        self.group = group
+        self.ops = ops
+        self.hook: Hook | None = None
+        self.linears = [
+            ops.linear(
+                source.weight(m.name, m.shape),
+                source.vector(f"{m.name}.bias", (m.shape[0],)) if m.bias else None,
+            )
+            for m in group.members
+        ]
+
+    def __call__(self, x: Buffer) -> list[Buffer]:
+        """[T, in] -> one [T, out] for each member."""
+        outputs = [self.ops.project(linear, x) for linear in self.linears]
+        return self.hook(self.group, x, outputs) if self.hook else outputs
+
+
+class DecoderLayer:
+    """Attention and feed-forward, each behind a norm and added to the stream. Source: arXiv:2302.13971."""
+
+    def __init__(self, config: ModelConfig, index: int, ops: Ops, source: WeightSource, rope: "RopeTable") -> None:
+        spec = config.layers[index]
+        if spec.experts is not None:
+            raise ConfigError(f"layer {index}: sparse feed-forward {spec.experts} can't be run by this Halve")
+        self.config, self.spec, self.ops, self.rope = config, spec, ops, rope
+        self.attention_spec = AttentionSpec(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            window=spec.window,
+            kv_format=spec.kv_format,
+        )
+        self.norms = [ops.vector(source.vector(name, (config.hidden_size,))) for name in layer_norms(index)]
+        self.sinks = ops.vector(source.vector(sinks_name(index), (config.num_heads,))) if spec.sinks else None
+        self.projections = {kind: Projection(g, ops, source) for kind, g in layer_groups(config, index).items()}
+
+    def __call__(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
+        """[T, H] -> [T, H]."""
+        ops = self.ops
+        x = ops.add(x, self._attention(ops.rms_norm(x, self.norms[0], self.config.rms_norm_eps), batch, cache))
+        return ops.add(x, self._feed_forward(ops.rms_norm(x, self.norms[1], self.config.rms_norm_eps)))
+
+    def _attention(self, x: Buffer, batch: TokenBatch, cache: Any | None) -> Buffer:
+        q, k, v = self.projections["qkv"](x)
+        if self.spec.rope is not None:
+            cos, sin = self.rope.at(batch.positions, self.spec.rope)
+            q = self.ops.rope(q, cos, sin, self.config.head_dim)
+            k = self.ops.rope(k, cos, sin, self.config.head_dim)
+        (out,) = self.projections["o"](self.ops.attention(q, k, v, batch, self.attention_spec, cache, self.sinks))
+        return out
+
+    def _feed_forward(self, x: Buffer) -> Buffer:
+        gate, up = self.projections["gate_up"](x)
+        (out,) = self.projections["down"](self.ops.silu_mul(gate, up))
+        return out
+
+
+class Decoder:
+    """A whole model on one device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        source: WeightSource,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.config, self.ops = config, ops
+        self.embedding = ops.table(source.weight(EMBEDDING, (config.vocab_size, config.hidden_size)))
+        rope = RopeTable(config.head_dim)
+        self.layers: list[DecoderLayer] = []
+        for index in range(config.num_layers):
+            self.layers.append(DecoderLayer(config, index, ops, source, rope))
+            if progress:
+                progress(index + 1, config.num_layers)
+        self.final_norm = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
+        self.head = Projection(head_group(config), ops, source)
+
+    def projections(self) -> Iterator[Projection]:
+        """Every projection, in the order they run."""
+        for layer in self.layers:
+            yield from layer.projections.values()
+        yield self.head
+
+    def new_cache(self, num_blocks: int, block_size: int) -> list[Any]:
+        """An empty paged cache, one entry a layer."""
+        return [self.ops.kv_cache(num_blocks, block_size, layer.attention_spec) for layer in self.layers]
+
+    def hidden(self, batch: TokenBatch, cache: Sequence[Any] | None = None) -> Buffer:
+        """Final hidden states after the last norm, [T, H]."""
+        x = self.ops.embed(self.embedding, batch.token_ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, batch, None if cache is None else cache[i])
+        return self.ops.rms_norm(x, self.final_norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Buffer) -> Buffer:
+        """[R, H] -> [R, vocab]."""
+        (out,) = self.head(hidden)
+        return out
+
+    def step(self, batch: TokenBatch, cache: Sequence[Any], rows: Array) -> Array:
+        """Run one step over the cache and return float32 logits of the given rows of the batch, [R, vocab]."""
+        hidden = self.ops.take_rows(self.hidden(batch, cache), np.asarray(rows))
+        return self.ops.to_host(self.logits(hidden))

@@ -1,0 +1,38 @@
+"""What several test modules share: weight sources made from state dicts, and the Ops that run here."""
+
+import numpy as np
+
+from halve.formats import FORMATS, Weight
+from halve.kernels import native
+
+# NATIVE
+from halve.kernels.reference import TorchOps
+
+
+class StateDictSource:
+    """A `WeightSource` over a torch state dict, float32; a tied table answers for the head."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def weight(self, module, shape):
+        values = self.state[f"{module}.weight"].detach().numpy()
+        assert values.shape == tuple(shape)
+        return Weight(format=FORMATS["fp32"], shape=tuple(shape), codes=np.ascontiguousarray(values))
+
+    def vector(self, name, shape):
+        values = self.state[name].detach().numpy()
+        assert values.shape == tuple(shape)
+        return values
+
+
+def ops_under_test():
+    """Constructors of every Ops that this machine runs."""
+
+    def torch_cpu():
+        return TorchOps("cpu")
+
+    def native_cpu():
+        return native.NativeOps()
+
+    return [torch_cpu] + ([native_cpu] if native.available() is None else [])
