@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.api.bundle import read_plan
-from halve.api.progress import Progress
+from halve.api.progress import Advance, Progress
 from halve.api.texts import Texts
 from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
@@ -16,18 +16,25 @@ from halve.compress import Energies, ModuleReport, apply_plan, calibrate
 from halve.core.certificate import Attempt, Quality
 from halve.core.errors import QualityError
 from halve.core.record import from_dict, to_dict
-from halve.evaluate import compare, passes, quality
+from halve.evaluate import PairedScores, answer, compare, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
 from halve.kernels.ops import Array
 from halve.kernels.reference import TorchOps
 from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder
+from halve.models.names import num_parameters
 from halve.search import Candidate, Judged, cheapest_passing
 
 log = logging.getLogger("halve")
 
 MAX_ATTEMPTS = 3  # openings of the sealed text when formats are searched, each at a third of the error rate
 CONFIDENCE = 0.95
+# Candidates are judged on these shares of the selection text in turn, as long as the answer is unclear.
+EARLY_SHARES = (0.125, 0.25, 0.5, 1)
+EARLY_DOCUMENTS = 20  # below this a bootstrap interval is not to be trusted
+EARLY_CONFIDENCE = 0.999
+KEEP_BYTES = 1 << 30  # of the original's final states, kept while candidates are judged on the same text
+WIDEN_BYTES = 1 << 30  # a model no larger than this in float32 is scored from float32 weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,7 @@ def run(job: Job) -> Outcome:
     Raises QualityError, naming the best that was reached, when nothing passes within the attempts.
     """
     energies = _calibrate(job)
-    original = original_decoder(job.checkpoint, job.config, job.device)
+    original = original_scorer(job.checkpoint, job.config, job.device)
     first, judged = _search(job, original, energies)
     attempts: list[Attempt] = []
     last = min(first + (MAX_ATTEMPTS if job.searched else 1), len(job.ranked))
@@ -108,9 +115,9 @@ def in_words(measured: Quality) -> str:
     return f"{ratio.value - 1:.3%} [{ratio.low - 1:.3%}, {ratio.high - 1:.3%}]"
 
 
-def original_decoder(checkpoint: Checkpoint, config: ModelConfig, device: str) -> Decoder:
+def original_scorer(checkpoint: Checkpoint, config: ModelConfig, device: str) -> DecoderScorer:
     """The original model in float32 arithmetic by the reference kernels."""
-    return load_decoder(checkpoint, config, TorchOps(device))
+    return DecoderScorer(load_decoder(checkpoint, config, _reference_ops(config, device)), keep_bytes=KEEP_BYTES)
 
 
 def _calibrate(job: Job) -> Energies | None:
@@ -135,7 +142,7 @@ def _calibrate(job: Job) -> Energies | None:
     return energies
 
 
-def _search(job: Job, original: Decoder, energies: Energies | None) -> tuple[int, list[Judged]]:
+def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tuple[int, list[Judged]]:
     """Index of the cheapest candidate that passes on the selection text. A named format is not judged there."""
     if not job.searched:
         return 0, []
@@ -147,14 +154,23 @@ def _search(job: Job, original: Decoder, energies: Energies | None) -> tuple[int
         if label(candidate) in stored:
             return from_dict(Judged, stored[label(candidate)])
         directory, _ = _make(job, candidate, energies)
-        measured = _score(job, original, directory, job.texts.selection, f"Judging {label(candidate)}")
+        with job.progress.task(f"Judging {label(candidate)}", "tokens") as advance, open_checkpoint(directory) as made:
+            measured, passed = judge_early(
+                original,
+                DecoderScorer(reload(made, job.device)),
+                job.texts.selection,
+                job.texts.window_tokens,
+                limit,
+                job.confidence,
+                advance,
+            )
         assert candidate.bytes_per_token is not None
         result = Judged(
             format=candidate.format,
             method=candidate.method,
             bytes_per_token=candidate.bytes_per_token,
             ppl_ratio=measured.ppl_ratio,
-            passed=passes(measured, limit),
+            passed=passed,
         )
         log.info(
             "%s: quality loss %s on the selection text: %s",
@@ -200,47 +216,80 @@ def _make(job: Job, candidate: Candidate, energies: Energies | None) -> tuple[Pa
     return directory, modules
 
 
-def _certify(job: Job, original: Decoder, candidate: Candidate, directory: Path) -> Quality:
+def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory: Path) -> Quality:
     """Open the sealed text for this candidate; the opening is on record before the first token is read."""
     opened = job.workspace.state.setdefault("opened", {})
     if isinstance(opened.get(label(candidate)), dict):
         return from_dict(Quality, opened[label(candidate)])
     opened[label(candidate)] = "begun"
     job.workspace.save_state()
-    measured = _score(job, original, directory, job.texts.sealed, f"Certifying {label(candidate)}")
+    with job.progress.task(f"Certifying {label(candidate)}", "tokens") as advance:
+        measured = score(
+            original, directory, job.texts.sealed, job.texts.window_tokens, job.confidence, job.device, advance
+        )
     opened[label(candidate)] = to_dict(measured)
     job.workspace.save_state()
     return measured
 
 
-def _score(job: Job, original: Decoder, directory: Path, documents: Sequence[Array], what: str) -> Quality:
-    with job.progress.task(what, "tokens") as advance:
-        return score(original, directory, documents, job.texts.window_tokens, job.confidence, job.device, advance)
-
-
 def score(
-    original: Decoder,
+    original: DecoderScorer,
     directory: Path,
     documents: Sequence[Array],
     window_tokens: int,
     confidence: float,
     device: str,
-    progress: Any,
+    progress: Advance,
 ) -> Quality:
     """Reload the smaller model from disk and measure it against the original on documents."""
     with open_checkpoint(directory) as checkpoint:
-        scores = compare(
-            DecoderScorer(original),
-            DecoderScorer(reload(checkpoint, device)),
-            documents,
-            window_tokens=window_tokens,
-            progress=progress,
-        )
+        smaller = DecoderScorer(reload(checkpoint, device))
+        scores = compare(original, smaller, documents, window_tokens=window_tokens, progress=progress)
     return quality(scores, confidence=confidence)
+
+
+def judge_early(
+    original: DecoderScorer,
+    smaller: DecoderScorer,
+    documents: Sequence[Array],
+    window_tokens: int,
+    limit: float,
+    confidence: float,
+    progress: Advance,
+) -> tuple[Quality, bool]:
+    """Measure on a growing part of the selection text until it is clear on which side of the limit a model is.
+
+    Documents come in order of their hash, so that any first part is a random sample. Looking several times makes a
+    wrong early answer likelier, which an interval of EARLY_CONFIDENCE pays for; the certificate is not touched by it.
+    Returns the quality on the part that was read, and whether it passes.
+    """
+    tokens_in_all = sum(len(tokens) for tokens in documents)
+    scores: PairedScores | None = None
+    start = 0
+    for share in EARLY_SHARES:
+        end = len(documents) if share == 1 else max(int(len(documents) * share), EARLY_DOCUMENTS)
+        part = documents[start:end]
+        if not part:
+            continue
+        new = compare(original, smaller, part, window_tokens=window_tokens)
+        progress(sum(len(tokens) for tokens in documents[:end]), tokens_in_all)
+        scores = new if scores is None else scores.followed_by(new)
+        start = end
+        if end < len(documents):
+            wide = quality(scores, confidence=EARLY_CONFIDENCE, num_resamples=20_000)
+            if answer(wide, limit) != "inconclusive":
+                break
+    assert scores is not None, "the selection text holds its minimum of documents"
+    measured = quality(scores, confidence=confidence)
+    return measured, passes(measured, limit)
 
 
 def reload(checkpoint: Checkpoint, device: str) -> Decoder:
     """A compressed model as it lies on disk, by the reference kernels and as its plan says."""
     plan = read_plan(checkpoint)
     config = load_config(checkpoint, plan)
-    return load_decoder(checkpoint, config, TorchOps(device, activations=plan.activations.format))
+    return load_decoder(checkpoint, config, _reference_ops(config, device, plan.activations.format))
+
+
+def _reference_ops(config: ModelConfig, device: str, activations: str = "fp32") -> TorchOps:
+    return TorchOps(device, activations=activations, widened=4 * num_parameters(config) <= WIDEN_BYTES)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from halve.api.bundle import SEALED_FILE, read_certificate
-from halve.api.pipeline import original_decoder, score
+from halve.api.bundle import SEALED_FILE, read_certificate, read_plan
+from halve.api.pipeline import original_scorer, score
 from halve.api.progress import SILENT, Progress
 from halve.api.texts import sealed_again
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
@@ -56,7 +56,7 @@ def verify(
             require_enough(tokens, "sealed")
         with progress.task("Verifying", "tokens") as advance:
             measured = score(
-                original_decoder(original, config, device),
+                original_scorer(original, config, device),
                 smaller.path,
                 tokens,
                 recorded.sealed.window_tokens,
@@ -76,7 +76,11 @@ def verify(
                 ratio=size / parameters,
             ),
         )
-    found = differences(recorded.quality, measured) if text is None else []
+    found = (
+        differences(recorded.quality, measured, activations=read_plan(smaller).activations.format)
+        if text is None
+        else []
+    )
     if again.size != recorded.size:
         found.append(f"size: recorded {recorded.size}, found {again.size}")
     return Verified(

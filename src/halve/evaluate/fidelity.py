@@ -82,6 +82,13 @@ class PairedScores:
     nll_smaller: Array
     document: Array
 
+    def followed_by(self, other: "PairedScores") -> "PairedScores":
+        """These scores and those of further documents, whose indices count on."""
+        first_new = int(self.document[-1]) + 1 if len(self.document) else 0
+        joined = {f.name: np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)}
+        joined["document"][len(self.document) :] += first_new
+        return PairedScores(**joined)
+
     def save(self, path: Path | str) -> None:
         """Write an .npz. Raises OutputError when it can't be written."""
         path = Path(path)
