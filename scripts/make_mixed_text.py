@@ -21,8 +21,8 @@ from typing import Any, TextIO
 
 Document = dict[str, Any]
 
-MIN_BYTES, MAX_BYTES = 300, 6000
-BUDGET = {"english": 420_000, "japanese": 160_000, "code": 210_000, "chat": 260_000}  # bytes of JSON Lines
+MIN_BYTES, MAX_BYTES = 300, 4000
+BUDGET = {"english": 270_000, "japanese": 90_000, "code": 120_000, "chat": 160_000}  # bytes of JSON Lines
 PER_GROUP = {"english": 6, "japanese": 2, "code": 2, "chat": 120}
 MAX_SHARED = 0.15  # of a document's word runs that an earlier one may hold
 
@@ -161,7 +161,7 @@ def english(data: Path) -> Iterator[Candidate]:
         for number, book in enumerate(books):
             author = author_by_size.get((split, len(book.encode())), f"unknown author of {split} {number}")
             paragraphs = [p for p in re.split(r"\n{2,}", book) if not p.startswith("[")]
-            yield from excerpts(f"{split}/{number}", author, paragraphs, (700, 1300, 2000, 2600, 3400, 5200), "\n\n")
+            yield from excerpts(f"{split}/{number}", author, paragraphs, (700, 1100, 1500, 2000, 2600, 3400), "\n\n")
 
 
 def japanese(data: Path) -> Iterator[Candidate]:
@@ -174,7 +174,7 @@ def japanese(data: Path) -> Iterator[Candidate]:
         parts = [paragraphs[: half - 4], paragraphs[half + 4 :]] if len(row["text"]) > 5000 else [paragraphs]
         for part, some in enumerate(parts):
             if some:
-                lengths = (900, 1500, 2100, 2700, 3000)
+                lengths = (700, 1100, 1500, 1900, 2300)
                 yield from excerpts(f"{number}.{part}", f"{row['title']}/{part}", some, lengths, "\n")
 
 
