@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from halve.checkpoint import (
 from halve.compress.calibrate import Energies
 from halve.compress.resolve import Assignment, resolve
 from halve.compress.rounding import relative_error, round_weight
-from halve.core.errors import CheckpointError, OutputError
+from halve.core.errors import CheckpointError, OutputError, PlanError
 from halve.core.plan import Plan
 from halve.formats import Format, Weight
 from halve.kernels.ops import Array
@@ -58,10 +58,11 @@ def apply_plan(
     """Write the compressed model of `plan` into `directory`, a plain Hugging Face model directory.
 
     Weights, config.json with its quantization_config, halve/plan.json; every carried file byte for byte. energies are
-    needed where the plan says clip. progress: modules done, modules in all. A plan's errors come before any file;
-    OutputError when the disk is full.
+    needed where the plan says clip. progress: modules done, modules in all. A plan's errors come before any file, and
+    a weight's leave none behind; OutputError when the disk is full.
     """
     assignments = resolve(plan, config)
+    _check_energies(assignments, energies)
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     stored = stored_formats(checkpoint, config)
     for a in assignments:
@@ -70,6 +71,7 @@ def apply_plan(
     for name, _ in vectors(config):
         info = checkpoint.reader.info(name)
         specs[name] = (info.dtype, info.shape)
+    config_json = _config_json(checkpoint.config, stored, plan)
     reports = []
     _make_directory(directory / "halve")
     with TensorWriter(directory, specs) as writer:
@@ -84,7 +86,7 @@ def apply_plan(
             checkpoint.read_vector(name, shape)  # refuses NaN and wrong shapes
             writer.write(name, checkpoint.reader.read(name))
     _write_text(directory / PLAN_FILE, plan.to_json())
-    _write_text(directory / "config.json", _config_json(checkpoint.config, stored, plan))
+    _write_text(directory / "config.json", config_json)
     for path in checkpoint.carried_files():
         _carry(path, directory / path.relative_to(checkpoint.path))
     return tuple(reports)
@@ -108,6 +110,23 @@ def _convert(checkpoint: Checkpoint, a: Assignment, fmt: Format, energy: Array |
         method=a.method if fmt != original.format else None,
         relative_error=error,
     )
+
+
+def _check_energies(assignments: Sequence[Assignment], energies: Energies | None) -> None:
+    """Every product has the energy of its inputs where there are any, and where the plan says clip."""
+    for a in assignments:
+        if energies is None:
+            if a.method == "clip":
+                raise PlanError(
+                    f"{a.module.name}: method clip needs energies of its inputs; calibrate first, or use rtn"
+                )
+            continue
+        energy = energies.by_group.get(a.group)
+        if a.group != "embedding" and (energy is None or energy.shape != (a.module.shape[1],)):
+            raise PlanError(
+                f"{a.module.name}: the energies do not hold {a.module.shape[1]} inputs of {a.group!r}; "
+                "they are of another model, calibrate this one"
+            )
 
 
 def _energy(a: Assignment, energies: Energies | None) -> Array | None:

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from halve.core.errors import CheckpointError
+from halve.core.errors import CheckpointError, DataError
 from halve.kernels.ops import Array, Buffer, TokenBatch
 from halve.kernels.reference import TorchOps
+from halve.kernels.rough import rough_ops
 from halve.models.config import ModelConfig
 from halve.models.decoder import DecoderLayer, WeightSource
-from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup
+from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, num_parameters
 from halve.models.rope import RopeTable
 
+# A mean of squares needs two digits, and small models take no time anyway.
+ROUGH_PARAMETERS = 200_000_000
 BATCH_TOKENS = 2048  # tokens of one flat batch
 
 
@@ -54,15 +57,17 @@ def calibrate(
     """Run documents (int32 token ids each) through the original model and average each input's square.
 
     A document longer than window_tokens is cut into windows. Raises CheckpointError naming the layer when the
-    original model itself makes NaN or infinity. progress: layers done, layers in all.
+    original model itself makes NaN or infinity, DataError when there are no tokens. progress: layers done, in all.
     """
-    ops = TorchOps(device)
+    ops = rough_ops(device) if num_parameters(config) >= ROUGH_PARAMETERS else TorchOps(device)
     batches = [TokenBatch.whole(b) for b in _flat_batches(documents, window_tokens)]
     num_tokens = sum(batch.num_tokens for batch in batches)
+    if num_tokens == 0:
+        raise DataError("the calibration text holds no tokens; give documents that are not empty")
     sums: dict[str, torch.Tensor] = {}
 
     def tap(group: FusedGroup, x: Buffer, outputs: list[Buffer]) -> list[Buffer]:
-        squares = x.double().square().sum(0)
+        squares = x.square().sum(0).double()  # float32 over one batch, float64 over all
         sums[group.name] = sums.get(group.name, 0) + squares
         return outputs
 
@@ -82,7 +87,7 @@ def calibrate(
         gain = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
         for stream in streams:
             normed = ops.rms_norm(stream, gain, config.rms_norm_eps)
-            sums["lm_head"] = sums.get("lm_head", 0) + normed.double().square().sum(0)
+            sums["lm_head"] = sums.get("lm_head", 0) + normed.square().sum(0).double()
     return Energies(
         by_group={name: (total / num_tokens).cpu().numpy() for name, total in sums.items()}, num_tokens=num_tokens
     )

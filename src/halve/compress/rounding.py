@@ -7,6 +7,7 @@ the layer's output error; see llama.cpp's importance matrix (PR 4861) and llm-co
 Both round against the bf16 scale that is stored, so that a scale's own rounding costs nothing.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -23,32 +24,51 @@ GRID = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.875, 0.85, 0.825, 0.8, 0.77, 0.74, 0
 NUM_REFITS = 2
 # Inputs that calibration never woke still get this share of the mean energy, so that their weights are not thrown away.
 ENERGY_FLOOR = 0.01
+FP16_LIMIT = 65520.0  # rounds to infinity, as all above it
+FLOAT_LIMIT = 2.0**127  # an integer format's lowest code stands for up to 1.44 times the largest weight of its group
 CHUNK_WEIGHTS = 1 << 18  # weights rounded at a time: their float32 temporaries stay in the second-level cache
 
 
 def round_weight(weight: Array, fmt: Format, method: str | None, energy: Array | None = None) -> Weight:
     """Store float32 [.., out, in] in `fmt`.
 
-    method: `rtn`, `clip` (needs energy float [in], E[x^2] of each input), None for plain floats.
-    Raises FormatError when the format does not fit the width, or the values are not finite.
+    method: `rtn`, `clip` (needs energy float [in], E[x^2] of each input); None for plain floats.
+    Raises FormatError when the format does not fit the width or the values, or one of them is not finite.
     """
     if reason := fmt.refusal(weight.shape[-1]):
         raise FormatError(f"{fmt.name}: {reason}")
+    if method not in (("rtn", "clip") if fmt.scaled else (None,)):
+        raise FormatError(f"{fmt.name}: method {method!r}; it takes {'rtn or clip' if fmt.scaled else 'none'}")
+    matrix = torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).view(-1, weight.shape[-1])
+    _check_values(matrix, fmt)
     if not fmt.scaled:
         return Weight(format=fmt, shape=weight.shape, codes=weight.astype(fmt.dtype))
-    matrix = torch.from_numpy(np.ascontiguousarray(weight, np.float32)).view(-1, weight.shape[-1])
-    if not torch.isfinite(matrix).all():
-        raise FormatError(f"{fmt.name}: weight holds NaN or infinity; check the checkpoint before compressing it")
     if method == "clip":
-        if energy is None or energy.shape != (weight.shape[-1],):
-            raise FormatError(f"method clip needs the energy of {weight.shape[-1]} inputs; calibrate first, or use rtn")
-        weights = torch.from_numpy(np.asarray(energy, np.float32))
-        weights = weights + ENERGY_FLOOR * weights.mean()
+        weights = _weights(energy, weight.shape[-1])
         choose = _fp8_rtn if fmt.kind == "float" else _clip
     else:
         weights = torch.ones(weight.shape[-1])
         choose = _fp8_rtn if fmt.kind == "float" else _rtn
     return _by_chunks(matrix, fmt, weights, choose, weight.shape)
+
+
+def _check_values(matrix: Tensor, fmt: Format) -> None:
+    low, high = (float(value) for value in torch.aminmax(matrix))  # NaN where any value is
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        raise FormatError(f"{fmt.name}: weight holds NaN or infinity; check the checkpoint before compressing it")
+    if fmt.name != "fp32" and largest >= (FP16_LIMIT if fmt.name == "fp16" else FLOAT_LIMIT):
+        raise FormatError(f"{fmt.name}: a weight of size {largest:g} is beyond its range; store this matrix as fp32")
+
+
+def _weights(energy: Array | None, in_features: int) -> Tensor:
+    """What each input's error counts, float32 [in]: its energy and a floor."""
+    if energy is None or energy.shape != (in_features,):
+        raise FormatError(f"method clip needs the energy of {in_features} inputs; calibrate first, or use rtn")
+    if not (np.isfinite(energy).all() and (energy >= 0).all()):
+        raise FormatError("method clip needs energies that are finite and not negative; calibrate again")
+    weights = torch.from_numpy(np.array(energy, np.float32))
+    return weights + ENERGY_FLOOR * weights.mean()
 
 
 Rounder = Callable[[Tensor, Tensor, Format], tuple[Tensor, Tensor]]

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from halve.core.errors import ConfigError, PlanError
-from halve.core.record import from_dict, parse_json, to_dict
+from halve.core.record import from_dict, parse_json, shown, to_dict
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -106,10 +106,10 @@ def migrate(
 
 def _upgrade(name: str, raw: Any, steps: Mapping[int, Migration], target: int) -> dict[str, Any]:
     if not isinstance(raw, dict):
-        raise PlanError(f"{name}: expected an object, got {raw!r}")
+        raise PlanError(f"{name}: expected an object, got {shown(raw)}")
     version = raw.get("version")
     if not isinstance(version, int) or isinstance(version, bool):
-        raise PlanError(f"{name}.version: expected a whole number, got {version!r}")
+        raise PlanError(f"{name}.version: expected a whole number, got {shown(version)}")
     if version > target:
         raise PlanError(f"{name}: version {version} was written by a newer Halve (this one reads up to {target})")
     while version < target:

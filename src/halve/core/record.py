@@ -6,8 +6,12 @@ of what it refused (`plan.weights.rules[2].format`), because these files are wri
 
 import dataclasses
 import json
+import math
+import reprlib
+import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -51,22 +55,42 @@ def from_json(cls: type[T], text: str, where: str | None = None) -> T:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse JSON text; duplicate keys, NaN and syntax errors raise ConfigError naming `where`."""
+    """Parse JSON text.
+
+    Raises ConfigError naming `where` on syntax errors, duplicate keys, NaN, and numbers or nesting beyond what Python
+    holds: these files come from the internet too.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ConfigError(f"{where}: duplicate keys {sorted({k for k in keys if keys.count(k) > 1})}")
+            counts = Counter(key for key, _ in pairs)
+            raise ConfigError(f"{where}: duplicate keys {sorted(key for key, n in counts.items() if n > 1)}")
         return result
 
     def refuse_constant(name: str) -> float:
         raise ConfigError(f"{where}: {name} is not a JSON number")
 
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):  # 1e999 would turn into infinity without a sign
+            raise ConfigError(f"{where}: {shown(digits)} is larger than a float from JSON can hold")
+        return value
+
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant, parse_float=finite)
+    except (ValueError, RecursionError) as error:  # ValueError: a syntax error, or an integer of over 4,300 digits
         raise ConfigError(f"{where}: not JSON: {error}") from error
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+_brief.maxlist = _brief.maxdict = _brief.maxtuple = 8
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut in length and depth."""
+    return _brief.repr(value)
 
 
 @cache
@@ -81,25 +105,25 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
         return _read_record(kind, raw, where)
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
-        if raw not in args or isinstance(raw, bool):
-            raise ConfigError(f"{where}: {raw!r} is not one of {list(args)}")
+        if not any(type(raw) is type(arg) and raw == arg for arg in args):  # True and 1.0 equal 1
+            raise ConfigError(f"{where}: {shown(raw)} is not one of {list(args)}")
         return raw
     if origin in (Union, types.UnionType):
         return _read_union(args, raw, where)
     if origin in (tuple, list):
         if not isinstance(raw, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {raw!r}")
+            raise ConfigError(f"{where}: expected a list, got {shown(raw)}")
         return tuple(_read(args[0], value, f"{where}[{i}]") for i, value in enumerate(raw))
-    if origin in (dict, Mapping) or origin is typing.get_origin(Mapping[str, Any]):
+    if origin in (dict, Mapping):
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"{where}: expected an object, got {raw!r}")
+            raise ConfigError(f"{where}: expected an object, got {shown(raw)}")
         return {str(key): _read(args[1], value, f"{where}.{key}") for key, value in raw.items()}
     return _read_scalar(kind, raw, where)
 
 
 def _read_record(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{where}: expected an object, got {raw!r}")
+        raise ConfigError(f"{where}: expected an object, got {shown(raw)}")
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     if unknown := sorted(raw.keys() - known.keys()):
         raise ConfigError(f"{where}: unknown keys {unknown}; known keys are {sorted(known)}")
@@ -127,8 +151,11 @@ def _read_union(args: tuple[Any, ...], raw: Any, where: str) -> Any:
 
 
 def _read_scalar(kind: Any, raw: Any, where: str) -> Any:
-    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+    number = isinstance(raw, int | float) and not isinstance(raw, bool)
+    if kind is float and number:
+        if not -sys.float_info.max <= raw <= sys.float_info.max:
+            raise ConfigError(f"{where}: expected a finite number, got {shown(raw)}")
         return float(raw)
     if not isinstance(raw, kind) or (isinstance(raw, bool) and kind is not bool):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {raw!r}")
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {shown(raw)}")
     return raw

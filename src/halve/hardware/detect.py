@@ -64,11 +64,16 @@ def usable_cores() -> int:
     """Cores this process may use: its affinity mask, cut to the cgroup's CPU quota (rounded up)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota_file = Path("/sys/fs/cgroup/cpu.max")
-    if quota_file.exists():
-        quota, _, period = quota_file.read_text().strip().partition(" ")
-        if quota.isdigit() and period.isdigit():
-            cores = min(cores, max(1, -(-int(quota) // int(period))))
-    return cores
+    quota = parse_cpu_quota(quota_file.read_text()) if quota_file.exists() else None
+    return cores if quota is None else min(cores, quota)
+
+
+def parse_cpu_quota(text: str) -> int | None:
+    """Cores of a cgroup's cpu.max (`150000 100000`: one and a half, so 2), None for `max` or words unknown."""
+    quota, _, period = text.strip().partition(" ")
+    if not (quota.isdecimal() and period.isdecimal() and int(period)):
+        return None
+    return max(1, -(-int(quota) // int(period)))
 
 
 def free_memory_bytes() -> int | None:
@@ -77,6 +82,11 @@ def free_memory_bytes() -> int | None:
         text = Path("/proc/meminfo").read_text()
     except OSError:
         return None
+    return parse_meminfo(text)
+
+
+def parse_meminfo(text: str) -> int | None:
+    """Bytes of MemAvailable in the text of /proc/meminfo, None on kernels that do not say it."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
@@ -92,10 +102,16 @@ def _cpu_model_and_flags() -> tuple[str, set[str]]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine(), set()
-    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    words = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    model, flags = parse_cpuinfo(text)
+    return model or platform.machine(), flags
+
+
+def parse_cpuinfo(text: str) -> tuple[str | None, set[str]]:
+    """The first processor's name, if it has one, and the features that kernels ask for, of /proc/cpuinfo (x86, ARM)."""
+    model = re.search(r"^(?:model name|Model)[ \t]*:[ \t]*(\S.*)$", text, re.MULTILINE)
+    words = re.search(r"^(?:flags|Features)[ \t]*:[ \t]*(.+)$", text, re.MULTILINE)
     flags = {_LINUX_FEATURES[w] for w in (words[1].split() if words else []) if w in _LINUX_FEATURES}
-    return (model[1].strip() if model else platform.machine()), flags
+    return (model[1].strip() if model else None), flags
 
 
 def _mac_model_and_flags() -> tuple[str, set[str]]:

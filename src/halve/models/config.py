@@ -4,6 +4,7 @@ A key that this reader does not know is an error that names it, since a newer mo
 wrong text without a sign. Sources: arXiv:2307.09288 (Llama 2), arXiv:2407.21783 (Llama 3), transformers' LlamaConfig.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -39,6 +40,7 @@ FIXED_KEYS: Mapping[str, Any] = {
     "sliding_window": None,
     "use_sliding_window": False,
 }
+MAX_LAYERS = 10_000  # far above any model, so that a damaged count takes no memory
 READ_KEYS = frozenset(
     """
     hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
@@ -127,7 +129,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     unknown = sorted(
         k
         for k, v in raw.items()
-        if k not in READ_KEYS | HARMLESS_KEYS | FIXED_KEYS.keys() and v is not None and k[0] != "_"
+        if k not in READ_KEYS | HARMLESS_KEYS | FIXED_KEYS.keys() and v is not None and not k.startswith("_")
     )
     if unknown:
         raise ConfigError(
@@ -138,16 +140,23 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         if raw.get(key) not in (None, value):
             raise ConfigError(f"config.json: {key} is {raw[key]!r}; only {value!r} is computed here")
     sizes = _read_sizes(raw)
-    layer = LayerSpec(rope=_read_rope(raw, sizes["context"]))
+    layer = LayerSpec(rope=_read_rope(raw))
     return ModelConfig(
         architecture=architectures[0],
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         tied=_flag(raw, "tie_word_embeddings"),
         attention_bias=_flag(raw, "attention_bias"),
         mlp_bias=_flag(raw, "mlp_bias"),
-        layers=(layer,) * _count(raw, "num_hidden_layers"),
+        layers=(layer,) * _read_num_layers(raw),
         **sizes,
     )
+
+
+def _read_num_layers(raw: Mapping[str, Any]) -> int:
+    num_layers = _count(raw, "num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise ConfigError(f"config.json: num_hidden_layers is {num_layers}; at most {MAX_LAYERS} can be run")
+    return num_layers
 
 
 def _read_sizes(raw: Mapping[str, Any]) -> dict[str, int]:
@@ -173,16 +182,22 @@ def _read_sizes(raw: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _read_rope(raw: Mapping[str, Any], context: int) -> Rope:
+def _read_rope(raw: Mapping[str, Any]) -> Rope:
     """Rope from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
     name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    if name == "rope_parameters" and raw.get("rope_scaling") not in (None, raw[name]):
+        raise ConfigError(
+            "config.json: rope_parameters and rope_scaling differ; remove the one that is not the model's"
+        )
     scaling = raw.get(name)
     if scaling is None:
         scaling = {}
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"config.json: {name} is {scaling!r}; expected an object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_KEYS:
+    if scaling.get("type", kind) != kind:
+        raise ConfigError(f"config.json: {name} has rope_type {kind!r} and type {scaling['type']!r}; keep one of them")
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ConfigError(f"config.json: {name} type {kind!r} can't be run; known types are {', '.join(ROPE_KEYS)}")
     known = ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta"}
     if unknown := sorted(scaling.keys() - known):
@@ -191,7 +206,7 @@ def _read_rope(raw: Mapping[str, Any], context: int) -> Rope:
         )
     if missing := sorted(ROPE_KEYS[kind] - scaling.keys()):
         raise ConfigError(f"config.json: {name} of type {kind!r} misses {missing}")
-    theta = _number({**raw, **scaling}, "rope_theta", 10000.0)
+    theta = _number(scaling if scaling.get("rope_theta") is not None else raw, "rope_theta", 10000.0)
     if kind == "default":
         return Rope(theta=theta)
     factor = _number(scaling, "factor", None)
@@ -221,7 +236,7 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None) -> float:
     value = raw.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"config.json: {key} is {value!r}; expected a finite number above zero")
     return float(value)
 

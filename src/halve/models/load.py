@@ -1,6 +1,6 @@
 """A checkpoint on disk to a decoder on a device: names checked first, then tensor by tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
 from halve.checkpoint import Checkpoint
@@ -15,7 +15,13 @@ from halve.models.names import LM_HEAD, modules, vectors
 # Buffers that old conversions stored and that every reader recomputes.
 RECOMPUTED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 PLAIN_FORMATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' word, ours
-PACKED_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape")
+# Tensors of one matrix, by how the file stores it.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "plain": ("weight",),
+    "int-quantized": ("weight", "weight_scale"),
+    "float-quantized": ("weight", "weight_scale"),
+    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape"),
+}
 
 
 class CheckpointSource:
@@ -68,15 +74,17 @@ def _stored_format(checkpoint: Checkpoint, module: str) -> Format:
 def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Refuse a checkpoint that misses tensors of this model or holds others, with CheckpointError naming them."""
     names = set(checkpoint.reader.names)
-    required = {name for name, _ in vectors(config)}
-    allowed = set(required)
+    expected = {name for name, _ in vectors(config)}
     for module in modules(config):
-        allowed |= {f"{module.name}.{part}" for part in PACKED_PARTS}
-        if f"{module.name}.weight_packed" not in names:
-            required.add(f"{module.name}.weight")
-    if missing := sorted(required - names):
-        raise CheckpointError(f"{checkpoint.path}: {len(missing)} tensors are missing: {_some(missing)}")
-    surplus = {name for name in names - allowed if not any(fnmatchcase(name, p) for p in RECOMPUTED)}
+        stored = checkpoint.layout.stored(module.name)
+        expected |= {f"{module.name}.{part}" for part in PARTS[stored.storage if stored else "plain"]}
+    if missing := sorted(expected - names):
+        packed = sorted(name for name in names - expected if name.endswith(".weight_packed"))
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} tensors are missing: {_some(missing)}"
+            + (f"; quantization_config of config.json does not name {_some(packed)}" if packed else "")
+        )
+    surplus = {name for name in names - expected if not any(fnmatchcase(name, p) for p in RECOMPUTED)}
     if config.tied and f"{LM_HEAD}.weight" in surplus:
         _check_tied_copy(checkpoint)
         surplus.remove(f"{LM_HEAD}.weight")

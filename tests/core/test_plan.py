@@ -1,0 +1,161 @@
+"""Plans: JSON and back, rules in order, and old files brought up to date."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from halve.core.errors import PlanError
+from halve.core.plan import MIGRATIONS, VERSIONS, Activations, KVCache, Plan, WeightRule, Weights, migrate
+from halve.core.record import to_dict
+
+PLAN = Plan(
+    portable=True,
+    weights=Weights(
+        rules=(
+            WeightRule(pattern="model.layers.0.*", format="int8", method="rtn"),
+            WeightRule(pattern="model.layers.*.mlp.*", format="int4-g32", method="clip"),
+            WeightRule(pattern="*", format="bf16"),
+        )
+    ),
+    activations=Activations(format="bf16"),
+    kv_cache=KVCache(format="bf16"),
+)
+
+rules = st.builds(WeightRule, pattern=st.text(), format=st.text(), method=st.sampled_from(["rtn", "clip", None]))
+plans = st.builds(
+    Plan,
+    portable=st.booleans(),
+    weights=st.builds(Weights, rules=st.lists(rules, max_size=4).map(tuple)),
+    activations=st.builds(Activations, format=st.sampled_from(["fp32", "bf16"])),
+    kv_cache=st.builds(KVCache, format=st.sampled_from(["fp32", "bf16"])),
+)
+
+
+@given(plans)
+def test_every_plan_survives_json(plan):
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_sections_that_are_left_out_take_their_defaults():
+    assert Plan.from_json('{"version": 1}') == Plan()
+
+
+def test_the_first_rule_that_matches_wins():
+    rule_for = PLAN.weights.rule_for
+    assert rule_for("model.layers.0.mlp.up_proj").format == "int8"
+    assert rule_for("model.layers.1.mlp.up_proj").format == "int4-g32"
+    assert rule_for("model.layers.1.self_attn.q_proj").format == "bf16"
+
+
+def test_a_module_that_no_rule_matches_has_none():
+    assert Weights(rules=PLAN.weights.rules[:2]).rule_for("lm_head") is None
+
+
+def test_patterns_tell_capitals_apart_and_a_star_spans_dots():
+    weights = Weights(rules=(WeightRule(pattern="model.*.q_proj", format="bf16"),))
+    assert weights.rule_for("model.layers.11.self_attn.q_proj") is not None
+    assert weights.rule_for("Model.layers.11.self_attn.q_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"speculation": {"version": 1}}, r"^plan: unknown keys \['speculation'\]; known keys are \['activations', "),
+        ({"weights": {"version": 1}}, r"^plan\.weights: missing keys \['rules'\]"),
+        (
+            {"weights": {"rules": [{"pattern": "*", "format": "int8", "method": "gptq"}], "version": 1}},
+            "rules.0..method",
+        ),
+        ({"kv_cache": {"format": "int8", "version": 1}}, r"^plan\.kv_cache\.format: 'int8' is not one of"),
+        ({"portable": 1}, "^plan.portable: expected bool, got 1"),
+        ({"version": 2}, r"^plan: version 2 was written by a newer Halve \(this one reads up to 1\)"),
+        ({"version": "1"}, "^plan.version: expected a whole number, got '1'"),
+        ({"version": True}, "^plan.version: expected a whole number, got True"),
+        ({"version": None}, "^plan.version: expected a whole number, got None"),
+        ({"version": 0}, r"^plan: version 0 can't be read any more; known steps start at \[\]"),
+        ({"weights": {"rules": [], "version": 7}}, "^weights: version 7 was written by a newer Halve"),
+        ({"weights": {"rules": []}}, r"^weights\.version: expected a whole number, got None"),
+        ({"kv_cache": []}, r"^kv_cache: expected an object, got \[\]"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_named(change, message):
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(json.dumps({"version": 1, **change}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "^plan: not JSON"),
+        ("[]", r"^plan: expected an object, got \[\]"),
+        ('{"version": 1, "version": 1}', r"^plan: duplicate keys \['version'\]"),
+        ('{"version": 1, "portable": NaN}', "^plan: NaN is not a JSON number"),
+        ('{"version": ' + "9" * 5000 + "}", "^plan: not JSON: .*digits"),
+        ('{"version": ' + "9" * 4000 + "}", "^plan: version 9+ was written by a newer Halve"),
+        ('{"version": ' + "[" * 900 + "]" * 900 + "}", r"^plan\.version: expected a whole number"),
+    ],
+)
+def test_text_that_is_no_plan_is_refused(text, message):
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(text)
+
+
+# A history that never was: "kv" became kv_cache, kv_cache.bits became .dtype, .dtype became .format.
+STEPS = {
+    "plan": {
+        1: lambda raw: {("kv_cache" if key == "kv" else key): value for key, value in raw.items()},
+    },
+    "weights": {},
+    "activations": {},
+    "kv_cache": {
+        1: lambda raw: {"dtype": {16: "bf16", 32: "fp32"}[raw["bits"]]},
+        2: lambda raw: {"format": raw["dtype"]},
+    },
+}
+TODAY = {"plan": 2, "weights": 1, "activations": 1, "kv_cache": 3}
+
+
+def test_an_old_plan_is_upgraded_section_by_section_and_step_by_step():
+    old = {"version": 1, "kv": {"version": 1, "bits": 32}, "weights": {"version": 1, "rules": []}}
+    assert migrate(old, STEPS, TODAY) == {
+        "version": 2,
+        "kv_cache": {"version": 3, "format": "fp32"},
+        "weights": {"version": 1, "rules": []},
+    }
+    assert old == {"version": 1, "kv": {"version": 1, "bits": 32}, "weights": {"version": 1, "rules": []}}
+
+
+def test_a_plan_from_the_middle_takes_only_the_steps_it_needs():
+    assert migrate({"version": 2, "kv_cache": {"version": 2, "dtype": "bf16"}}, STEPS, TODAY) == {
+        "version": 2,
+        "kv_cache": {"version": 3, "format": "bf16"},
+    }
+
+
+def test_a_version_that_no_step_leads_on_from_is_refused():
+    with pytest.raises(PlanError, match=r"^kv_cache: version 0 can't be read any more; known steps start at \[1, 2\]"):
+        migrate({"version": 2, "kv_cache": {"version": 0}}, STEPS, TODAY)
+
+
+def test_a_section_newer_than_this_halve_is_refused_by_name():
+    with pytest.raises(
+        PlanError, match=r"^kv_cache: version 4 was written by a newer Halve \(this one reads up to 3\)"
+    ):
+        migrate({"version": 2, "kv_cache": {"version": 4}}, STEPS, TODAY)
+
+
+def test_a_plan_of_today_passes_through_migration_unchanged():
+    assert migrate(to_dict(PLAN)) == to_dict(PLAN)
+
+
+def test_the_table_of_versions_is_what_the_records_write_and_every_gap_has_a_step():
+    written = to_dict(Plan())
+    assert {
+        "plan": written["version"],
+        **{key: value["version"] for key, value in written.items() if isinstance(value, dict)},
+    } == VERSIONS
+    assert MIGRATIONS.keys() == VERSIONS.keys()
+    for section, version in VERSIONS.items():
+        assert sorted(MIGRATIONS[section]) == list(range(1, version))

@@ -1,0 +1,247 @@
+"""Each operation of TorchOps, the definition, against float64 numpy."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from halve.core.errors import KernelError
+from halve.formats import FORMATS, Weight, pack_codes
+from halve.formats.base import BF16
+from halve.kernels.ops import AttentionSpec, TokenBatch
+from halve.kernels.reference import QUERY_CHUNK, TorchOps, torch_device
+
+ATOL = 2e-5  # of float32 sums of at most a few hundred products of size one
+
+
+@pytest.fixture(name="ops")
+def _ops():
+    return TorchOps()
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def bf16(x):
+    return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def make_weight(name, shape, seed=0):
+    fmt, rng = FORMATS[name], np.random.default_rng(seed)
+    scale = rng.uniform(0.01, 0.03, fmt.scale_shape(shape)).astype(BF16) if fmt.scaled else None
+    if fmt.kind == "float":
+        return Weight(format=fmt, shape=shape, codes=rng.standard_normal(shape).astype(fmt.dtype), scale=scale)
+    codes = rng.integers(-(1 << (fmt.bits - 1)), 1 << (fmt.bits - 1), shape).astype(np.int8)
+    return Weight(format=fmt, shape=shape, codes=codes if fmt.bits == 8 else pack_codes(codes, fmt.bits), scale=scale)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_is_that_of_the_dequantized_matrix(ops, name, bias):
+    weight, x = make_weight(name, (7, 128)), normal(3, 128, seed=1)
+    vector = normal(7, seed=2) if bias else None
+    out = ops.to_host(ops.project(ops.linear(weight, vector), ops.from_host(x)))
+    expected = x.astype(np.float64) @ weight.dequantize().astype(np.float64).T + (vector if bias else 0)
+    np.testing.assert_allclose(out, expected, atol=10 * ATOL)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_a_table_are_its_dequantized_values_exactly(ops, name):
+    weight, ids = make_weight(name, (9, 128)), np.array([8, 0, 3, 3], np.int32)
+    np.testing.assert_array_equal(ops.to_host(ops.embed(ops.table(weight), ids)), weight.dequantize()[ids])
+
+
+def test_the_chosen_kernels_are_known_by_operation_and_format(ops):
+    ops.linear(make_weight("int4-g32", (4, 32)))
+    ops.table(make_weight("bf16", (4, 32)))
+    assert ops.kernels == {"linear int4-g32": "torch_reference", "embed bf16": "torch_reference"}
+
+
+def test_bf16_activations_round_the_input_and_nothing_else():
+    ops = TorchOps(activations="bf16")
+    weight, x = make_weight("fp32", (7, 64)), normal(3, 64, seed=1)
+    out = ops.to_host(ops.project(ops.linear(weight), ops.from_host(x)))
+    np.testing.assert_allclose(out, bf16(x) @ weight.codes.astype(np.float64).T, atol=ATOL)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_rms_norm_divides_by_the_root_of_the_mean_square(ops, eps):
+    x, gain = normal(5, 33) * 0.1, normal(33, seed=1)
+    out = ops.to_host(ops.rms_norm(ops.from_host(x), ops.vector(gain), eps))
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * gain
+    np.testing.assert_allclose(out, expected, atol=ATOL)
+
+
+def test_a_row_of_zeros_keeps_its_norm_of_zero(ops):
+    assert not ops.to_host(
+        ops.rms_norm(ops.from_host(np.zeros((1, 8), np.float32)), ops.vector(np.ones(8)), 1e-6)
+    ).any()
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 6), (4, 64)])
+def test_rope_turns_half_split_pairs(ops, heads, head_dim):
+    x, angle = normal(5, heads * head_dim), normal(5, head_dim // 2, seed=1) * 3
+    cos, sin = np.cos(angle), np.sin(angle)
+    out = ops.to_host(ops.rope(ops.from_host(x), cos, sin, head_dim)).reshape(5, heads, head_dim)
+    pairs = x.reshape(5, heads, head_dim).astype(np.float64)
+    z = (pairs[..., : head_dim // 2] + 1j * pairs[..., head_dim // 2 :]) * np.exp(1j * angle)[:, None]
+    np.testing.assert_allclose(out, np.concatenate((z.real, z.imag), -1), atol=ATOL)
+
+
+def attend(q_THD, k_TGD, v_TGD, window, sinks):
+    out = np.zeros_like(q_THD)
+    for t, h in np.ndindex(*q_THD.shape[:2]):
+        g = h * k_TGD.shape[1] // q_THD.shape[1]
+        first = 0 if window is None else max(0, t + 1 - window)
+        powers = np.exp(k_TGD[first : t + 1, g] @ q_THD[t, h] / np.sqrt(q_THD.shape[2]))
+        extra = 0 if sinks is None else np.exp(sinks[h])
+        out[t, h] = powers @ v_TGD[first : t + 1, g] / (powers.sum() + extra)
+    return out
+
+
+@pytest.mark.parametrize("kv_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 4, 1000])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_attention_over_whole_sequences_is_its_definition(ops, heads, kv_heads, window, with_sinks, kv_format):
+    dim, lengths = 10, (1, 9, 4)
+    q, k, v = (normal(14, n * dim, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    sinks = normal(heads, seed=5) if with_sinks else None
+    spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=window, kv_format=kv_format)
+    batch = TokenBatch.whole([[0] * n for n in lengths])
+    out = ops.attention(*map(ops.from_host, (q, k, v)), batch, spec, None, None if sinks is None else ops.vector(sinks))
+    rounded = bf16 if kv_format == "bf16" else lambda x: x.astype(np.float64)
+    start = 0
+    for n in lengths:
+        at = slice(start, start + n)
+        expected = attend(
+            q[at].reshape(n, heads, dim).astype(np.float64),
+            rounded(k[at]).reshape(n, kv_heads, dim),
+            rounded(v[at]).reshape(n, kv_heads, dim),
+            window,
+            sinks,
+        )
+        np.testing.assert_allclose(ops.to_host(out)[at], expected.reshape(n, -1), atol=ATOL)
+        start += n
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_in_steps_over_a_paged_cache_equals_the_whole(ops, window, with_sinks):
+    heads, kv_heads, dim, block_size, n = 4, 2, 8, 4, 18
+    q, k, v = (normal(n, m * dim, seed=i) for i, m in enumerate((heads, kv_heads, kv_heads)))
+    sinks = ops.vector(normal(heads, seed=5)) if with_sinks else None
+    spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=window)
+    expected = ops.attention(*map(ops.from_host, (q, k, v)), TokenBatch.whole([[0] * n]), spec, None, sinks)
+    cache, table, parts = ops.kv_cache(7, block_size, spec), np.array([6, 2, 4, 0, 5]), []
+    for first, last in ((0, 7), (7, 8), (8, 16), (16, 18)):
+        positions = np.arange(first, last, dtype=np.int32)
+        batch = TokenBatch(
+            token_ids=np.zeros(last - first, np.int32),
+            positions=positions,
+            cu_seqlens=np.array([0, last - first], np.int32),
+            slot_mapping=(table[positions // block_size] * block_size + positions % block_size).astype(np.int32),
+            block_tables=table[None].astype(np.int32),
+        )
+        parts.append(ops.attention(*(ops.from_host(x[first:last]) for x in (q, k, v)), batch, spec, cache, sinks))
+    np.testing.assert_allclose(ops.to_host(torch.cat(parts)), ops.to_host(expected), atol=ATOL)
+    assert not cache[0][[1, 3]].any(), "blocks of others were written"
+
+
+def test_attention_is_the_same_beyond_one_chunk_of_queries(ops):
+    n = QUERY_CHUNK + 9
+    q, k, v = (normal(n, 8, seed=i) for i in range(3))
+    spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=8, window=QUERY_CHUNK - 3, kv_format="fp32")
+    out = ops.attention(*map(ops.from_host, (q, k, v)), TokenBatch.whole([[0] * n]), spec, None)
+    wide = [x.reshape(n, 1, 8).astype(np.float64) for x in (q, k, v)]
+    np.testing.assert_allclose(ops.to_host(out), attend(*wide, spec.window, None).reshape(n, 8), atol=ATOL)
+
+
+@pytest.mark.parametrize(("kv_format", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_cache_is_stored_in_its_format(ops, kv_format, dtype):
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, kv_format=kv_format)
+    for part in ops.kv_cache(3, 5, spec):
+        assert (part.shape, part.dtype) == ((3, 5, 2, 8), dtype)
+        assert not part.any()
+
+
+def test_elementwise_operations_and_rows(ops):
+    x, y = normal(4, 6) * 5, normal(4, 6, seed=1)
+    wide = x.astype(np.float64)
+    gated = ops.to_host(ops.silu_mul(ops.from_host(x), ops.from_host(y)))
+    np.testing.assert_allclose(gated, wide / (1 + np.exp(-wide)) * y, atol=ATOL)
+    np.testing.assert_array_equal(ops.to_host(ops.add(ops.from_host(x), ops.from_host(y))), x + y)
+    np.testing.assert_array_equal(ops.to_host(ops.take_rows(ops.from_host(x), np.array([3, 1, 1]))), x[[3, 1, 1]])
+
+
+def test_buffers_go_to_the_host_and_back_unchanged(ops):
+    x = normal(3, 5)
+    back = ops.to_host(ops.from_host(x))
+    np.testing.assert_array_equal(back, x)
+    assert back.dtype == np.float32
+
+
+def test_a_buffer_does_not_change_with_the_array_it_came_from(ops):
+    x = normal(3, 5)
+    buffer = ops.from_host(x)
+    kept = x.copy()
+    x[:] = 0
+    np.testing.assert_array_equal(ops.to_host(buffer), kept)
+
+
+def gradient_of(function, *shapes):
+    """The gradient of a square of `function` in each input, drawn at random."""
+    inputs = [torch.from_numpy(normal(*shape, seed=i)).requires_grad_() for i, shape in enumerate(shapes)]
+    function(*inputs).square().sum().backward()
+    return [x.grad for x in inputs]
+
+
+SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, kv_format="bf16")
+BATCH = TokenBatch.whole([[0] * 5, [0] * 3])
+ANGLES = normal(8, 4)
+DIFFERENTIABLE = {
+    "project": (lambda ops: lambda x: ops.project(ops.linear(make_weight("int4-g32", (7, 32))), x), [(8, 32)]),
+    "rms_norm": (lambda ops: lambda x, gain: ops.rms_norm(x, gain, 1e-5), [(8, 32), (32,)]),
+    "rope": (lambda ops: lambda x: ops.rope(x, np.cos(ANGLES), np.sin(ANGLES), 8), [(8, 32)]),
+    "attention": (lambda ops: lambda q, k, v: ops.attention(q, k, v, BATCH, SPEC, None), [(8, 32), (8, 16), (8, 16)]),
+    "attention_with_sinks": (
+        lambda ops: lambda q, k, v, s: ops.attention(q, k, v, BATCH, SPEC, None, s),
+        [(8, 32), (8, 16), (8, 16), (4,)],
+    ),
+    "silu_mul": (lambda ops: ops.silu_mul, [(8, 32), (8, 32)]),
+    "add": (lambda ops: ops.add, [(8, 32), (8, 32)]),
+    "take_rows": (lambda ops: lambda x: ops.take_rows(x, np.array([1, 3])), [(8, 32)]),
+}
+
+
+@pytest.mark.parametrize("activations", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_gradient_reaches_every_input(name, activations):
+    make, shapes = DIFFERENTIABLE[name]
+    for gradient in gradient_of(make(TorchOps(activations=activations)), *shapes):
+        assert gradient is not None
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().max() > 0
+
+
+def test_the_gradient_of_a_product_is_the_dequantized_matrix(ops):
+    weight = make_weight("int4-g32", (7, 32))
+    x = torch.zeros(1, 32, requires_grad=True)
+    ops.project(ops.linear(weight), x)[0, 3].backward()
+    np.testing.assert_array_equal(x.grad[0].numpy(), weight.dequantize()[3])
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "xpu"])
+def test_a_device_that_torch_does_not_reach_is_refused_with_a_way_out(name):
+    if torch.get_device_module(name.split(":")[0]).is_available():
+        pytest.skip(f"torch reaches {name} here")
+    with pytest.raises(KernelError, match=rf"device '{name}': torch .* reaches no {name[:3]}\w* device here; use cpu"):
+        TorchOps(name)
+
+
+def test_the_cpu_is_described_as_this_machine():
+    device = torch_device("cpu")
+    assert (device.name, device.kind) == ("cpu", "cpu")
+    assert TorchOps().device == device
