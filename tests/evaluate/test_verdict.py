@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from halve.core.certificate import Measured, Quality
-from halve.evaluate import answer, compare, differences, passes, quality
+from halve.evaluate import answer, compare, differences, fails, passes, quality
 
 
 def measured(value, low=None, high=None, n=40):
@@ -41,7 +41,18 @@ RECORDED = Quality(
 )
 def test_the_whole_interval_decides(low, high, limit, expected):
     assert answer(with_ratio(low, high), limit) == expected
-    assert passes(with_ratio(low, high), limit) == (expected == "holds")
+    certain = replace(with_ratio(low, high), kl_mean=measured(0.0))
+    assert passes(certain, limit) == (expected == "holds")
+    assert fails(certain, limit) == (expected == "contradicted")
+
+
+def test_predictions_that_differ_do_not_pass_by_a_lower_perplexity():
+    foreign = replace(with_ratio(0.11, 0.13), kl_mean=measured(1.7, 1.5, 1.9))
+    assert not passes(foreign, 0.01)
+    assert fails(foreign, 0.01)
+    near = replace(with_ratio(0.99, 1.0), kl_mean=measured(0.0099, 0.0098, 0.00996))
+    assert not passes(near, 0.01)  # exp(0.00996) - 1 is more than 0.01
+    assert not fails(near, 0.01)
 
 
 def test_without_a_limit_the_figures_are_measured():

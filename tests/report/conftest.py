@@ -53,7 +53,7 @@ def certificate() -> Certificate:
             command="halve optimize model --max-quality-loss 1% --out smaller",
         ),
         sealed=SealedText(kept=True, source="text.jsonl, documents 800 to 999", window_tokens=256),
-        attempts=(Attempt(plan="int4-g32 clip", ppl_ratio=LOSS, passed=True),),
+        attempts=(Attempt(plan="int4-g32 clip", ppl_ratio=LOSS, kl_mean=LOSS, passed=True),),
         max_attempts=3,
         weights_sha256="d4" * 32,
     )

@@ -2,10 +2,10 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import expm1
 from pathlib import Path
-from typing import Any
 
 from halve.api.bundle import read_plan
 from halve.api.progress import Advance, Progress
@@ -13,10 +13,10 @@ from halve.api.texts import Texts
 from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
 from halve.compress import Energies, ModuleReport, apply_plan, calibrate
-from halve.core.certificate import Attempt, Quality
+from halve.core.certificate import Attempt, Measured, Quality
 from halve.core.errors import QualityError
 from halve.core.record import from_dict, to_dict
-from halve.evaluate import PairedScores, answer, compare, passes, quality
+from halve.evaluate import PairedScores, compare, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
 from halve.kernels.ops import Array
@@ -89,7 +89,9 @@ def run(job: Job) -> Outcome:
         directory, modules = _make(job, candidate, energies)
         measured = _certify(job, original, candidate, directory)
         passed = None if job.limit is None else passes(measured, job.limit)
-        attempts.append(Attempt(plan=label(candidate), ppl_ratio=measured.ppl_ratio, passed=passed))
+        attempts.append(
+            Attempt(plan=label(candidate), ppl_ratio=measured.ppl_ratio, kl_mean=measured.kl_mean, passed=passed)
+        )
         if passed is not False:
             return Outcome(
                 candidate=candidate,
@@ -100,8 +102,8 @@ def run(job: Job) -> Outcome:
                 judged=tuple(judged),
             )
         log.info("%s does not hold on the sealed text: %s", label(candidate), in_words(measured))
-    best = min(attempts, key=lambda a: a.ppl_ratio.value)
-    raise QualityError(_nothing_passed(job, f"{best.plan} on the sealed text", best.ppl_ratio))
+    best = min(attempts, key=lambda a: a.kl_mean.value)
+    raise QualityError(_nothing_passed(job, f"{best.plan} on the sealed text", best))
 
 
 def label(candidate: Candidate | Judged) -> str:
@@ -109,10 +111,13 @@ def label(candidate: Candidate | Judged) -> str:
     return f"{candidate.format} ({candidate.method})"
 
 
-def in_words(measured: Quality) -> str:
-    """Quality loss with its interval: `0.41 % [0.28 %, 0.55 %]`."""
-    ratio = measured.ppl_ratio
-    return f"{ratio.value - 1:.3%} [{ratio.low - 1:.3%}, {ratio.high - 1:.3%}]"
+def in_words(measured: Quality | Attempt | Judged) -> str:
+    """Quality loss with its interval, and what KL makes of it: `0.41 % [0.28 %, 0.55 %], by KL 0.44 % [...]`."""
+
+    def percent(value: Measured, loss: Callable[[float], float]) -> str:
+        return f"{loss(value.value):.3%} [{loss(value.low):.3%}, {loss(value.high):.3%}]"
+
+    return f"{percent(measured.ppl_ratio, lambda r: r - 1)}, by KL {percent(measured.kl_mean, expm1)}"
 
 
 def original_scorer(checkpoint: Checkpoint, config: ModelConfig, device: str) -> DecoderScorer:
@@ -170,6 +175,7 @@ def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tup
             method=candidate.method,
             bytes_per_token=candidate.bytes_per_token,
             ppl_ratio=measured.ppl_ratio,
+            kl_mean=measured.kl_mean,
             passed=passed,
         )
         log.info(
@@ -184,17 +190,17 @@ def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tup
 
     index, judged = cheapest_passing(job.ranked, judge)
     if index is None:
-        best = min(judged.values(), key=lambda j: j.ppl_ratio.value)
-        raise QualityError(_nothing_passed(job, label(best), best.ppl_ratio))
+        best = min(judged.values(), key=lambda j: j.kl_mean.value)
+        raise QualityError(_nothing_passed(job, label(best), best))
     return index, [judged[i] for i in sorted(judged)]
 
 
-def _nothing_passed(job: Job, what: str, ratio: Any) -> str:
-    reached = f"{ratio.value - 1:.3%}, interval {ratio.low - 1:.3%} to {ratio.high - 1:.3%}"
+def _nothing_passed(job: Job, what: str, best: Attempt | Judged) -> str:
     advice = "allow more, give more text (--calibration), or leave out --max-quality-loss to have it made and measured"
-    searched = "no format meets" if job.searched else "this format does not meet"
+    subject = "no format meets" if job.searched else "this format does not meet"
     return (
-        f"{searched} a quality loss of {job.limit:.3%}; best reached: {what} with {reached}. Nothing written; {advice}"
+        f"{subject} a quality loss of {job.limit:.3%}; best reached: {what} with {in_words(best)}. "
+        f"Nothing written; {advice}"
     )
 
 
@@ -277,7 +283,7 @@ def judge_early(
         start = end
         if end < len(documents):
             wide = quality(scores, confidence=EARLY_CONFIDENCE, num_resamples=20_000)
-            if answer(wide, limit) != "inconclusive":
+            if passes(wide, limit) or fails(wide, limit):
                 break
     assert scores is not None, "the selection text holds its minimum of documents"
     measured = quality(scores, confidence=confidence)

@@ -97,6 +97,7 @@ class Attempt:
 
     plan: str
     ppl_ratio: Measured
+    kl_mean: Measured
     passed: bool | None
 
 

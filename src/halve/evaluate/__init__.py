@@ -10,7 +10,7 @@ from halve.evaluate.fidelity import (
     require_enough,
     windows,
 )
-from halve.evaluate.verdict import answer, differences, passes
+from halve.evaluate.verdict import answer, differences, fails, passes
 
 __all__ = [
     "MINIMUM",
@@ -20,6 +20,7 @@ __all__ = [
     "answer",
     "compare",
     "differences",
+    "fails",
     "passes",
     "quality",
     "require_enough",

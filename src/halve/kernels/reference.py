@@ -41,15 +41,19 @@ def to_torch(values: Array, device: torch.device) -> Tensor:
 class Matrix:
     """A stored matrix on the device; `dense` gives its float32 values. Source: `Weight.dequantize`."""
 
-    def __init__(self, weight: Weight, device: torch.device, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Weight, device: torch.device, bias: Tensor | None = None, *, widened: bool = False
+    ) -> None:
         self.codes = to_torch(weight.unpacked_codes(), device)
         self.scale = None if weight.scale is None else to_torch(weight.scale, device).float()
         self.bias = bias
+        if widened:
+            self.codes, self.scale = self.dense(), None
 
     def dense(self, rows: Tensor | None = None) -> Tensor:
         """Float32 [out, in], or [len(rows), in]."""
         codes = self.codes if rows is None else self.codes[rows]
-        values = codes.to(torch.float32)
+        values = codes.to(torch.float32)  # no copy where it is float32 already
         if self.scale is None:
             return values
         scale = self.scale if rows is None else self.scale[rows]
@@ -100,10 +104,17 @@ class TorchOps:
 
     name = "torch"
 
-    def __init__(self, device: str = "cpu", *, activations: str = "fp32") -> None:
+    def __init__(self, device: str = "cpu", *, activations: str = "fp32", widened: bool = False) -> None:
+        """Compute on a torch device.
+
+        activations: format that the input of every projection is rounded to. widened: keep weights in float32, which
+        spares the work of widening them for each product and costs four bytes a weight. Raises KernelError when torch
+        does not reach the device.
+        """
         self.device = torch_device(device)
         self.torch_device = torch.device(device)
         self.activations = activations
+        self.widened = widened
         self.round_input = ROUND[activations]
         self.kernels: dict[str, str] = {}
 
@@ -119,7 +130,7 @@ class TorchOps:
         kernel = choose(TABLE, self.device, Spec(op=op, format=weight.format, activations=self.activations)).kernel
         self.kernels[f"{op} {weight.format.name}"] = kernel.name
         assert kernel.prepare is not None
-        return kernel, kernel.prepare(weight, self.torch_device, bias)
+        return kernel, kernel.prepare(weight, self.torch_device, bias, widened=self.widened)
 
     def vector(self, values: Array) -> Tensor:
         """A float vector on the device."""

@@ -39,6 +39,7 @@ class Judged:
     method: Method
     bytes_per_token: int
     ppl_ratio: Measured
+    kl_mean: Measured
     passed: bool
     version: int = 1
 
