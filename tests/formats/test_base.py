@@ -156,7 +156,6 @@ def test_a_plan_that_fits_is_accepted():
             plan({"pattern": "model.embed_tokens", "format": "int8", "method": "rtn"}, portable=True),
             "embeddings in 16 bits; set portable to false",
         ),
-        (plan(portable=True, kv_cache=KVCache(format="fp32")), "kv_cache.format: a portable bundle"),
     ],
 )
 def test_a_plan_that_breaks_a_rule_is_refused(bad, words):

@@ -13,10 +13,9 @@ REPORT_FILE = "halve/report.html"
 
 
 def read_plan(checkpoint: Checkpoint) -> Plan:
-    """The plan of a bundle; a plain checkpoint runs as it is, its cache as wide as its floats."""
+    """The plan of a bundle; a plain checkpoint runs as it is, rounded nowhere."""
     if not checkpoint.is_bundle:
-        wide = any(checkpoint.reader.info(name).dtype == "F32" for name in checkpoint.reader.names)
-        return Plan(kv_cache=KVCache(format="fp32" if wide else "bf16"))
+        return Plan(kv_cache=KVCache(format="fp32"))
     return Plan.from_json(_read(checkpoint, PLAN_FILE))
 
 

@@ -12,7 +12,7 @@ from halve.core.errors import KernelError, RequestError
 from halve.core.plan import Plan
 from halve.engine import Completion, Engine, EngineConfig, ModelRunner, Request, SamplingParams, StepOutput
 from halve.kernels import native
-from halve.kernels.ops import Ops
+from halve.kernels.ops import Array, Ops, TokenBatch
 from halve.models import Decoder, ModelConfig, load_config, load_decoder
 from halve.text import Tokenizer
 
@@ -55,6 +55,18 @@ class Model:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
         engine = self.engine([prompt], max_tokens)
         return engine.complete([self.request("0", prompt, sampling)])[0]
+
+    def logits(self, prompt: str | Sequence[int]) -> Array:
+        """Next-token logits after every token of a prompt (text, or token ids), float32 [tokens, vocab_size].
+
+        Raises RequestError for a prompt that is empty or longer than the context.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not 0 < len(ids) <= self.config.context:
+            raise RequestError(f"prompt: {len(ids)} tokens; this model takes 1 to {self.config.context}")
+        if not all(0 <= i < self.config.vocab_size for i in ids):
+            raise RequestError(f"prompt: token ids must lie in 0 to {self.config.vocab_size - 1}")
+        return self.ops.to_host(self.decoder.logits(self.decoder.hidden(TokenBatch.whole([ids]))))
 
     def stream(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Iterator[StepOutput]:
         """The same, step by step as tokens come."""

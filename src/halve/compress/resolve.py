@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from halve.core.errors import FormatError, PlanError
-from halve.core.plan import Plan, WeightRule, Weights
+from halve.core.plan import KVCache, Plan, WeightRule, Weights
 from halve.formats import FORMATS, Format, check
 from halve.models.config import ModelConfig
 from halve.models.names import EMBEDDING, Module, groups, modules
@@ -76,4 +76,6 @@ def uniform_plan(
         rules.append(WeightRule(pattern=EMBEDDING, format=fmt.name, method=method))
     elif source_bits > 16:
         rules.append(WeightRule(pattern=EMBEDDING, format="bf16"))
-    return Plan(portable=portable, weights=Weights(rules=tuple(rules)))
+    # Portable: computed here as other engines compute it in float32, so that their logits and ours can be compared.
+    cache = KVCache(format="fp32" if portable else "bf16")
+    return Plan(portable=portable, weights=Weights(rules=tuple(rules)), kv_cache=cache)

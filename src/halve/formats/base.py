@@ -184,5 +184,3 @@ def check(plan: Plan) -> None:
             raise PlanError(f"{where}: format {rule.format} needs a method: rtn or clip")
         if plan.portable and rule.pattern == "model.embed_tokens" and FORMATS[rule.format].bits < 16:
             raise PlanError(f"{where}: other engines read embeddings in 16 bits; set portable to false or use bf16")
-    if plan.portable and plan.kv_cache.format == "fp32":
-        raise PlanError("plan.kv_cache.format: a portable bundle says nothing of the cache in fp32; use bf16")
