@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from halve.core.errors import FormatError, PlanError
-from halve.core.plan import KVCache, Plan, WeightRule, Weights
+from halve.core.plan import Plan, WeightRule, Weights
 from halve.formats import FORMATS, Weight, check, format_named, pack_codes
 from halve.formats.base import BF16, FP8, formats_that_divide, widen
 
