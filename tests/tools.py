@@ -3,7 +3,7 @@
 import numpy as np
 
 from halve.formats import FORMATS, Weight
-from halve.kernels import native
+from halve.kernels import native, native_library
 
 # NATIVE
 from halve.kernels.reference import TorchOps
@@ -35,4 +35,4 @@ def ops_under_test():
     def native_cpu():
         return native.NativeOps()
 
-    return [torch_cpu] + ([native_cpu] if native.available() is None else [])
+    return [torch_cpu] + ([native_cpu] if native_library.available() is None else [])

@@ -20,8 +20,9 @@ from halve.core.errors import ConfigError, KernelError
 from halve.formats import FORMATS, Weight, pack_codes
 from halve.formats.base import BF16
 from halve.hardware import detect_cpu
-from halve.kernels import native
-from halve.kernels.native import NativeOps, check_batch
+from halve.kernels import native, native_library
+from halve.kernels.native import NativeOps
+from halve.kernels.native_checks import check_batch
 from halve.kernels.ops import AttentionSpec, TokenBatch
 
 EPS = 2.0**-24
@@ -596,14 +597,14 @@ def test_settings_out_of_range_are_refused():
 @pytest.fixture
 def fresh_library(monkeypatch):
     """Look for the library anew, before and after."""
-    native._library.cache_clear()
+    native_library.library.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    native._library.cache_clear()
+    native_library.library.cache_clear()
 
 
 def test_without_the_library_the_reason_and_the_way_out_are_told(fresh_library):
-    fresh_library.setattr(native, "library_paths", lambda: [Path("/nowhere/lib.so")])
+    fresh_library.setattr(native_library, "library_paths", lambda: [Path("/nowhere/lib.so")])
     reason = native.available()
     assert reason is not None
     assert "built without its C++ part" in reason
@@ -621,30 +622,30 @@ def test_with_the_library_nothing_is_missing():
 
 def test_the_library_is_looked_for_beside_the_module_first_and_then_where_it_was_installed(monkeypatch):
     installed = SimpleNamespace(locate_file=lambda path: Path("/site-packages") / path)
-    monkeypatch.setattr(native.metadata, "distribution", lambda name: installed)
-    paths = native.library_paths()
+    monkeypatch.setattr(native_library.metadata, "distribution", lambda name: installed)
+    paths = native_library.library_paths()
     assert paths[0] == Path(native.__file__).with_name("libhalve_kernels.so")
     assert paths[1] == Path("/site-packages/halve/kernels/libhalve_kernels.so")
 
     def unknown(name):
-        raise native.metadata.PackageNotFoundError(name)
+        raise native_library.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(native.metadata, "distribution", unknown)
-    assert native.library_paths() == paths[:1]
+    monkeypatch.setattr(native_library.metadata, "distribution", unknown)
+    assert native_library.library_paths() == paths[:1]
 
 
 def test_a_library_of_another_interface_version_is_refused(monkeypatch):
-    path = next(p for p in native.library_paths() if p.exists())
-    monkeypatch.setattr(native, "ABI_VERSION", 999)
+    path = next(p for p in native_library.library_paths() if p.exists())
+    monkeypatch.setattr(native_library, "ABI_VERSION", 999)
     with pytest.raises(KernelError, match=r"has interface version .*, this halve needs 999; reinstall halve"):
-        native.open_library(path)
+        native_library.open_library(path)
 
 
 def test_a_file_that_is_no_library_of_ours_is_refused(tmp_path):
     text = tmp_path / "libhalve_kernels.so"
     text.write_text("not a library")
     with pytest.raises(KernelError, match="is not a library of halve's kernels"):
-        native.open_library(text)
+        native_library.open_library(text)
 
 
 def test_an_instruction_set_that_was_not_built_is_an_error():
@@ -653,7 +654,7 @@ def test_an_instruction_set_that_was_not_built_is_an_error():
 
 
 def test_fewer_threads_than_asked_for_are_told(monkeypatch, caplog):
-    monkeypatch.setattr(native, "_library", lambda: SimpleNamespace(halve_grow_team=lambda threads: 1))
+    monkeypatch.setattr(native, "library", lambda: SimpleNamespace(halve_grow_team=lambda threads: 1))
     with caplog.at_level(logging.WARNING, "halve.kernels"):
         NativeOps(num_threads=3)
     assert "the system gave 1 of 3 threads" in caplog.text

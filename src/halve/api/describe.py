@@ -10,7 +10,7 @@ from halve.api.bundle import read_certificate, read_plan
 from halve.api.facts import versions
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.hardware import detect_cpu, free_memory_bytes
-from halve.kernels import native
+from halve.kernels import native, native_library
 from halve.models import load_config, stored_formats
 from halve.models.names import EMBEDDING, groups, modules, num_parameters, vectors
 
@@ -133,7 +133,7 @@ def _group_facts(checkpoint: Checkpoint) -> list[GroupFacts]:
 def doctor() -> MachineFacts:
     """Describe this machine: its features, the kernel of each format and why others refuse, versions, memory."""
     device = detect_cpu()
-    reason = native.available()
+    reason = native_library.available()
     kernels = native.format_report(device)
     if reason is not None:
         kernels = [

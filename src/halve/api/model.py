@@ -11,7 +11,7 @@ from halve.checkpoint.files import read_object
 from halve.core.errors import KernelError, RequestError
 from halve.core.plan import Plan
 from halve.engine import Completion, Engine, EngineConfig, ModelRunner, Request, SamplingParams, StepOutput
-from halve.kernels import native
+from halve.kernels import native, native_library
 from halve.kernels.ops import Array, Ops, TokenBatch
 from halve.models import Decoder, ModelConfig, load_config, load_decoder
 from halve.text import Tokenizer
@@ -111,7 +111,7 @@ def load(
 def make_ops(device: str, activations: str) -> Ops:
     """The Ops of a device: our C++ on CPU where it is built, else torch (said in the log)."""
     if device in ("auto", "cpu"):
-        reason = native.available()
+        reason = native_library.available()
         if reason is None:
             return native.NativeOps(activations=activations)
         log.warning("running on torch instead of the C++ kernels: %s", reason)

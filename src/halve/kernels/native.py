@@ -19,11 +19,8 @@ import ctypes
 import logging
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib import metadata
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,77 +31,14 @@ from halve.formats.base import widen
 from halve.hardware import Device, detect_cpu
 from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Kernel, Spec, choose
+from halve.kernels.native_checks import STORED, KVCache, check_attention, check_batch, floats, int32, within
+from halve.kernels.native_library import LIBRARY, available, library
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
 
 log = logging.getLogger("halve.kernels")
 
-ABI_VERSION = 1
-LIBRARY = "libhalve_kernels.so"
-MAX_HEAD_DIM = 1024
 MAX_THREADS = 1024
 ACTIVATIONS = ("fp32", "bf16")
-STORED: Mapping[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}  # bf16 as its bits
-
-_P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-_SIGNATURES: Mapping[str, list[Any]] = {
-    "abi_version": [],
-    "isas": [],
-    "grow_team": [_I32],
-    "linear": [_I32, _P, _P, _P, _P, _I64, _I32],
-    "embed": [_I32, _P, _P, _P, _I64, _I32],
-    "rms_norm": [_I32, _P, _P, _P, _I64, _I64, _F32, _I32],
-    "rope": [_I32, _P, _P, _P, _P, _I64, _I64, _I64, _I32],
-    "add": [_I32, _P, _P, _P, _I64, _I32],
-    "silu_mul": [_I32, _P, _P, _P, _I64, _I32],
-    "to_bf16": [_I32, _P, _P, _I64, _I32],
-    "round_bf16": [_I32, _P, _P, _I64, _I32],
-    "attention": [_I32, *[_P] * 8, *[_I64] * 8, _I32, _I32],
-}
-
-
-def available() -> str | None:
-    """Why `NativeOps` cannot be made here, or None when it can."""
-    try:
-        _library()
-    except KernelError as error:
-        return str(error)
-    return None
-
-
-def library_paths() -> list[Path]:
-    """Where the library may lie: beside this file, or where the installer put it (an editable install)."""
-    paths = [Path(__file__).with_name(LIBRARY)]
-    with suppress(metadata.PackageNotFoundError):  # a source tree that was never installed has the first place only
-        paths.append(Path(str(metadata.distribution("halve").locate_file(f"halve/kernels/{LIBRARY}"))))
-    return paths
-
-
-@cache
-def _library() -> Any:
-    paths = library_paths()
-    path = next((p for p in paths if p.exists()), None)
-    if path is None:
-        raise KernelError(
-            f"halve was built without its C++ part: {LIBRARY} is not at {' or '.join(map(str, paths))}; "
-            "reinstall halve with a C++20 compiler at hand (apt-get install g++), or use the torch kernels"
-        )
-    return open_library(path)
-
-
-def open_library(path: Path) -> Any:
-    """Load the C++ library. Raises KernelError when it cannot be loaded or speaks another version of the interface."""
-    way_out = "reinstall halve, so that its Python and C++ parts come from one build"
-    try:
-        library = ctypes.CDLL(str(path))
-        version = library.halve_abi_version()
-    except (OSError, AttributeError) as error:
-        raise KernelError(f"{path} is not a library of halve's kernels: {error}; {way_out}") from error
-    if version != ABI_VERSION:
-        raise KernelError(f"{path} has interface version {version}, this halve needs {ABI_VERSION}; {way_out}")
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, f"halve_{name}")
-        function.argtypes, function.restype = arguments, _I32
-    return library
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +68,12 @@ class _MatrixRecord(ctypes.Structure):
     """`Matrix` of csrc/rows.h."""
 
     _fields_ = (
-        ("out_features", _I64),
-        ("in_features", _I64),
-        ("group", _I64),
-        ("codes", _P),
-        ("scale", _P),
-        ("kind", _I32),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("kind", ctypes.c_int32),
     )
 
 
@@ -196,7 +130,7 @@ def _vector(values: Array) -> Array:
 def _call(name: str, isa: Isa, *arguments: Any) -> None:
     """Call the C++ function; arrays go as their addresses, None as a null pointer."""
     values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
-    if getattr(_library(), f"halve_{name}")(isa.number, *values):
+    if getattr(library(), f"halve_{name}")(isa.number, *values):
         raise KernelError(
             f"{name}: this build of {LIBRARY} has no rows for {isa.name}; reinstall halve on this machine"
         )
@@ -309,14 +243,6 @@ def format_report(device: Device) -> list[dict[str, Any]]:
     return report
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class KVCache:
-    """One layer's keys and values [B, P, G, D], float32, or uint16 bits of bf16."""
-
-    k: Array
-    v: Array
-
-
 class NativeOps:
     """`Ops` in C++ on the CPU; buffers are float32 numpy arrays. See `halve.kernels.ops.Ops` for each operation.
 
@@ -330,7 +256,7 @@ class NativeOps:
     def __init__(
         self, device: Device | None = None, *, activations: str = "fp32", num_threads: int | None = None
     ) -> None:
-        library = _library()
+        team = library()
         here = detect_cpu()
         self.device = device or here
         if claimed := sorted(self.device.features - here.features):
@@ -341,7 +267,7 @@ class NativeOps:
         self.num_threads = usable_cores() if num_threads is None else num_threads
         if not 1 <= self.num_threads <= MAX_THREADS:
             raise ConfigError(f"num_threads: {num_threads} is not between 1 and {MAX_THREADS}")
-        if (strength := library.halve_grow_team(self.num_threads)) < self.num_threads:
+        if (strength := team.halve_grow_team(self.num_threads)) < self.num_threads:
             log.warning("the system gave %d of %d threads; products run on those", strength, self.num_threads)
         self.kernels: dict[str, str] = {}
         self._last_batch: tuple[Any, TokenBatch] | None = None
@@ -379,30 +305,30 @@ class NativeOps:
     def embed(self, table: tuple[Kernel, Matrix], token_ids: Array) -> Array:
         """[T] -> [T, hidden]. Raises KernelError for an id outside the table."""
         kernel, matrix = table
-        ids = _int32("token_ids", token_ids, (None,))
-        _within("token id", ids, matrix.out_features, "the tokenizer and the model do not belong together")
+        ids = int32("token_ids", token_ids, (None,))
+        within("token id", ids, matrix.out_features, "the tokenizer and the model do not belong together")
         return kernel.run(matrix, ids, self.num_threads)  # type: ignore[no-any-return]
 
     def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
         """Each row over its root mean square, times gain."""
-        x = _floats("x", x, (None, None))
-        return self._run["rms_norm"](x, _floats("gain", gain, (x.shape[1],)), eps)
+        x = floats("x", x, (None, None))
+        return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)
 
     def project(self, linear: tuple[Kernel, Matrix], x: Array) -> Array:
         """round(x) @ weight.T + bias; the error bound is at the top of this file."""
         kernel, matrix = linear
-        x = _floats("x", x, (None, matrix.in_features))
+        x = floats("x", x, (None, matrix.in_features))
         if self.activations == "bf16":
             x = self._run["round_bf16"](x)
         return kernel.run(matrix, x, self.num_threads)  # type: ignore[no-any-return]
 
     def rope(self, x: Array, cos: Array, sin: Array, head_dim: int) -> Array:
         """Rotate pairs (i, i + D/2) of each head."""
-        x = _floats("x", x, (None, None))
+        x = floats("x", x, (None, None))
         if head_dim < 2 or head_dim % 2 or x.shape[1] % head_dim:
             raise KernelError(f"rope: head_dim {head_dim} must be even and divide the width {x.shape[1]}")
         angles = (len(x), head_dim // 2)
-        return self._run["rope"](x, _floats("cos", cos, angles), _floats("sin", sin, angles), head_dim=head_dim)
+        return self._run["rope"](x, floats("cos", cos, angles), floats("sin", sin, angles), head_dim=head_dim)
 
     def attention(
         self,
@@ -419,10 +345,10 @@ class NativeOps:
         Raises KernelError, before anything is written, for a slot, block or position that does not exist.
         """
         check_attention(spec)
-        q = _floats("q", q, (batch.num_tokens, spec.num_heads * spec.head_dim))
-        k = _floats("k", k, (batch.num_tokens, spec.num_kv_heads * spec.head_dim))
-        v = _floats("v", v, k.shape)
-        sinks = None if sinks is None else _floats("sinks", sinks, (spec.num_heads,))
+        q = floats("q", q, (batch.num_tokens, spec.num_heads * spec.head_dim))
+        k = floats("k", k, (batch.num_tokens, spec.num_kv_heads * spec.head_dim))
+        v = floats("v", v, k.shape)
+        sinks = None if sinks is None else floats("sinks", sinks, (spec.num_heads,))
         batch = self._checked(batch, spec, cache)
         if spec.kv_format == "bf16":
             k, v = self._run["to_bf16"](k), self._run["to_bf16"](v)
@@ -444,13 +370,13 @@ class NativeOps:
 
     def silu_mul(self, gate: Array, up: Array) -> Array:
         """silu(gate) * up."""
-        gate = _floats("gate", gate, (None, None))
-        return self._run["silu_mul"](gate, _floats("up", up, gate.shape))
+        gate = floats("gate", gate, (None, None))
+        return self._run["silu_mul"](gate, floats("up", up, gate.shape))
 
     def add(self, x: Array, y: Array) -> Array:
         """Sum of two buffers."""
-        x = _floats("x", x, (None, None))
-        return self._run["add"](x, _floats("y", y, x.shape))
+        x = floats("x", x, (None, None))
+        return self._run["add"](x, floats("y", y, x.shape))
 
     def take_rows(self, x: Array, rows: Array) -> Array:
         """The rows of x, in that order."""
@@ -461,87 +387,3 @@ class NativeOps:
         check_attention(spec)
         shape, dtype = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim), STORED[spec.kv_format]
         return KVCache(np.zeros(shape, dtype), np.zeros(shape, dtype))
-
-
-def check_attention(spec: AttentionSpec) -> None:
-    """Refuse, with KernelError, attention that the rows do not compute."""
-    if spec.num_kv_heads < 1 or spec.num_heads < 1 or spec.num_heads % spec.num_kv_heads:
-        raise KernelError(f"attention: num_kv_heads {spec.num_kv_heads} must divide num_heads {spec.num_heads}")
-    if not 1 <= spec.head_dim <= MAX_HEAD_DIM:
-        raise KernelError(f"attention: head_dim {spec.head_dim} is not between 1 and {MAX_HEAD_DIM}")
-    if spec.window is not None and spec.window < 1:
-        raise KernelError(f"attention: window {spec.window} must be 1 or more, or None to see everything before")
-    if spec.kv_format not in STORED:
-        raise KernelError(f"attention: kv_format {spec.kv_format!r} is not one of {list(STORED)}")
-
-
-def check_batch(batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> TokenBatch:
-    """A copy of the batch as C++ reads it.
-
-    Raises KernelError for what would read or write outside the buffers or the cache.
-    """
-    tokens, sequences = batch.num_tokens, batch.num_sequences
-    positions = _int32("positions", batch.positions, (tokens,)).copy()
-    ends = _int32("cu_seqlens", batch.cu_seqlens, (None,)).copy()
-    lengths = np.diff(ends)
-    if sequences < 1 or ends[0] != 0 or ends[-1] != tokens or lengths.min() < 0:
-        raise KernelError(f"cu_seqlens {ends.tolist()} must rise from 0 to the {tokens} tokens of the batch")
-    owned = lengths > 0
-    first, last = positions[ends[:-1][owned]], positions[ends[1:][owned] - 1]
-    counted = np.arange(tokens) + np.repeat(first - ends[:-1][owned], lengths[owned])
-    if (positions != counted).any() or positions.min(initial=0) < 0:
-        raise KernelError("positions of each sequence must count up by one from 0 or more; order its tokens so")
-    if cache is None:
-        if first.any():
-            raise KernelError(f"without a cache sequences start at position 0, got {first.tolist()}; give a cache")
-        return TokenBatch(token_ids=batch.token_ids, positions=positions, cu_seqlens=ends)
-    num_blocks, block_size = cache.k.shape[:2]
-    if cache.k.dtype != STORED[spec.kv_format] or cache.k.shape[2:] != (spec.num_kv_heads, spec.head_dim):
-        raise KernelError(f"the cache holds {cache.k.dtype} {cache.k.shape}; make one with kv_cache for {spec}")
-    if batch.slot_mapping is None or batch.block_tables is None:
-        raise KernelError("a batch over a cache needs slot_mapping and block_tables; allocate blocks for it first")
-    slots = _int32("slot_mapping", batch.slot_mapping, (tokens,)).copy()
-    tables = _int32("block_tables", batch.block_tables, (sequences, None)).copy()
-    _within("slot", slots, num_blocks * block_size, "allocate a block for every token before the step")
-    oldest = np.zeros_like(first) if spec.window is None else np.maximum(first - spec.window + 1, 0)
-    _within(
-        "block", _blocks_read(tables[owned], oldest, last, block_size), num_blocks, "name a block for every position"
-    )
-    return TokenBatch(
-        token_ids=batch.token_ids, positions=positions, cu_seqlens=ends, slot_mapping=slots, block_tables=tables
-    )
-
-
-def _blocks_read(tables: Array, oldest: Array, last: Array, block_size: int) -> Array:
-    """Blocks that hold positions oldest..last of each sequence, -1 for those beyond the width of the tables."""
-    needed = int(last.max(initial=-1)) // block_size + 1
-    wide = np.pad(tables, ((0, 0), (0, max(0, needed - tables.shape[1]))), constant_values=-1)
-    column = np.arange(wide.shape[1])
-    read = (column >= (oldest // block_size)[:, None]) & (column <= (last // block_size)[:, None])
-    return wide[read]
-
-
-def _within(what: str, values: Array, end: int, way_out: str) -> None:
-    if values.size and (values.min() < 0 or values.max() >= end):
-        wrong = values[(values < 0) | (values >= end)]
-        raise KernelError(f"{what} {wrong[0]} ({wrong.size} of {values.size}) is not in 0..{end - 1}; {way_out}")
-
-
-def _floats(name: str, values: Array, shape: tuple[int | None, ...]) -> Array:
-    return _array(name, values, np.dtype(np.float32), shape)
-
-
-def _int32(name: str, values: Array, shape: tuple[int | None, ...]) -> Array:
-    return _array(name, values, np.dtype(np.int32), shape)
-
-
-def _array(name: str, values: Array, dtype: np.dtype[Any], shape: tuple[int | None, ...]) -> Array:
-    """The array itself when C++ may read it at its address, else KernelError; None in `shape` is any length."""
-    if not isinstance(values, np.ndarray) or values.dtype != dtype:
-        kind = getattr(values, "dtype", type(values).__name__)
-        raise KernelError(f"{name}: expected a numpy array of {dtype}, got {kind}; convert it with from_host or astype")
-    if values.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, values.shape, strict=True)):
-        raise KernelError(f"{name}: expected shape {['any' if n is None else n for n in shape]}, got {values.shape}")
-    if not (values.flags.c_contiguous and values.flags.aligned):
-        raise KernelError(f"{name}: expected C-contiguous aligned memory; pass np.ascontiguousarray({name})")
-    return values
