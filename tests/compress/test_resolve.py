@@ -140,3 +140,9 @@ def test_a_uniform_plan_is_valid_and_compresses_every_product_it_may(config, por
 def test_a_plain_format_needs_no_method():
     found = assigned(("*", "fp16"))
     assert {(a.format.name, a.method) for a in found.values()} == {("fp16", None)}
+
+
+@pytest.mark.parametrize(("portable", "kv_format"), [(True, "fp32"), (False, "bf16")])
+def test_a_portable_plan_rounds_the_cache_nowhere_so_that_logits_can_be_compared(portable, kv_format):
+    made = uniform_plan(CONFIG, FORMATS["int8"], "rtn", portable=portable, source_bits=16)
+    assert made.kv_cache.format == kv_format
