@@ -54,7 +54,11 @@ MINIMUM: Mapping[SplitName, Minimum] = {
 
 
 class LogitSource(Protocol):
-    """A model that can be judged."""
+    """A model that can be judged.
+
+    It may also have `expect(windows: Sequence[Array]) -> None`, which is then told what it will be asked, in order,
+    so that it can compute many short windows at once.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -151,6 +155,9 @@ def compare(
     cut = [windows(tokens, window_tokens) for tokens in documents]
     if num_alone := sum(not parts for parts in cut):
         log.warning("%d of %d documents have fewer than two tokens, nothing to predict", num_alone, len(documents))
+    for source in (original, smaller):
+        if expect := getattr(source, "expect", None):
+            expect([window for parts in cut for window in parts])
     total = sum(len(window) - 1 for parts in cut for window in parts)
     scores: list[Array] = [np.zeros((0, 4))]
     done = 0

@@ -1,6 +1,7 @@
 """Our own decoder as a `LogitSource`, so that it is judged by the same code as any other engine."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -8,6 +9,7 @@ from halve.kernels.ops import Array, Buffer, TokenBatch
 from halve.models import Decoder
 
 CHUNK_LOGITS = 1 << 22  # logits made at a time: 16 MiB of float32, which the allocator reuses
+BATCH_TOKENS = 2048  # tokens of short windows that run as one flat batch
 
 
 class DecoderScorer:
@@ -21,7 +23,13 @@ class DecoderScorer:
         self.decoder = decoder
         self.vocab_size = decoder.config.vocab_size
         self._kept: dict[bytes, Buffer] = {}
+        self._ready: dict[bytes, Buffer] = {}  # of the batch that ran last, each taken once
+        self._expected: deque[Array] = deque()
         self._room = keep_bytes // (4 * decoder.config.hidden_size)  # in tokens
+
+    def expect(self, windows: Sequence[Array]) -> None:
+        """Announce the windows that `logits` will be asked for, in order; others may still be asked."""
+        self._expected = deque(windows)
 
     def logits(self, tokens: Array) -> Iterator[Array]:
         """tokens int32 [T] -> float32 chunks [t, vocab] that cover every position in order."""
@@ -37,9 +45,30 @@ class DecoderScorer:
         key = tokens.tobytes()
         if key in self._kept:
             return self._kept[key]
-        with torch.inference_mode():
-            hidden = self.decoder.hidden(TokenBatch.whole([tokens]))
+        if key not in self._ready:
+            self._run(self._next_batch(tokens))
+        hidden = self._ready.pop(key)
         if len(tokens) <= self._room:
             self._kept[key] = hidden
             self._room -= len(tokens)
         return hidden
+
+    def _next_batch(self, tokens: Array) -> list[Array]:
+        """The window asked for and those expected after it that are still to be computed, up to BATCH_TOKENS."""
+        batch, keys, size = [tokens], {tokens.tobytes()}, len(tokens)
+        while self._expected and size + len(self._expected[0]) <= BATCH_TOKENS:
+            window = self._expected.popleft()
+            key = window.tobytes()
+            if key not in keys and key not in self._kept:
+                batch.append(window)
+                keys.add(key)
+                size += len(window)
+        return batch
+
+    def _run(self, batch: list[Array]) -> None:
+        with torch.inference_mode():
+            hidden = self.decoder.hidden(TokenBatch.whole(batch))
+        self._ready, start = {}, 0
+        for window in batch:
+            self._ready[window.tobytes()] = hidden[start : start + len(window)]
+            start += len(window)
