@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -153,5 +152,5 @@ def doctor() -> MachineFacts:
         native="ready" if reason is None else reason,
         kernels=tuple(kernels),
         ceilings=None,
-        versions=versions() | {"torch usable": "yes" if find_spec("torch") else "no"},
+        versions=versions(),
     )

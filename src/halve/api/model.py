@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halve.api.bundle import read_plan
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
@@ -15,6 +15,9 @@ from halve.kernels import native, native_library
 from halve.kernels.ops import Array, Ops, TokenBatch
 from halve.models import Decoder, ModelConfig, load_config, load_decoder
 from halve.text import Tokenizer
+
+if TYPE_CHECKING:  # torch loads only where it computes
+    from halve.kernels.reference import TorchOps
 
 log = logging.getLogger("halve")
 
@@ -76,6 +79,10 @@ class Model:
     def request(self, request_id: str, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
         """A request of this model's tokens."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise RequestError(
+                "prompt: it is empty, and this model's tokenizer puts no token in front; give at least one character"
+            )
         return Request(request_id=request_id, prompt_token_ids=tuple(ids), sampling=sampling)
 
     def engine(self, prompts: Sequence[str | Sequence[int]], max_tokens: int) -> Engine:
@@ -116,12 +123,18 @@ def make_ops(device: str, activations: str) -> Ops:
             return native.NativeOps(activations=activations)
         log.warning("running on torch instead of the C++ kernels: %s", reason)
         device = "cpu"
+    return torch_ops(device, activations)
+
+
+def torch_ops(device: str, activations: str = "fp32", *, widened: bool = False) -> "TorchOps":
+    """The reference Ops of a torch device. Raises RequestError when there is no such device here."""
     from halve.kernels.reference import TorchOps
 
     try:
-        return TorchOps(device, activations=activations)
+        return TorchOps(device, activations=activations, widened=widened)
     except (RuntimeError, KernelError) as error:
-        raise RequestError(f"device {device!r} can't be used: {str(error).splitlines()[0]}; try auto or cpu") from error
+        reason = str(error).splitlines()[0].removeprefix(f"device {device!r}: ").removesuffix("; use cpu")
+        raise RequestError(f"device {device!r} can't be used: {reason}; take cpu") from error
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:

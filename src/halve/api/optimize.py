@@ -10,12 +10,13 @@ from typing import Literal
 
 from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE
 from halve.api.facts import environment, versions
+from halve.api.model import torch_ops
 from halve.api.page import report_page
 from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
 from halve.api.progress import SILENT, Progress
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
-from halve.api.workspace import Workspace, write_atomic
+from halve.api.workspace import Workspace, refuse_existing, write_atomic
 from halve.checkpoint import open_checkpoint, resolve
 from halve.compress import resolve as resolve_plan
 from halve.core.certificate import Certificate, Cost, Inputs, SealedText, Size
@@ -81,6 +82,8 @@ def optimize(
     with open_checkpoint(resolve(str(model))) as checkpoint:
         if Path(out).resolve() == checkpoint.path.resolve():
             raise OutputError(f"{out}: is the model itself; choose another output")
+        refuse_existing(Path(out), force=force)  # now, not after minutes of reading and hashing
+        torch_ops(device)
         config = load_config(checkpoint).with_kv_format("fp32")
         source = stored_formats(checkpoint, config)
         listed = _list_candidates(config, source, format, method, portable=portable, limit=limit)
@@ -92,10 +95,11 @@ def optimize(
             model_sha256 = checkpoint.sha256(advance)
         key = {
             "model": model_sha256,
-            "text": texts.calibration_sha256 + texts.sealed_sha256,
+            "text": texts.calibration_sha256 + texts.selection_sha256 + texts.sealed_sha256,
             "limit": limit,
             "formats": [f"{c.format} {c.method}" for c in ranked],
             "portable": portable,
+            "device": device,
             "versions": versions(),
         }
         with Workspace(Path(out), key, force=force, resume=resume) as workspace:

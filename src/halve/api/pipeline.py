@@ -8,6 +8,7 @@ from math import expm1
 from pathlib import Path
 
 from halve.api.bundle import read_plan
+from halve.api.model import torch_ops
 from halve.api.progress import Advance, Progress
 from halve.api.texts import Texts
 from halve.api.workspace import Workspace
@@ -19,8 +20,7 @@ from halve.core.record import from_dict, to_dict
 from halve.evaluate import PairedScores, compare, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
-from halve.kernels.ops import Array
-from halve.kernels.reference import TorchOps
+from halve.kernels.ops import Array, Ops
 from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder
 from halve.models.names import num_parameters
 from halve.search import Candidate, Judged, cheapest_passing
@@ -297,5 +297,5 @@ def reload(checkpoint: Checkpoint, device: str) -> Decoder:
     return load_decoder(checkpoint, config, _reference_ops(config, device, plan.activations.format))
 
 
-def _reference_ops(config: ModelConfig, device: str, activations: str = "fp32") -> TorchOps:
-    return TorchOps(device, activations=activations, widened=4 * num_parameters(config) <= WIDEN_BYTES)
+def _reference_ops(config: ModelConfig, device: str, activations: str = "fp32") -> Ops:
+    return torch_ops(device, activations, widened=4 * num_parameters(config) <= WIDEN_BYTES)

@@ -24,6 +24,7 @@ class Texts:
     sealed: list[Array]
     sealed_documents: tuple[Document, ...]
     calibration_sha256: str
+    selection_sha256: str
     sealed_sha256: str
     window_tokens: int
     source: str
@@ -62,6 +63,7 @@ def prepare_texts(path: Path | None, tokenizer: Tokenizer, config: ModelConfig, 
         sealed=sealed,
         sealed_documents=tuple(parts.sealed),
         calibration_sha256=documents_sha256(parts.calibration),
+        selection_sha256=documents_sha256(parts.selection),
         sealed_sha256=documents_sha256(parts.sealed),
         window_tokens=window_of(config),
         source="shipped mixed text" if path is None else str(Path(path).resolve()),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halve.api.bundle import SEALED_FILE, read_certificate, read_plan
+from halve.api.model import torch_ops
 from halve.api.pipeline import original_scorer, score
 from halve.api.progress import SILENT, Progress
 from halve.api.texts import sealed_again
@@ -11,9 +12,10 @@ from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.core.certificate import Answer, Certificate, Size
 from halve.core.errors import CheckpointError
 from halve.data import Document, documents_sha256, encode, read_documents
-from halve.evaluate import answer, differences, require_enough
-from halve.models import load_config
+from halve.evaluate import answer, differences, passes, require_enough
+from halve.models import ModelConfig, load_config, stored_formats
 from halve.models.names import num_parameters
+from halve.search import plain_bytes_per_token
 from halve.text import Tokenizer
 
 
@@ -45,6 +47,7 @@ def verify(
     Raises CheckpointError when the bundle is broken: a file is missing or changed since it was certified, or
     `against` is not the model it was made from; DataError for text that is too little or not the one certified.
     """
+    torch_ops(device)  # a device that is not there is refused now, not after minutes of hashing
     with open_checkpoint(resolve(str(bundle))) as smaller, open_checkpoint(resolve(str(against))) as original:
         recorded = read_certificate(smaller)
         _check_files(smaller, original, recorded, progress)
@@ -75,14 +78,14 @@ def verify(
                 float32_bytes=parameters,
                 ratio=size / parameters,
             ),
+            cost=replace(recorded.cost, ratio=_bytes_ratio(smaller, original, config)),
         )
     found = (
         differences(recorded.quality, measured, activations=read_plan(smaller).activations.format)
         if text is None
         else []
     )
-    if again.size != recorded.size:
-        found.append(f"size: recorded {recorded.size}, found {again.size}")
+    found += _recorded_wrongly(recorded, again)
     return Verified(
         answer=answer(measured, recorded.max_quality_loss),
         certificate=again,
@@ -105,6 +108,28 @@ def _check_files(smaller: Checkpoint, original: Checkpoint, recorded: Certificat
                 f"{original.path}: is not the model that {smaller.path} was made from (its hash differs); "
                 "give that model to --against"
             )
+
+
+def _bytes_ratio(smaller: Checkpoint, original: Checkpoint, config: ModelConfig) -> float:
+    """Bytes that a decoded token reads, smaller over original, from what the files hold."""
+    before, after = (plain_bytes_per_token(config, stored_formats(c, config)) for c in (original, smaller))
+    return after / before
+
+
+def _recorded_wrongly(recorded: Certificate, again: Certificate) -> list[str]:
+    """What needs no text to be found: bytes, and a verdict that its own figures do not bear out."""
+    found = []
+    for field in ("bytes", "original_bytes", "float32_bytes", "ratio"):
+        one, other = getattr(recorded.size, field), getattr(again.size, field)
+        if one != other:
+            found.append(f"size.{field}: recorded {one}, now {other}")
+    if recorded.cost.ratio != again.cost.ratio:
+        found.append(f"cost.ratio: recorded {recorded.cost.ratio}, now {again.cost.ratio}")
+    limit = recorded.max_quality_loss
+    verdict = "measured" if limit is None else "pass" if passes(recorded.quality, limit) else "fail"
+    if recorded.verdict != verdict:
+        found.append(f"verdict: recorded {recorded.verdict}; by the recorded figures and limit it is {verdict}")
+    return found
 
 
 def _documents(bundle: Checkpoint, recorded: Certificate, text: str | Path | None) -> tuple[list[Document], str]:

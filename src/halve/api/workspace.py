@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from halve.core.errors import HalveError, OutputError, UserError
+from halve.core.errors import HalveError, OutputError
 
 STATE_FILE = "state.json"
 LOCK_FILE = "lock"
@@ -39,12 +39,14 @@ class Workspace:
         self.resumed = False
         self.state: dict[str, Any] = {}
         self._lock: IO[str] | None = None
+        self._made_parents: list[Path] = []
         refuse_existing(self.out, force=force)
 
     def __enter__(self) -> Self:
         """Lock the work directory; start afresh, or take up a killed run's work."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make_parents()
+            self.path.mkdir(exist_ok=True)
             self._take_lock()
             state_file = self.path / STATE_FILE
             if self.resume and state_file.exists():
@@ -55,20 +57,36 @@ class Workspace:
                 self.save_state()
         except OSError as error:
             self._release()
+            self._remove_parents()
             raise OutputError(f"{self.path}: can't be written: {error.strerror}; choose another --out") from error
         except BaseException:
             self._release()
             raise
         return self
 
+    def _make_parents(self) -> None:
+        """Make what is missing above the result, remembered so that a run that fails leaves none of it."""
+        missing = [folder for folder in self.path.parents if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made_parents.append(folder)
+
+    def _remove_parents(self) -> None:
+        with contextlib.suppress(OSError):  # someone else has put something there
+            while self._made_parents:
+                self._made_parents.pop().rmdir()
+
     def _take_lock(self) -> None:
-        self._lock = (self.path / LOCK_FILE).open("w")
+        file = self.path / LOCK_FILE
+        self._lock = file.open("w")
+        busy = OutputError(f"{self.out}: another run is writing it just now; wait for it or choose another output")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OutputError(
-                f"{self.out}: another run is writing it just now; wait for it or choose another"
-            ) from error
+            raise busy from error
+        # A run that ended between our `open` and our lock took its directory, and the file we locked, with it.
+        if not file.exists() or not os.path.samestat(os.fstat(self._lock.fileno()), file.stat()):
+            raise busy
 
     def _take_up(self, state: dict[str, Any]) -> None:
         if state.get("key") != self.key:
@@ -104,16 +122,18 @@ class Workspace:
     def publish(self, directory: Path) -> None:
         """Rename a finished directory of the workspace to the result's name, in one step on disk."""
         sync_tree(directory)
-        if self.out.exists():
-            refuse_existing(self.out, force=self.force)
-            replaced = self.path / "replaced"
-            os.rename(self.out, replaced)
+        replaced = self.path / "replaced"
+        if replaced.exists():  # left by a run that was killed just after its own replacement
+            shutil.rmtree(replaced)
+        refuse_existing(self.out, force=self.force)
         try:
+            if self.out.exists():
+                os.rename(self.out, replaced)
             os.rename(directory, self.out)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.rename(self.path / "replaced", self.out)
-            raise OutputError(f"{self.out}: can't be put in place: {error.strerror}") from error
+            if replaced.exists() and not self.out.exists():
+                os.rename(replaced, self.out)
+            raise OutputError(f"{self.out}: can't be put in place: {error.strerror}; choose another --out") from error
         _sync(self.out.parent)
 
     def __exit__(
@@ -123,7 +143,9 @@ class Workspace:
         if error is None or isinstance(error, HalveError | OSError):
             shutil.rmtree(self.path, ignore_errors=True)
         self._release()
-        if isinstance(error, OSError) and not isinstance(error, UserError) and error.errno in FULL:
+        if isinstance(error, HalveError | OSError):
+            self._remove_parents()
+        if isinstance(error, OSError) and error.errno in FULL:
             raise OutputError(f"{self.path}: {error.strerror}; nothing was written") from error
 
     def _release(self) -> None:

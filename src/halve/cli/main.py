@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 
 from halve import __version__
 from halve.cli.screen import ShellProgress, error_console, print_json
-from halve.core.errors import HalveError, UserError
+from halve.core.errors import HalveError, TextError
 
 app = typer.Typer(
     name="halve",
@@ -45,7 +45,9 @@ def options(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    handler = RichHandler(console=error_console(), show_time=False, show_path=False, show_level=verbose)
+    handler: logging.Handler = logging.StreamHandler()
+    if error_console().is_terminal:  # elsewhere one message is one line, not cut to a terminal's width
+        handler = RichHandler(console=error_console(), show_time=False, show_path=False, show_level=verbose)
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], format="%(message)s")
     if not verbose:
         logging.getLogger("halve.kernels").setLevel(logging.WARNING)
@@ -83,20 +85,24 @@ def optimize(
     from halve.api.optimize import optimize as verb
     from halve.cli.tables import show_certificate
 
-    result = verb(
-        model,
-        out,
-        max_quality_loss=max_quality_loss,
-        format=format,
-        method=method.value,
-        portable=portable,
-        calibration=calibration,
-        keep_text=keep_text,
-        force=force,
-        resume=resume,
-        device=device,
-        progress=ShellProgress(),
-    )
+    try:
+        result = verb(
+            model,
+            out,
+            max_quality_loss=max_quality_loss,
+            format=format,
+            method=method.value,
+            portable=portable,
+            calibration=calibration,
+            keep_text=keep_text,
+            force=force,
+            resume=resume,
+            device=device,
+            progress=ShellProgress(),
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume takes up finished work", file=sys.stderr)
+        raise
     if json:
         print_json(result.certificate)
         return
@@ -151,23 +157,20 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     from halve.api.model import load
-    from halve.engine import SamplingParams
+    from halve.engine import Completion, SamplingParams
 
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    with ShellProgress().task("Loading", "layers") as advance:
-        loaded = load(model, device=device, progress=advance)
-    if json:
-        print_json(
-            loaded.generate(
-                prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or ()
-            )
-        )
-        return
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
     )
-    for output in loaded.stream(prompt, sampling):
+    if prompt == "-":
+        prompt = _standard_input()
+    with ShellProgress().task("Loading", "layers") as advance:
+        loaded = load(model, device=device, progress=advance)
+    outputs = loaded.stream(prompt, sampling)
+    if json:
+        print_json(Completion.from_outputs(list(outputs)))
+        return
+    for output in outputs:
         typer.echo(output.text, nl=False)
     typer.echo()
 
@@ -225,26 +228,23 @@ def doctor(json: Json = False) -> None:
 
 
 def main() -> None:
-    """Run the command; what the user can mend is printed in one line, without a traceback."""
+    """Run the command; what the user can mend is printed in one line, without a traceback.
+
+    Typer itself answers usage errors (exit 2), Ctrl-C (130) and a reader of our output that went away (1).
+    """
     # OpenMP's threads spin while they wait, and two such programs on the same cores stop each other: measured, a
     # fifteenth of the speed. Asleep they cost little. It must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except UserError as error:
-        _say(error)
-        sys.exit(EXIT_USER)
     except HalveError as error:
-        _say(error)
+        print(f"halve: {error}", file=sys.stderr)
         sys.exit(EXIT_USER)
-    except BrokenPipeError:
-        # The reader of our output went away (`halve ... | head`): the shell's own convention, without a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_USER)
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume takes up finished work", file=sys.stderr)
-        sys.exit(130)
 
 
-def _say(error: Exception) -> None:
-    print(f"halve: {error}", file=sys.stderr)
+def _standard_input() -> str:
+    raw = sys.stdin.buffer.read()
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise TextError(f"standard input: not UTF-8 at byte {error.start}; give UTF-8 text") from error

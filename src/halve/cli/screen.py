@@ -28,6 +28,7 @@ def print_json(record: Any) -> None:
     """One JSON object on stdout."""
     json.dump(to_dict(record), sys.stdout, ensure_ascii=False, allow_nan=False)
     sys.stdout.write("\n")
+    sys.stdout.flush()  # a reader that went away is noticed here, not while Python shuts down
 
 
 class ShellProgress:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from halve.cli.screen import console
@@ -27,26 +28,38 @@ def spread(value: Measured | None, digits: str = ".4g") -> str:
     return f"{value.value:{digits}} [{value.low:{digits}}, {value.high:{digits}}]"
 
 
+def rate(value: Measured | None) -> str:
+    """Tokens per second with the slowest and fastest run."""
+    if value is None:
+        return "not measured"
+    return " ".join([_rounded(value.value), f"[{_rounded(value.low)}, {_rounded(value.high)}]"])
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def show_certificate(certificate: Certificate) -> None:
     """Verdict, size, quality and speed."""
     table = Table(show_header=True, title=None)
-    for column in ("", "original", "smaller", ""):
+    for column in ("", "original", "smaller", "smaller / original"):
         table.add_column(column, justify="left" if not column else "right")
     size, cost = certificate.size, certificate.cost
     table.add_row(
         "weight files",
         format_bytes(size.original_bytes),
         format_bytes(size.bytes),
-        f"{size.bytes / size.original_bytes:.2f}x ({size.ratio:.2f}x of float32)",
+        f"{size.bytes / size.original_bytes:.2f}x",
     )
+    table.add_row("as float32", format_bytes(size.float32_bytes), "", f"{size.ratio:.2f}x")
     table.add_row("bytes read per token", "", "", f"{cost.ratio:.2f}x")
     for name in ("prefill_tok_s", "decode_tok_s"):
         before, after = getattr(certificate.original_speed, name), getattr(certificate.speed, name)
         ratio = f"{after.value / before.value:.2f}x" if before and after else ""
-        table.add_row(f"{name.split('_', maxsplit=1)[0]} tokens/s", spread(before), spread(after), ratio)
-    table.add_row("cost", "", "", "not priced: ranked by bytes read per token")
+        table.add_row(f"{name.split('_', maxsplit=1)[0]} tokens/s", rate(before), rate(after), ratio)
     console().print(table)
     show_quality(certificate)
+    typer.echo("cost not priced: formats are ranked by the bytes that one token reads")
     limit = certificate.max_quality_loss
     against = "no limit was set" if limit is None else f"limit {limit:.3%}"
     typer.echo(f"verdict {certificate.verdict} ({against})")
@@ -57,12 +70,12 @@ def show_quality(certificate: Certificate) -> None:
     quality = certificate.quality
     table = Table(show_header=True)
     table.add_column("quality on sealed text")
-    table.add_column(f"value [{quality.confidence:.1%} interval]", justify="right")
+    table.add_column(f"value \\[{quality.confidence:.1%} interval]", justify="right")
     table.add_row("quality loss (perplexity ratio - 1)", percent(quality.ppl_ratio))
     table.add_row("mean KL divergence, nats per token", spread(quality.kl_mean))
     table.add_row("99th percentile of KL", spread(quality.kl_p99))
     table.add_row("top-1 flips, share of tokens", spread(quality.flip_rate))
-    table.add_row("documents, tokens", f"{quality.num_documents}, {quality.num_tokens}")
+    table.add_row("documents, tokens", f"{quality.num_documents:,}, {quality.num_tokens:,}")
     console().print(table)
 
 
@@ -82,8 +95,8 @@ def show_demo(result: "Demonstrated") -> None:
     before, after = result.original.peak_memory_bytes, result.smaller.peak_memory_bytes
     typer.echo(f"memory of a process that answers: {format_bytes(before)} before, {format_bytes(after)} after")
     typer.echo(f"\nprompt    {result.prompt}")
-    typer.echo(f"original {result.original.text}")
-    typer.echo(f"smaller  {result.smaller.text}")
+    typer.echo(f"original  {result.original.text.lstrip()}")
+    typer.echo(f"smaller   {result.smaller.text.lstrip()}")
     typer.echo(f"\nbundle  {result.optimized.path}\nreport  {result.optimized.report}")
 
 
@@ -100,10 +113,10 @@ def show_model(facts: "ModelFacts") -> None:
         f"licence {facts.licence or 'not stated'}"
     )
     table = Table()
-    for column, justify in (("group", "left"), ("format", "left"), ("parameters", "right"), ("bytes", "right")):
-        table.add_column(column, justify="right" if justify == "right" else "left")
+    for column in ("group", "format", "parameters", "bytes"):
+        table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
     for group in facts.groups:
-        table.add_row(group.pattern, group.format, f"{group.parameters:,}", f"{group.bytes:,}")
+        table.add_row(escape(group.pattern), group.format, f"{group.parameters:,}", f"{group.bytes:,}")
     console().print(table)
 
 
@@ -120,5 +133,5 @@ def show_machine(facts: "MachineFacts") -> None:
         table.add_column(column, overflow="fold")
     for row in facts.kernels:
         refused = "; ".join(f"{r['kernel']}: {r['reason']}" for r in row["refused"])
-        table.add_row(row["op"], row["format"], str(row["kernel"]), refused)
+        table.add_row(row["op"], row["format"], str(row["kernel"]), escape(refused))
     console().print(table)
