@@ -9,6 +9,7 @@ from pathlib import Path
 from halve.api.optimize import Optimized, optimize
 from halve.api.progress import SILENT, Progress
 from halve.core.errors import HalveError
+from halve.data.mixed import KINDS, mixed_text_paths
 from halve.models.embedded import embedded_model_path
 
 PROMPT = "Once upon a time there was a little girl named"
@@ -40,20 +41,25 @@ def demo(out: str | Path = "halve-demo", *, progress: Progress = SILENT) -> Demo
     out: where the bundle goes; a bundle that an earlier demo left there is replaced.
     """
     model = embedded_model_path()
-    optimized = optimize(model, out, max_quality_loss=LIMIT, force=True, progress=progress)
+    english = mixed_text_paths()[KINDS.index("english")]  # the one kind of text that this model was trained on
+    optimized = optimize(model, out, max_quality_loss=LIMIT, calibration=english, force=True, progress=progress)
     return Demonstrated(optimized=optimized, prompt=PROMPT, original=_answer(model), smaller=_answer(optimized.path))
 
 
-# Peak memory is a process's own high-water mark, so each model answers in a fresh one.
+# Peak memory is a process's own high-water mark, so each model answers in a fresh one. Linux lets ru_maxrss of a new
+# process begin at its parent's, so there VmHWM is read instead.
 _ANSWER = """
-import json, resource, sys
+import re, resource, sys
 from halve.cli.main import main
 sys.argv = ["halve", "generate", sys.argv[1], sys.argv[2], "--max-tokens", sys.argv[3], "--json"]
 try:
     main()
 finally:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak * (1 if sys.platform == "darwin" else 1024), file=sys.stderr)
+    try:
+        peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(peak, file=sys.stderr)
 """
 
 
