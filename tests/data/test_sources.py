@@ -96,13 +96,24 @@ def test_documents_without_text_are_left_out_and_counted(tmp_path, caplog):
         ("one\n\n\ntwo\fthree\n<|endoftext|>\nfour", ["one\n\n\ntwo", "three\n<|endoftext|>\nfour"]),
         ("one\n\n\nstill one\n<|endoftext|>\n\ntwo\n<|endoftext|>\n", ["one\n\n\nstill one", "two"]),
         ("a line with <|endoftext|> in it\n\n\ntwo", ["a line with <|endoftext|> in it", "two"]),
-        ("one\n\nstill one\n\n\ntwo\n \n\t\n\nthree", ["one\n\nstill one", "two", "three"]),
+        ("one\n\nstill one\n \n\t\n\n" * 50, ["one\n\nstill one"] * 50),
+        ("one\n\ntwo\n\n\nthree", ["one", "two", "three"]),  # a few pairs of blank lines stand before headings
         ("one\nstill one\n\ntwo\n  \n  three", ["one\nstill one", "two", "  three"]),
         ("one\nstill one\n", ["one\nstill one"]),
         ("\n\n\n one\n\ntwo\n\n\n\n", [" one", "two"]),
         ("one\n\nstill one\n\f\n", ["one\n\nstill one"]),
     ],
-    ids=["form feed", "endoftext", "endoftext within a line", "two blank", "blank", "none", "at the ends", "ff last"],
+    ids=[
+        "form feed",
+        "endoftext",
+        "endoftext within a line",
+        "two blank",
+        "few",
+        "blank",
+        "none",
+        "at the ends",
+        "ff last",
+    ],
 )
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_plain_text_is_cut_at_the_first_separator_that_occurs(tmp_path, content, expected, newline):

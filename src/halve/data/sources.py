@@ -5,7 +5,7 @@ bootstrap resamples documents. So one record of a file is one document, and what
 
 - `.jsonl`, `.jsonl.gz`, `.jsonl.xz`: each line is an object with `text`, or `messages` of `role` and `content`.
 - a directory: every `.txt` and `.jsonl` file below it, in order of name; each `.txt` is one document.
-- any other file, also `.gz` and `.xz`: plain text, cut at the first of `SEPARATORS` that occurs in it.
+- any other file, also `.gz` and `.xz`: plain text, cut at the first of `SEPARATORS` that cuts it (see there).
 """
 
 import gzip
@@ -33,12 +33,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # Documents are held in memory. Beyond this a machine may start to swap, and a few MB are enough to calibrate on.
 MAX_FILE_BYTES = 2 * 1024**3
 
-# The first that occurs in a plain text file cuts it. Each pattern starts at a line's edge, so a search stays linear.
+# The first that gives at least so many pieces cuts a plain text file. A mark set on purpose counts from the first one;
+# two blank lines also stand before a heading, so they count only where there are many. Each pattern starts at a line's
+# edge, so a search stays linear.
 SEPARATORS = (
-    ("form feed", re.compile("\f")),
-    ("line <|endoftext|>", re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE)),
-    ("two or more blank lines", re.compile(r"\n(?:[ \t]*\n){2,}")),
-    ("blank line", re.compile(r"\n[ \t]*\n")),
+    ("form feed", re.compile("\f"), 2),
+    ("line <|endoftext|>", re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE), 2),
+    ("two or more blank lines", re.compile(r"\n(?:[ \t]*\n){2,}"), 50),
+    ("blank line", re.compile(r"\n[ \t]*\n"), 2),
 )
 
 
@@ -204,10 +206,18 @@ def _read_file(file: Path, *, whole: bool) -> tuple[list[Document], int]:
         return documents, len(found) - len(documents)
     # Blank lines before the first and after the last document separate nothing.
     text = re.sub(r"\A(?:[ \t]*\n)+", "", text.replace("\r\n", "\n")).rstrip(" \t\n")
-    name, separator = next(((n, s) for n, s in SEPARATORS if not whole and s.search(text)), ("none", None))
-    pieces = [text] if separator is None else separator.split(text)
+    name, pieces = ("none", [text]) if whole else _cut(text)
     log.info("%s: %d documents, separator: %s", file, len(pieces), name)
     return [Document(text=piece.strip("\n")) for piece in pieces if piece.strip()], sum(not p.strip() for p in pieces)
+
+
+def _cut(text: str) -> tuple[str, list[str]]:
+    """The separator that was taken, and the pieces."""
+    for name, separator, fewest in SEPARATORS:
+        pieces = separator.split(text)
+        if len(pieces) >= fewest:
+            return name, pieces
+    return "none", [text]
 
 
 def _read_text(file: Path) -> str:
