@@ -216,3 +216,14 @@ def test_a_damaged_config_is_read_or_refused_and_nothing_else(model, data):
         pass
     finally:
         (model / "config.json").write_bytes(good)
+
+
+def test_a_draft_model_in_a_bundle_counts_in_its_bytes(model):
+    with open_checkpoint(model) as checkpoint:
+        alone = checkpoint.weight_bytes
+        assert alone == checkpoint.reader.size_bytes
+        draft = model / "halve" / "draft"
+        draft.mkdir(parents=True)
+        (draft / "model.safetensors").write_bytes(bytes(100))
+        (draft / "config.json").write_bytes(bytes(7))
+        assert checkpoint.weight_bytes == alone + 100

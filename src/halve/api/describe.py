@@ -85,7 +85,7 @@ def inspect(model: str | Path) -> ModelFacts:
             architecture=config.architecture,
             parameters=parameters,
             active_parameters=parameters,
-            bytes=checkpoint.reader.size_bytes,
+            bytes=checkpoint.weight_bytes,
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
             num_heads=config.num_heads,

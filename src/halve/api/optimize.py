@@ -170,7 +170,7 @@ def _list_candidates(
 
 def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, keep_text: bool) -> Certificate:
     with open_checkpoint(outcome.directory) as bundle:
-        size, weights_sha256 = bundle.reader.size_bytes, bundle.reader.sha256()
+        size, weights_sha256 = bundle.weight_bytes, bundle.reader.sha256()
     float32 = 4 * num_parameters(job.config)
     assert outcome.candidate.bytes_per_token is not None
     original_bytes_per_token = plain_bytes_per_token(job.config, dict(job.source))
@@ -180,7 +180,7 @@ def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, ke
         quality=outcome.quality,
         size=Size(
             bytes=size,
-            original_bytes=job.checkpoint.reader.size_bytes,
+            original_bytes=job.checkpoint.weight_bytes,
             float32_bytes=float32,
             ratio=size / float32,
         ),

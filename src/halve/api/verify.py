@@ -67,14 +67,14 @@ def verify(
                 device,
                 advance,
             )
-        size = smaller.reader.size_bytes
+        size = smaller.weight_bytes
         parameters = 4 * num_parameters(config)
         again = replace(
             recorded,
             quality=measured,
             size=Size(
                 bytes=size,
-                original_bytes=original.reader.size_bytes,
+                original_bytes=original.weight_bytes,
                 float32_bytes=parameters,
                 ratio=size / parameters,
             ),

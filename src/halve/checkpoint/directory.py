@@ -38,6 +38,8 @@ CARRIED = (
 )
 # Text and tokenizer data only: weights, pickles and code stay behind whatever they are called.
 CARRIED_SUFFIXES = ("", ".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".rst")
+# Reserved for a draft model inside a bundle; its weights count in the bundle's bytes.
+DRAFT = "halve/draft"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +56,11 @@ class Checkpoint:
         """Whether `halve optimize` wrote it."""
         return (self.path / "halve" / "plan.json").is_file()
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files, those of a draft model in DRAFT among them."""
+        return self.reader.size_bytes + sum(p.stat().st_size for p in (self.path / DRAFT).glob("*.safetensors"))
+
     def carried_files(self) -> list[Path]:
         """Files that a smaller model takes over byte for byte: tokenizer, templates, card and licence, by name."""
         return sorted(path for path in self.path.iterdir() if _is_carried(path.name) and path.is_file())
@@ -66,7 +73,9 @@ class Checkpoint:
         for name, path in files.items():
             if name.startswith(("license", "licence")):
                 lines = (line.strip() for line in _text(path).splitlines())
-                if first := next((line for line in lines if line), None):
+                # Creative Commons texts begin with the same title, whichever licence they are.
+                titles = (line for line in lines if line and line != "Creative Commons Legal Code")
+                if first := next(titles, None):
                     return first[:200]
         return None
 
