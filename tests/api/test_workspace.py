@@ -31,10 +31,14 @@ def finish(work, content="new"):
 
 
 def interrupted_run(out, key=KEY, **state):
-    with pytest.raises(KeyboardInterrupt), workspace(out, key) as work:
-        work.state |= state
-        work.save_state()
-        raise KeyboardInterrupt
+    def run():
+        with workspace(out, key) as work:
+            work.state |= state
+            work.save_state()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
 
 
 def test_a_published_directory_is_all_that_is_left(tmp_path):
@@ -45,16 +49,17 @@ def test_a_published_directory_is_all_that_is_left(tmp_path):
 
 
 def test_an_error_of_the_users_leaves_nothing_not_even_the_parents_it_made(tmp_path):
-    with pytest.raises(QualityError), workspace(tmp_path / "a/b/out") as work:
-        work.fresh_directory("model")
-        raise QualityError("no format meets it")
+    work = workspace(tmp_path / "a/b/out")
+    work.__enter__().fresh_directory("model")
+    work.__exit__(QualityError, QualityError("no format meets it"), None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_parents_that_someone_else_uses_meanwhile_stay(tmp_path):
-    with pytest.raises(QualityError), workspace(tmp_path / "a/b/out"):
-        (tmp_path / "a/other").write_text("mine")
-        raise QualityError("no format meets it")
+    work = workspace(tmp_path / "a/b/out")
+    work.__enter__()
+    (tmp_path / "a/other").write_text("mine")
+    work.__exit__(QualityError, QualityError("no format meets it"), None)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["a", "a/other"]
 
 
@@ -84,7 +89,7 @@ def test_resume_with_nothing_to_take_up_starts_afresh(tmp_path):
 def test_resume_with_other_inputs_is_refused_naming_them_and_keeps_the_work(tmp_path):
     interrupted_run(tmp_path / "out")
     other = {"model": "abc", "limit": 0.02, "portable": True}
-    with pytest.raises(OutputError, match="unfinished run with other limit, portable;.*without --resume"):
+    with pytest.raises(OutputError, match=r"unfinished run with other limit, portable;.*without --resume"):
         workspace(tmp_path / "out", other, resume=True).__enter__()
     with workspace(tmp_path / "out", resume=True) as work:
         assert work.resumed
@@ -145,9 +150,10 @@ def test_a_bundle_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
 
 
 def test_a_result_that_appears_during_the_run_is_not_replaced_without_force(tmp_path):
-    with pytest.raises(OutputError, match="exists already"), workspace(tmp_path / "out") as work:
+    with workspace(tmp_path / "out") as work:
         a_bundle(tmp_path / "out", "someone else's")
-        finish(work)
+        with pytest.raises(OutputError, match="exists already"):
+            finish(work)
     assert (tmp_path / "out/halve/plan.json").read_text() == "someone else's"
 
 

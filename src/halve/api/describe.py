@@ -1,5 +1,6 @@
 """The verbs that only look: `inspect` a model, `doctor` a machine."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from halve.api.bundle import read_certificate, read_plan
 from halve.api.facts import versions
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
+from halve.checkpoint.header import spec_bytes
 from halve.hardware import detect_cpu, free_memory_bytes
 from halve.kernels import native, native_library
 from halve.models import load_config, stored_formats
@@ -116,17 +118,28 @@ def _group_facts(checkpoint: Checkpoint) -> list[GroupFacts]:
         old = totals.get((pattern, format_name), (0, 0))
         totals[pattern, format_name] = (old[0] + parameters, old[1] + size)
 
+    vector_shapes = list(vectors(config))
+    sizes = _module_bytes(checkpoint, {name for name, _ in vector_shapes})
     for module in modules(config):
         fmt = stored[module.name]
         pattern = EMBEDDING if module.name == EMBEDDING else KIND_PATTERNS[kind_of[module.name]]
-        add(pattern, fmt.name, module.shape[0] * module.shape[1], fmt.size_bytes(module.shape))
-    for name, shape in vectors(config):
+        add(pattern, fmt.name, module.shape[0] * module.shape[1], sizes[module.name])
+    for name, shape in vector_shapes:
         info = checkpoint.reader.info(name)
         add("norms and biases", info.dtype.lower(), shape[0], shape[0] * int(info.dtype[-2:]) // 8)
     return [
         GroupFacts(pattern=pattern, format=name, parameters=parameters, bytes=size)
         for (pattern, name), (parameters, size) in totals.items()
     ]
+
+
+def _module_bytes(checkpoint: Checkpoint, vector_names: set[str]) -> Counter[str]:
+    """Bytes of each module's tensors in the files: codes, scales, and what a layout keeps beside them."""
+    sizes: Counter[str] = Counter()
+    for name in set(checkpoint.reader.names) - vector_names:
+        info = checkpoint.reader.info(name)
+        sizes[name.rpartition(".")[0]] += spec_bytes((info.dtype, info.shape))
+    return sizes
 
 
 def doctor() -> MachineFacts:

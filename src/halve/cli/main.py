@@ -37,14 +37,19 @@ class Method(StrEnum):
     clip = "clip"
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell every choice on stderr.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
     handler: logging.Handler = logging.StreamHandler()
     if error_console().is_terminal:  # elsewhere one message is one line, not cut to a terminal's width
         handler = RichHandler(console=error_console(), show_time=False, show_path=False, show_level=verbose)

@@ -1,0 +1,63 @@
+"""The verbs that only look."""
+
+import json
+
+import halve
+from halve.core.record import to_dict
+from halve.formats import FORMATS
+
+
+def tensor_bytes(path):
+    raw = (path / "model.safetensors").read_bytes()
+    return len(raw) - 8 - int.from_bytes(raw[:8], "little")
+
+
+def test_inspect_names_what_outsiders_rely_on(tiny):
+    facts = to_dict(halve.inspect(tiny))
+    assert facts.keys() >= {"architecture", "parameters", "active_parameters", "bytes", "groups"}
+    assert all(group.keys() == {"pattern", "format", "parameters", "bytes"} for group in facts["groups"])
+    json.dumps(facts, allow_nan=False)
+
+
+def test_bytes_and_parameters_of_the_groups_add_up_to_the_file(tiny, passed, measured, portable):
+    for path in (tiny, passed.path, measured.path, portable.path):
+        facts = halve.inspect(path)
+        assert sum(group.bytes for group in facts.groups) == tensor_bytes(path)
+        assert sum(group.parameters for group in facts.groups) == facts.parameters
+        assert facts.bytes == (path / "model.safetensors").stat().st_size
+
+
+def test_inspect_of_a_model_says_its_licence_and_cache(tiny):
+    facts = halve.inspect(tiny)
+    assert (facts.architecture, facts.licence, facts.bundle, facts.verdict) == (
+        "LlamaForCausalLM",
+        "apache-2.0",
+        False,
+        None,
+    )
+    assert facts.kv_cache_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, k and v, heads, head_dim, float32
+
+
+def test_inspect_of_a_bundle_says_formats_and_verdict(passed):
+    facts = halve.inspect(passed.path)
+    assert (facts.bundle, facts.verdict) == (True, "pass")
+    assert {g.format for g in facts.groups if g.pattern.endswith("_proj")} == {"int8"}
+    assert facts.kv_cache_bytes_per_token == 2 * 2 * 2 * 16 * 2  # bf16
+
+
+def test_doctor_names_what_outsiders_rely_on():
+    facts = to_dict(halve.doctor())
+    assert facts.keys() >= {"device", "features", "kernels", "ceilings"}
+    assert {row["format"] for row in facts["kernels"]} == set(FORMATS)
+    for row in facts["kernels"]:
+        assert row.keys() == {"op", "format", "kernel", "refused"}
+        assert all(refused.keys() == {"kernel", "reason"} for refused in row["refused"])
+    json.dumps(facts, allow_nan=False)
+
+
+def test_doctor_says_why_the_native_kernels_are_not_there(monkeypatch):
+    monkeypatch.setattr("halve.kernels.native_library.available", lambda: "not built")
+    facts = halve.doctor()
+    assert facts.native == "not built"
+    assert {row["kernel"] for row in facts.kernels} == {"torch_reference"}
+    assert facts.kernels[0]["refused"] == [{"kernel": "native", "reason": "not built"}]

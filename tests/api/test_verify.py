@@ -1,0 +1,144 @@
+"""A certificate computed again."""
+
+import json
+import shutil
+
+import pytest
+
+import halve
+from halve.core.errors import CheckpointError, DataError
+from tests.api.tiny import make_model, write_text
+
+
+@pytest.fixture
+def bundle(passed, tmp_path):
+    """A copy of the bundle that a test may spoil."""
+    return shutil.copytree(passed.path, tmp_path / "bundle")
+
+
+def edit(bundle, change):
+    path = bundle / "halve/certificate.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def test_an_untouched_bundle_holds_and_every_figure_reproduces(passed, tiny):
+    result = halve.verify(passed.path, against=tiny)
+    assert result.answer == "holds"
+    assert result.differences == ()
+    assert result.certificate.quality.num_tokens == passed.certificate.quality.num_tokens
+    assert result.text == "halve/sealed.jsonl"
+
+
+def test_a_bundle_without_a_limit_is_measured(measured, tiny):
+    result = halve.verify(measured.path, against=tiny)
+    assert (result.answer, result.differences) == ("measured", ())
+
+
+def test_other_text_judges_the_limit_and_reproduces_nothing(passed, tiny, tmp_path):
+    other = write_text(tmp_path / "other.jsonl", seed=5)
+    result = halve.verify(passed.path, against=tiny, text=other)
+    assert result.answer == "holds"
+    assert result.differences == ()
+    assert result.text == str(other)
+    assert result.certificate.quality.num_documents == 80
+
+
+def test_other_text_that_is_too_little_is_refused(passed, tiny, tmp_path):
+    with pytest.raises(DataError, match="needed are 20 documents"):
+        halve.verify(passed.path, against=tiny, text=write_text(tmp_path / "other.jsonl", count=5))
+
+
+def test_a_limit_below_the_whole_interval_is_contradicted(bundle, tiny):
+    edit(bundle, lambda raw: raw.update(max_quality_loss=1e-6))
+    assert halve.verify(bundle, against=tiny).answer == "contradicted"
+
+
+def test_a_limit_inside_the_interval_is_inconclusive(bundle, passed, tiny):
+    middle = passed.certificate.quality.ppl_ratio.value - 1
+    edit(bundle, lambda raw: raw.update(max_quality_loss=middle, verdict="fail"))
+    assert halve.verify(bundle, against=tiny).answer == "inconclusive"
+
+
+@pytest.mark.parametrize("figure", ["kl_mean", "kl_p99", "flip_rate", "ppl_ratio"])
+def test_an_edited_figure_does_not_reproduce(bundle, tiny, figure):
+    edit(bundle, lambda raw: raw["quality"][figure].update(value=raw["quality"][figure]["value"] * 0.5))
+    (difference,) = halve.verify(bundle, against=tiny).differences
+    assert difference.startswith(f"{figure}.value: recorded")
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [("size", "bytes"), ("size", "original_bytes"), ("size", "float32_bytes"), ("cost", "ratio")]
+)
+def test_edited_bytes_do_not_reproduce(bundle, tiny, section, name):
+    edit(bundle, lambda raw: raw[section].update({name: raw[section][name] // 2}))
+    (difference,) = halve.verify(bundle, against=tiny).differences
+    assert difference.startswith(f"{section}.{name}: recorded")
+
+
+@pytest.mark.parametrize("verdict", ["measured", "fail"])
+def test_a_verdict_that_its_own_figures_do_not_bear_out_is_told(bundle, tiny, verdict):
+    edit(bundle, lambda raw: raw.update(verdict=verdict))
+    assert halve.verify(bundle, against=tiny).differences == (
+        f"verdict: recorded {verdict}; by the recorded figures and limit it is pass",
+    )
+
+
+def test_one_changed_byte_of_the_weights_is_noticed(bundle, tiny):
+    path = bundle / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="the weight files are not the ones that were certified"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_a_changed_configuration_does_not_reproduce(bundle, tiny):
+    raw = json.loads((bundle / "config.json").read_text())
+    raw["rms_norm_eps"] = 1.0
+    (bundle / "config.json").write_text(json.dumps(raw))
+    assert any(d.startswith("kl_mean.value") for d in halve.verify(bundle, against=tiny).differences)
+
+
+def test_another_original_is_refused(passed, tmp_path):
+    other = make_model(tmp_path / "other", initializer_range=0.2)
+    with pytest.raises(CheckpointError, match=r"is not the model that .* was made from .*give that model to --against"):
+        halve.verify(passed.path, against=other)
+
+
+def test_changed_sealed_text_is_refused(bundle, tiny):
+    lines = (bundle / "halve/sealed.jsonl").read_text().splitlines(keepends=True)
+    (bundle / "halve/sealed.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(CheckpointError, match=r"sealed\.jsonl: is not the text that was certified"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_missing_sealed_text_points_to_other_text(bundle, tiny):
+    (bundle / "halve/sealed.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"sealed\.jsonl: is missing from the bundle; .*--text FILE"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_a_missing_certificate_is_named(bundle, tiny):
+    (bundle / "halve/certificate.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no halve/certificate\.json"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_a_certificate_that_is_no_text_is_named(bundle, tiny):
+    (bundle / "halve/certificate.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"certificate\.json: can't be read"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_text_that_was_not_kept_is_read_again_from_its_source(tiny, tmp_path):
+    source = write_text(tmp_path / "mine.jsonl")
+    result = halve.optimize(tiny, tmp_path / "out", format="int8", method="rtn", calibration=source, keep_text=False)
+    assert halve.verify(result.path, against=tiny).differences == ()
+    write_text(source, seed=3)
+    with pytest.raises(DataError, match=r"its sealed part is not the text that was certified.*--text FILE"):
+        halve.verify(result.path, against=tiny)
+    source.unlink()
+    with pytest.raises(DataError, match=r"mine\.jsonl: does not exist"):
+        halve.verify(result.path, against=tiny)
