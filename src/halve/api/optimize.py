@@ -67,7 +67,7 @@ def optimize(
 
     max_quality_loss: perplexity ratio - 1, as `"1%"` or 0.01; without it the bundle is made and measured.
     format: `auto` for the cheapest uniform format that passes, or a format's name. method: `rtn` rounds to nearest,
-    `clip` weighs each input by its energy on the calibration text, `auto` takes clip below 8 bits.
+    `clip` weighs each input by its energy on the calibration text, `auto` takes clip for integers and rtn for fp8.
     portable: the bundle also opens in transformers and vLLM (embeddings stay in 16 bits).
     calibration: a text file or directory; without it the package's own mixed text. It is split three ways:
     calibration, selection, and sealed text that only the certificate sees. keep_text: the bundle keeps the sealed
