@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from halve.evaluate import compare
 from halve.evaluate.scorer import DecoderScorer
@@ -46,3 +47,9 @@ def test_remembered_states_change_no_score_and_stay_within_their_bytes(decoder):
         again = compare(keeping, DecoderScorer(decoder), texts, window_tokens=32)
         np.testing.assert_allclose(again.nll_original, plain.nll_original, atol=1e-4)
     assert sum(len(hidden) for hidden in keeping._kept.values()) <= 100
+
+
+def test_an_answer_that_is_not_read_to_its_end_leaves_torch_as_it_was(decoder):
+    stream = DecoderScorer(decoder).logits(documents([10])[0])
+    next(stream)
+    assert not torch.is_inference_mode_enabled()

@@ -241,7 +241,7 @@ def main() -> None:
     # fifteenth of the speed. Asleep they cost little. It must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        app(prog_name="halve")
     except HalveError as error:
         print(f"halve: {error}", file=sys.stderr)
         sys.exit(EXIT_USER)

@@ -38,8 +38,8 @@ class DecoderScorer:
         step = max(1, CHUNK_LOGITS // self.vocab_size)
         for start in range(0, len(tokens), step):
             with torch.inference_mode():
-                part = self.decoder.logits(hidden[start : start + step])
-                yield ops.to_host(part)
+                part = ops.to_host(self.decoder.logits(hidden[start : start + step]))
+            yield part  # outside: a generator that is left halfway would leave torch in inference mode
 
     def _hidden(self, tokens: Array) -> Buffer:
         key = tokens.tobytes()
