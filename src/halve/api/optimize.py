@@ -154,8 +154,7 @@ def _list_candidates(
     stored = dict(source)
     if format == "auto" and limit is not None:
         listed = candidates(config, method, portable=portable, source=stored)
-        if refused := [c for c in listed if c.refusal]:
-            log.info("skipped %s: %s", ", ".join(c.format for c in refused), refused[0].refusal)
+        _log_skipped(listed)
         return listed
     if format == "auto":
         log.info("no --max-quality-loss, so nothing to search for: taking %s", DEFAULT_FORMAT)
@@ -166,6 +165,18 @@ def _list_candidates(
     plan = plan_for(config, fmt, chosen, portable=portable, source=stored)
     size = bytes_per_token(config, resolve_plan(plan, config), stored)
     return [Candidate(format=fmt.name, method=chosen, plan=plan, bytes_per_token=size)]
+
+
+def _log_skipped(listed: list[Candidate]) -> None:
+    """One line for each way in which formats do not fit, with the reason of the first."""
+    alike: dict[str, list[Candidate]] = {}
+    for candidate in listed:
+        if candidate.refusal:
+            fmt = format_named(candidate.format)
+            kind = candidate.refusal.replace(fmt.name, "").replace(f"group_size {fmt.group_size}", "")
+            alike.setdefault(kind, []).append(candidate)
+    for skipped in alike.values():
+        log.info("skipped %s: %s", ", ".join(c.format for c in skipped), skipped[0].refusal)
 
 
 def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, keep_text: bool) -> Certificate:
