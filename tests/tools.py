@@ -20,6 +20,9 @@ class StateDictSource:
         assert values.shape == tuple(shape)
         return Weight(format=FORMATS["fp32"], shape=tuple(shape), codes=np.ascontiguousarray(values))
 
+    def forget(self):
+        """A state dict stays."""
+
     def vector(self, name, shape):
         values = self.state[name].detach().numpy()
         assert values.shape == tuple(shape)

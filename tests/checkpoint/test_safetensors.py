@@ -422,3 +422,16 @@ def test_a_disk_that_fails_at_the_end_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="Input/output error"):
         write(tmp_path, {"a": np.ones(2, np.float32)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pages_given_back_are_read_again_where_they_are_touched(tmp_path):
+    values = np.arange(100_000, dtype=np.float32)
+    with TensorWriter(tmp_path, {"w": ("F32", values.shape)}) as writer:
+        writer.write("w", values)
+    reader = TensorReader(tmp_path)
+    view = reader.read("w")
+    reader.forget()
+    np.testing.assert_array_equal(view, values)
+    reader.close()
+    reader.forget()
+    np.testing.assert_array_equal(view, values)

@@ -290,3 +290,12 @@ def test_relative_error_counts_all_experts_and_is_zero_for_zeros():
     assert relative_error(weight, rounded(weight, "int4-g32"), None) == pytest.approx(flat)
     zeros = np.zeros((2, 64), np.float32)
     assert relative_error(zeros, rounded(zeros, "int4-g32"), None) == 0
+
+
+def test_the_error_of_a_large_matrix_is_summed_in_parts_to_the_same(monkeypatch):
+    weight = np.random.default_rng(0).standard_normal((2, 9, 64)).astype(np.float32)
+    energy = np.linspace(0.1, 2, 64)
+    stored = round_weight(weight, FORMATS["int3-g32"], "clip", energy)
+    whole = relative_error(weight, stored, energy)
+    monkeypatch.setattr("halve.compress.rounding.ERROR_WEIGHTS", 5 * 64)
+    assert relative_error(weight, stored, energy) == pytest.approx(whole, rel=1e-12)

@@ -6,6 +6,7 @@ Source: https://github.com/huggingface/safetensors; index as transformers writes
 """
 
 import hashlib
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,7 @@ class TensorReader:
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
         self.files: tuple[Path, ...] = tuple(directory / name for name in names)
         self._maps: dict[str, Array] = {}
+        self._mapped: list[mmap.mmap] = []
         self._entries: dict[str, Entry] = {}
         for path in self.files:
             self._open(path)
@@ -60,8 +62,10 @@ class TensorReader:
             with path.open("rb") as file:
                 length = header_length(file.read(8), file_bytes, str(path))
                 raw = file.read(length)
-            entries = parse_header(raw, file_bytes - 8 - len(raw), str(path), path.name)
-            self._maps[path.name] = np.asarray(np.memmap(path, np.uint8, mode="r"))
+                entries = parse_header(raw, file_bytes - 8 - len(raw), str(path), path.name)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mapped.append(mapped)
+            self._maps[path.name] = np.frombuffer(mapped, np.uint8)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: missing; download the rest of the model") from error
         except OSError as error:
@@ -125,11 +129,21 @@ class TensorReader:
                 done += chunk.nbytes
                 if progress is not None:
                     progress(done, total)
+        self.forget()
         return digest.hexdigest()
+
+    def forget(self) -> None:
+        """Give the pages that were read back to the system, so that a streamed model does not fill this process.
+
+        Views stay valid: what they touch again comes from the page cache or the disk.
+        """
+        for mapped in self._mapped:
+            if hasattr(mmap, "MADV_DONTNEED"):  # Linux and macOS; elsewhere the system decides alone
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Let go of the files. Views that were read stay valid: each keeps its map until it is dropped."""
-        self._maps, self._entries, self.names = {}, {}, ()
+        self._maps, self._entries, self._mapped, self.names = {}, {}, [], ()
 
     def __enter__(self) -> Self:
         return self

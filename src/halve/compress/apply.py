@@ -80,6 +80,7 @@ def apply_plan(
             reports.append(report)
             for name, array in weight_tensors(a.module.name, weight, portable=plan.portable).items():
                 writer.write(name, array)
+            checkpoint.reader.forget()
             if progress:
                 progress(i + 1, len(assignments))
         for name, shape in vectors(config):

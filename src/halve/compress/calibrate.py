@@ -74,6 +74,8 @@ def calibrate(
     with torch.inference_mode():
         table = ops.table(source.weight(EMBEDDING, (config.vocab_size, config.hidden_size)))
         streams = [ops.embed(table, batch.token_ids) for batch in batches]
+        del table  # as large as several layers
+        source.forget()
         rope = RopeTable(config.head_dim)
         for index in range(config.num_layers):
             layer = DecoderLayer(config, index, ops, source, rope)
@@ -82,6 +84,7 @@ def calibrate(
             for i, batch in enumerate(batches):
                 streams[i] = layer(streams[i], batch)
             _require_finite(streams, f"layer {index}")
+            source.forget()
             if progress:
                 progress(index + 1, config.num_layers)
         gain = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))

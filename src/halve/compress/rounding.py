@@ -26,6 +26,7 @@ NUM_REFITS = 2
 ENERGY_FLOOR = 0.01
 FP16_LIMIT = 65520.0  # rounds to infinity, as all above it
 FLOAT_LIMIT = 2.0**127  # an integer format's lowest code stands for up to 1.44 times the largest weight of its group
+ERROR_WEIGHTS = 1 << 22  # weights whose error is summed at a time
 CHUNK_WEIGHTS = 1 << 18  # weights rounded at a time: their float32 temporaries stay in the second-level cache
 
 
@@ -163,9 +164,21 @@ def _error(part: Tensor, codes: Tensor, scale: Tensor, energy: Tensor) -> Tensor
 
 def relative_error(weight: Array, stored: Weight, energy: Array | None) -> float:
     """sqrt(sum e (w - stored)^2 / sum e w^2): the output error that independent inputs of that energy would see."""
-    rows = np.asarray(weight, np.float32).reshape(-1, weight.shape[-1])
-    difference = rows - stored.dequantize().reshape(rows.shape)
-    weights = np.ones(rows.shape[-1]) if energy is None else np.asarray(energy, np.float64)
-    lost = float(np.einsum("oi,oi->i", difference, difference, dtype=np.float64) @ weights)
-    kept = float(np.einsum("oi,oi->i", rows, rows, dtype=np.float64) @ weights)
+    width = weight.shape[-1]
+    rows = np.asarray(weight, np.float32).reshape(-1, width)
+    weights = np.ones(width) if energy is None else np.asarray(energy, np.float64)
+    lost = kept = 0.0
+    step = max(1, ERROR_WEIGHTS // width)  # a few rows at a time: a large table is not widened whole once more
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        difference = part - _rows_of(stored, start, start + step).dequantize()
+        lost += float(np.einsum("oi,oi->i", difference, difference, dtype=np.float64) @ weights)
+        kept += float(np.einsum("oi,oi->i", part, part, dtype=np.float64) @ weights)
     return (lost / kept) ** 0.5 if kept > 0 else 0.0
+
+
+def _rows_of(weight: Weight, start: int, stop: int) -> Weight:
+    """Some rows of a matrix; a leading expert axis is run through."""
+    codes = weight.codes.reshape(-1, weight.codes.shape[-1])[start:stop]
+    scale = None if weight.scale is None else weight.scale.reshape(-1, weight.scale.shape[-1])[start:stop]
+    return Weight(format=weight.format, shape=(len(codes), weight.shape[-1]), codes=codes, scale=scale)

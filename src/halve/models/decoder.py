@@ -28,6 +28,9 @@ class WeightSource(Protocol):
     def vector(self, name: str, shape: tuple[int]) -> Array:
         """A norm gain or a bias, float32."""
 
+    def forget(self) -> None:
+        """What was read will not be read again soon: free what holds it."""
+
 
 class Projection:
     """A fused group on the device. Every product of the model goes through here, and so does every hook."""

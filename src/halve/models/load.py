@@ -38,6 +38,10 @@ class CheckpointSource:
         """The stored vector as float32; CheckpointError as above."""
         return self.checkpoint.read_vector(name, shape)
 
+    def forget(self) -> None:
+        """Give the mapped pages back to the system."""
+        self.checkpoint.reader.forget()
+
 
 def load_config(checkpoint: Checkpoint, plan: Plan | None = None) -> ModelConfig:
     """The model's configuration with the plan's cache format; the checkpoint's tensors are checked by name."""
