@@ -51,8 +51,6 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: not UTF-8 at byte {error.start}; {AGAIN}") from error
     except ConfigError as error:
         raise CheckpointError(f"{error}; {AGAIN}") from error
-    except ValueError as error:  # a number of more digits than Python reads
-        raise CheckpointError(f"{where}: {error}; {AGAIN}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: expected a JSON object, got {shown(value)}; {AGAIN}")
     return value

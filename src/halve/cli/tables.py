@@ -65,11 +65,11 @@ def show_certificate(certificate: Certificate) -> None:
     typer.echo(f"verdict {certificate.verdict} ({against})")
 
 
-def show_quality(certificate: Certificate) -> None:
-    """Quality with intervals."""
+def show_quality(certificate: Certificate, text: str = "sealed text") -> None:
+    """Quality with intervals, and the text it was measured on."""
     quality = certificate.quality
     table = Table(show_header=True)
-    table.add_column("quality on sealed text")
+    table.add_column(f"quality on {escape(text)}", overflow="fold")
     table.add_column(f"value \\[{quality.confidence:.1%} interval]", justify="right")
     table.add_row("quality loss (perplexity ratio - 1)", percent(quality.ppl_ratio))
     table.add_row("mean KL divergence, nats per token", spread(quality.kl_mean))
@@ -81,7 +81,7 @@ def show_quality(certificate: Certificate) -> None:
 
 def show_verified(result: "Verified") -> None:
     """Answer, figures, and what did not come out again."""
-    show_quality(result.certificate)
+    show_quality(result.certificate, result.text)
     for difference in result.differences:
         typer.echo(f"does not reproduce: {difference}")
     limit = result.recorded.max_quality_loss

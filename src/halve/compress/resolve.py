@@ -6,6 +6,7 @@ from typing import Literal
 from halve.core.errors import FormatError, PlanError
 from halve.core.plan import KVCache, Plan, WeightRule, Weights
 from halve.formats import FORMATS, Format, check
+from halve.formats.base import formats_that_divide
 from halve.models.config import ModelConfig
 from halve.models.names import EMBEDDING, Module, groups, modules
 
@@ -36,7 +37,7 @@ def resolve(plan: Plan, config: ModelConfig) -> tuple[Assignment, ...]:
             used.add(plan.weights.rules.index(rule))
         fmt = FORMATS[rule.format] if rule else None
         if fmt is not None and (reason := fmt.refusal(module.shape[1])):
-            fitting = [f.name for f in FORMATS.values() if f.scaled and not f.refusal(module.shape[1])]
+            fitting = formats_that_divide([module.shape[1]])
             raise FormatError(f"{module.name}: format {fmt.name}: {reason}; formats that fit it: {', '.join(fitting)}")
         group = group_of.get(module.name, "embedding")
         assignments.append(Assignment(module=module, group=group, format=fmt, method=rule.method if rule else None))
