@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from halve.core.errors import ConfigError, KernelError
 from halve.formats import FORMATS, Weight, pack_codes
+from halve.formats.activations import int8_rows
 from halve.formats.base import BF16
 from halve.hardware import detect_cpu
 from halve.kernels import native, native_library
-from halve.kernels.native import NativeOps
+from halve.kernels.native import NativeOps, activations_for
 from halve.kernels.native_checks import check_batch
 from halve.kernels.ops import AttentionSpec, TokenBatch
 
@@ -29,6 +30,7 @@ EPS = 2.0**-24
 SUBNORMAL = 2.0**-149
 RUNNABLE = [isa for isa in native.ISAS if set(isa.features) <= detect_cpu().features]
 every_isa = pytest.mark.parametrize("isa", RUNNABLE, ids=lambda isa: isa.name)
+every_activations = pytest.mark.parametrize("activations", ["fp32", "int8"])
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -55,14 +57,17 @@ def make_x(rows, width, *, seed=1, size=1.0):
     return (np.random.default_rng(seed).standard_normal((rows, width)) * size).astype(np.float32)
 
 
-def assert_within_bound(isa, y, x, weight, bias=None):
-    """The bound of native.py's docstring, with k * eps grown to k * eps / (1 - k * eps) as k roundings may."""
+def assert_within_bound(isa, y, x, weight, bias=None, activations="fp32"):
+    """The bounds of native.py's docstring, with k * eps grown to k * eps / (1 - k * eps) as k roundings may."""
+    rounding, steps = activations_for(weight.format, activations), isa.float_error_steps(x.shape[1])
     w, x = weight.dequantize().astype(np.float64), x.astype(np.float64)
+    if rounding == "int8":
+        codes, scale = int8_rows(x.astype(np.float32))
+        x, steps = codes * scale.astype(np.float64)[:, None], isa.dot_error_steps(x.shape[1], weight.format)
     exact, size = x @ w.T, np.abs(x) @ np.abs(w).T
     if bias is not None:
         exact, size = exact + bias, size + np.abs(bias)
-    steps = isa.linear_error_steps(x.shape[1]) * EPS
-    bound = steps / (1 - steps) * size + (x.shape[1] + 1) * SUBNORMAL
+    bound = steps * EPS / (1 - steps * EPS) * size + (x.shape[1] + 1) * SUBNORMAL
     assert (np.abs(y - exact) <= bound).all(), (np.abs(y - exact) / bound).max()
 
 
@@ -74,22 +79,24 @@ def widths(fmt):
 
 @every_isa
 @every_format
-def test_products_stay_within_the_derived_bound_at_odd_shapes(isa, name):
-    ops = ops_for(isa)
+@every_activations
+def test_products_stay_within_the_derived_bound_at_odd_shapes(isa, name, activations):
+    ops = ops_for(isa, activations=activations)
     for width in widths(FORMATS[name]):
         for out, rows in ((1, 1), (3, 5), (17, 3), (200, 1), (33, 64), (16, 7)):
             weight, x = make_weight(name, (out, width)), make_x(rows, width)
-            assert_within_bound(isa, ops.project(ops.linear(weight), x), x, weight)
+            assert_within_bound(isa, ops.project(ops.linear(weight), x), x, weight, activations=activations)
 
 
 @every_isa
 @every_format
 @pytest.mark.parametrize(("scale", "size"), [(1e-40, 1e30), (1e30, 1e-30), (1e-30, 1e-12), (1.0, 1e-42)])
-def test_products_stay_within_the_bound_at_extreme_scales(isa, name, scale, size):
+@every_activations
+def test_products_stay_within_the_bound_at_extreme_scales(isa, name, scale, size, activations):
     scale = np.clip(scale, 1e-7, 1e4) if name == "fp16" else scale  # what fp16 holds
-    ops = ops_for(isa)
+    ops = ops_for(isa, activations=activations)
     weight, x = make_weight(name, (17, 384), scale=scale), make_x(5, 384, size=size)
-    assert_within_bound(isa, ops.project(ops.linear(weight), x), x, weight)
+    assert_within_bound(isa, ops.project(ops.linear(weight), x), x, weight, activations=activations)
 
 
 @settings(deadline=None, max_examples=60)
@@ -101,16 +108,18 @@ def test_products_stay_within_the_bound_at_extreme_scales(isa, name, scale, size
     rows=st.integers(0, 14),
     seed=st.integers(0, 1000),
     with_bias=st.booleans(),
+    activations=st.sampled_from(["fp32", "int8"]),
 )
-def test_products_of_any_shape_stay_within_the_bound(name, groups, beyond, out, rows, seed, with_bias):
+def test_products_of_any_shape_stay_within_the_bound(name, groups, beyond, out, rows, seed, with_bias, activations):
     group = FORMATS[name].group_size
     width = groups * group if group else groups * 32 + beyond
     weight, x = make_weight(name, (out, width), seed=seed), make_x(rows, width, seed=seed)
     bias = np.random.default_rng(seed).standard_normal(out).astype(np.float32) if with_bias else None
     for isa in RUNNABLE:
-        y = ops_for(isa).project(ops_for(isa).linear(weight, bias), x)
+        ops = ops_for(isa, activations=activations)
+        y = ops.project(ops.linear(weight, bias), x)
         assert y.shape == (rows, out)
-        assert_within_bound(isa, y, x, weight, bias)
+        assert_within_bound(isa, y, x, weight, bias, activations)
 
 
 @every_isa
@@ -691,7 +700,7 @@ SETUP = """
 import os, sys, threading
 import numpy as np
 from halve.formats import FORMATS, Weight
-from halve.kernels.native import NativeOps
+from halve.kernels.native import NativeOps, activations_for
 ops = NativeOps(num_threads=3)
 weight = Weight(format=FORMATS["fp32"], shape=(256, 512), codes=np.ones((256, 512), np.float32))
 linear, x = ops.linear(weight), np.ones((4, 512), np.float32)

@@ -4,15 +4,25 @@ The C++ (csrc/) is one library with a plain C interface, called by ctypes with a
 microsecond a call. It holds the same rows for each instruction set; the best that the device does not refuse is
 chosen when a weight is prepared. Nothing reaches C++ before its type, shape and indices were checked here.
 
-Every row works in float32, and a product is a sum over the exact values of `Weight.dequantize`: a row widens codes
-to float (code times scale, exact: 8 bits times 8 bits) and multiplies. With n = in_features, L lanes (4 on baseline,
-8 on avx2, 16 on avx512) and eps = 2^-24, adding takes min(n, 1024) / L steps within a lane, log2(L) over the lanes
-and n / 1024 over stretches, and every product rounds once at most, so
+Weights lie packed (packed.py), once, for every row below. Two kinds of rows multiply them:
 
-    |y - y_exact| <= Isa.linear_error_steps(n) * eps * (|bias| + sum |x| |w|) + (n + 1) * 2^-149 (subnormals).
+**float**: activations are floats (`fp32`, or rounded to `bf16`), a weight is widened to what `Weight.dequantize` means,
+and sums are float32: stretches of 64 inputs one after the other, then the stretches. With n = in_features and
+eps = 2^-24 that is at most n's share of a stretch and all stretches, and every product rounds once at most, so
 
-The order of that sum depends on n and the instruction set alone: a token's result is the same for any number of
-threads and whatever tokens are beside it.
+    |y - y_exact| <= float_error_steps(n) * eps * (|bias| + sum |x| |w|) + (n + 1) * 2^-149 (subnormals)
+
+with y_exact the product of the activations as rounded.
+
+**dot**: activations are rounded to int8 (csrc/prepare.h) and meet the weights' integer codes exactly; sums of a run
+of inputs (a group, or less on avx2) become floats, are scaled and added, one rounding a run, so that
+
+    |y - y_exact| <= dot_error_steps(n, run) * eps * (|bias| + sum |x8| |w|) + (n + 1) * 2^-149
+
+with x8 the activations as rounded and y_exact the product with them.
+
+The order of a sum depends on n, the format and the instruction set alone: a token's result is the same for any number
+of threads and whatever tokens are beside it.
 """
 
 import ctypes
@@ -30,15 +40,17 @@ from halve.formats import FORMATS, Format, Weight
 from halve.formats.base import widen
 from halve.hardware import Device, detect_cpu
 from halve.hardware.detect import usable_cores
-from halve.kernels.dispatch import Kernel, Spec, choose
+from halve.kernels.dispatch import Choice, Kernel, Spec, choose
 from halve.kernels.native_checks import STORED, KVCache, check_attention, check_batch, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+from halve.kernels.packed import Allocate, PackedMatrix, pack
+from halve.kernels.products import ROUNDINGS, InputLayout, PrepareRecord, product_record, rows_of
 
 log = logging.getLogger("halve.kernels")
 
 MAX_THREADS = 1024
-ACTIVATIONS = ("fp32", "bf16")
+ACTIVATIONS = tuple(ROUNDINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,80 +59,61 @@ class Isa:
 
     name: str
     number: int
-    lanes: int
     features: tuple[str, ...]
+    tiles: bool = True  # int8 activations meet integer codes as integers
 
-    def linear_error_steps(self, in_features: int) -> int:
-        """Roundings on the longest path of a product's sum, bias included: see the top of this file."""
-        within = math.ceil(min(in_features, 1024) / self.lanes)
-        return within + int(math.log2(self.lanes)) + math.ceil(in_features / 1024) + 2
+
+    def float_error_steps(self, in_features: int) -> int:
+        """Roundings on the longest path of a float product's sum, bias and scale included: see the top of this file."""
+        return min(in_features, 64) + math.ceil(in_features / 64) + 3
+
+    def dot_error_steps(self, in_features: int, fmt: Format) -> int:
+        """The same for int8 activations."""
+        if not self.tiles:
+            return self.float_error_steps(in_features) + 2
+        run = in_features if fmt.group_size is None else self.run_inputs(fmt)
+        return math.ceil(in_features / run) + 5
+
+    def run_inputs(self, fmt: Format) -> int:
+        """Inputs that are summed as integers before they are scaled."""
+        group = fmt.group_size or 256
+        if self.name != "avx2" or fmt.bits == 8:
+            return group
+        return {6: 16, 5: 32}.get(fmt.bits, min(group, 64))
 
 
 _AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 ISAS = (  # best first
-    Isa("avx512", 2, 16, (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")),
-    Isa("avx2", 1, 8, _AVX2),
-    Isa("baseline", 0, 4, ()),
+    Isa("avx512bf16", 3, (*_AVX512, "avx512_bf16")),
+    Isa("avx512", 2, _AVX512),
+    Isa("avx2", 1, _AVX2),
+    Isa("baseline", 0, (), tiles=False),
 )
 
 
-class _MatrixRecord(ctypes.Structure):
-    """`Matrix` of csrc/rows.h."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """A matrix prepared for products by one kernel. activations: how its input is rounded before it."""
 
-    _fields_ = (
-        ("out_features", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("codes", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("kind", ctypes.c_int32),
-    )
+    kernel: Kernel
+    isa: Isa
+    matrix: PackedMatrix
+    bias: Array | None
+    activations: str
 
-
-_KIND_FLOAT32, _KIND_FLOAT16, _KIND_BF16, _KIND_INT4, _KIND_INT8 = range(5)
-
-
-class Matrix:
-    """A stored matrix [out, in] as the rows take it; it keeps alive what its addresses point at.
-
-    fp32, fp16, bf16: as stored. int4 in groups: the packed words of the file. Other integers: one int8 a weight (as
-    stored in 8 bits, else unpacked once). fp8: widened to float32 once, four bytes a weight; it has no row of its own.
-    """
-
-    def __init__(self, weight: Weight, bias: Array | None = None) -> None:
-        if len(weight.shape) != 2 or 0 in weight.shape:
-            raise KernelError(
-                f"a product needs a matrix [out, in], got shape {weight.shape}; take one expert at a time"
-            )
-        self.out_features, self.in_features = weight.shape
-        if bias is not None and bias.shape != (self.out_features,):
-            raise KernelError(f"bias has shape {bias.shape}; a matrix {weight.shape} needs ({self.out_features},)")
-        self.bias = None if bias is None else _vector(bias)
-        kind, codes = _stored(weight)
-        self.codes = np.require(codes, requirements=["C", "A"])
-        self.scale = None
-        if weight.scale is not None and kind in (_KIND_INT4, _KIND_INT8):
-            self.scale = np.require(weight.scale, requirements=["C", "A"])
-        self.record = _MatrixRecord(
-            self.out_features,
-            self.in_features,
-            weight.format.group_size or self.in_features,
-            self.codes.ctypes.data,
-            None if self.scale is None else self.scale.ctypes.data,
-            kind,
+    @property
+    def layout(self) -> InputLayout:
+        """What the product's input takes."""
+        tiles = self.activations == "int8" and self.isa.tiles
+        narrow = self.isa.name == "avx2"
+        return InputLayout(
+            width=self.matrix.in_features,
+            rounding=self.activations,
+            tiles=tiles,
+            wide=tiles and narrow and self.matrix.bits == 8,
+            halves=tiles and narrow and self.matrix.bits < 8,
         )
-        self.address = ctypes.addressof(self.record)
-
-
-def _stored(weight: Weight) -> tuple[int, Array]:
-    if weight.format.kind == "int":
-        return (_KIND_INT4, weight.codes) if weight.format.bits == 4 else (_KIND_INT8, weight.unpacked_codes())
-    match weight.format.name:
-        case "fp16":
-            return _KIND_FLOAT16, weight.codes
-        case "bf16":
-            return _KIND_BF16, weight.codes
-    return _KIND_FLOAT32, weight.dequantize() if weight.format.scaled else weight.codes
 
 
 def _vector(values: Array) -> Array:
@@ -136,13 +129,23 @@ def _call(name: str, isa: Isa, *arguments: Any) -> None:
         )
 
 
-def _linear(isa: Isa, matrix: Matrix, x: Array, threads: int) -> Array:
-    y = np.empty((len(x), matrix.out_features), np.float32)
-    _call("linear", isa, matrix.address, x, matrix.bias, y, len(x), threads)
+def _project(isa: Isa, linear: Linear, x: Array, threads: int) -> Array:
+    layout = linear.layout
+    record, arrays = layout.allocate(max(len(x), 1))
+    prepare = PrepareRecord(
+        x=x.ctypes.data, out=record, x_stride=layout.width, width=layout.width, rounding=ROUNDINGS[layout.rounding]
+    )
+    _call("prepare", isa, ctypes.addressof(prepare), len(x), threads)
+    y = np.empty((len(x), linear.matrix.out_features), np.float32)
+    product = product_record(
+        record, [linear.matrix], [linear.bias], [rows_of(y)], rounding=layout.rounding, rows=len(x)
+    )
+    _call("product", isa, ctypes.addressof(product), threads)
+    del arrays  # lived until here
     return y
 
 
-def _embed(isa: Isa, matrix: Matrix, ids: Array, threads: int) -> Array:
+def _embed(isa: Isa, matrix: PackedMatrix, ids: Array, threads: int) -> Array:
     y = np.empty((len(ids), matrix.in_features), np.float32)
     _call("embed", isa, matrix.address, ids, y, len(ids), threads)
     return y
@@ -196,35 +199,58 @@ _PLAIN: Mapping[str, Callable[..., Array]] = {
 }
 
 
-def _refusal(isa: Isa, accepted: Format | None, device: Device, spec: Spec) -> str | None:
+def _refusal(isa: Isa, accepted: Format | None, activations: tuple[str, ...], device: Device, spec: Spec) -> str | None:
     if spec.format != accepted:
         return f"takes {accepted and accepted.name}, not {spec.format and spec.format.name}"
+    if spec.activations not in activations:
+        return f"takes {' or '.join(activations)} activations, not {spec.activations}"
     if device.kind != "cpu":
         return f"needs a cpu; {device.name} is {device.kind}"
     missing = [feature for feature in isa.features if feature not in device.features]
     return f"needs {', '.join(missing)}" if missing else None
 
 
-def _rows(op: str, accepted: Format | None = None) -> list[Kernel]:
-    """The rows of one operation and format, best instruction set first."""
-    suffix = f"_{accepted.name.replace('-', '_')}" if accepted else ""
-    run = {"linear": _linear, "embed": _embed, **_PLAIN}[op]
+def _rows(op: str) -> list[Kernel]:
+    """The rows of an operation without a format, best instruction set first."""
     return [
         Kernel(
-            name=f"native_{isa.name}{suffix}",
+            name=f"native_{isa.name}",
             op=op,
-            refusal=partial(_refusal, isa, accepted),
-            run=partial(run, isa),
-            prepare=Matrix if accepted else None,
+            refusal=partial(_refusal, isa, None, ACTIVATIONS),
+            run=partial(_PLAIN[op], isa),
         )
         for isa in ISAS
     ]
 
 
+def _format_rows(op: str, accepted: Format) -> list[Kernel]:
+    """The rows of products or tables of one format, best instruction set first."""
+    suffix = accepted.name.replace("-", "_")
+    kinds = [("float", ACTIVATIONS[:2])] if op == "linear" else [("rows", ACTIVATIONS)]
+    if op == "linear" and accepted.kind == "int":
+        kinds.append(("dot", ("int8",)))
+    return [
+        Kernel(
+            name=f"native_{isa.name}_{kind}_{suffix}",
+            op=op,
+            refusal=partial(_refusal, isa, accepted, activations),
+            run=partial(_project if op == "linear" else _embed, isa),
+            prepare=pack,
+        )
+        for kind, activations in kinds
+        for isa in ISAS
+    ]
+
+
 TABLE: list[Kernel] = [
-    *(row for op in ("linear", "embed") for accepted in FORMATS.values() for row in _rows(op, accepted)),
+    *(row for op in ("linear", "embed") for accepted in FORMATS.values() for row in _format_rows(op, accepted)),
     *(row for op in _PLAIN for row in _rows(op)),
 ]
+
+
+def activations_for(weight: Format, activations: str) -> str:
+    """How a plan's activations are rounded before products with a format: int8 meets integer weights only."""
+    return "fp32" if activations == "int8" and weight.kind != "int" else activations
 
 
 def format_report(device: Device) -> list[dict[str, Any]]:
@@ -233,8 +259,9 @@ def format_report(device: Device) -> list[dict[str, Any]]:
     report = []
     for accepted in FORMATS.values():
         chosen, refused = None, []
-        for row in _rows("linear", accepted):
-            reason = absent or row.refusal(device, Spec(op="linear", format=accepted))
+        spec = Spec(op="linear", format=accepted, activations=activations_for(accepted, "int8"))
+        for row in _format_rows("linear", accepted):
+            reason = absent or row.refusal(device, spec)
             if reason is None:
                 chosen = row.name
                 break
@@ -264,6 +291,7 @@ class NativeOps:
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations: {activations!r} is not one of {list(ACTIVATIONS)}")
         self.activations = activations
+        self.isa = next(isa for isa in ISAS if set(isa.features) <= self.device.features)
         self.num_threads = usable_cores() if num_threads is None else num_threads
         if not 1 <= self.num_threads <= MAX_THREADS:
             raise ConfigError(f"num_threads: {num_threads} is not between 1 and {MAX_THREADS}")
@@ -275,22 +303,45 @@ class NativeOps:
             op: partial(self._choose(op).run, threads=self.num_threads) for op in _PLAIN
         }
 
-    def _choose(self, op: str, accepted: Format | None = None) -> Kernel:
-        spec = Spec(op=op, format=accepted, activations=self.activations)
-        choice = choose(_rows(op, accepted), self.device, spec)
-        key = f"{op} {accepted.name}" if accepted else op
+    def _choose(self, op: str) -> Kernel:
+        return self._chosen(op, choose(_rows(op), self.device, Spec(op=op)))
+
+    def _choose_format(self, op: str, accepted: Format, activations: str = "fp32") -> Kernel:
+        spec = Spec(op=op, format=accepted, activations=activations)
+        return self._chosen(f"{op} {accepted.name}", choose(_format_rows(op, accepted), self.device, spec))
+
+    def _chosen(self, key: str, choice: Choice) -> Kernel:
         if key not in self.kernels:
             log.info("%s runs on %s; refused: %s", key, choice.kernel.name, dict(choice.refused) or "none")
             self.kernels[key] = choice.kernel.name
         return choice.kernel
 
-    def linear(self, weight: Weight, bias: Array | None = None) -> tuple[Kernel, Matrix]:
-        """Prepare a matrix [out, in] for `project`."""
-        return self._choose("linear", weight.format), Matrix(weight, bias)
+    def pack(self, weight: Weight, allocate: Allocate | None = None) -> PackedMatrix:
+        """Bring a matrix into the kernels' layout; `linear` and `table` take the result in the weight's place."""
+        return pack(weight, allocate, self.num_threads)
 
-    def table(self, weight: Weight) -> tuple[Kernel, Matrix]:
+    def linear(self, weight: Weight, bias: Array | None = None) -> Linear:
+        """Prepare a matrix [out, in] for `project`."""
+        return self.linear_packed(self.pack(weight), weight.format, bias)
+
+    def linear_packed(self, matrix: PackedMatrix, fmt: Format, bias: Array | None = None) -> Linear:
+        """The same for a matrix of format `fmt` that is packed already."""
+        if bias is not None and bias.shape != (matrix.out_features,):
+            raise KernelError(
+                f"bias has shape {bias.shape}; a matrix ({matrix.out_features}, {matrix.in_features}) needs "
+                f"({matrix.out_features},)"
+            )
+        activations = activations_for(fmt, self.activations)
+        kernel = self._choose_format("linear", fmt, activations)
+        return Linear(kernel, self.isa, matrix, None if bias is None else _vector(bias), activations)
+
+    def table(self, weight: Weight) -> tuple[Kernel, PackedMatrix]:
         """Prepare an embedding table [vocab, hidden] for `embed`."""
-        return self._choose("embed", weight.format), Matrix(weight)
+        return self.table_packed(self.pack(weight), weight.format)
+
+    def table_packed(self, matrix: PackedMatrix, fmt: Format) -> tuple[Kernel, PackedMatrix]:
+        """The same for a table of format `fmt` that is packed already."""
+        return self._choose_format("embed", fmt), matrix
 
     def vector(self, values: Array) -> Array:
         """A float32 copy."""
@@ -302,7 +353,7 @@ class NativeOps:
         """The buffer itself."""
         return buffer
 
-    def embed(self, table: tuple[Kernel, Matrix], token_ids: Array) -> Array:
+    def embed(self, table: tuple[Kernel, PackedMatrix], token_ids: Array) -> Array:
         """[T] -> [T, hidden]. Raises KernelError for an id outside the table."""
         kernel, matrix = table
         ids = int32("token_ids", token_ids, (None,))
@@ -314,13 +365,10 @@ class NativeOps:
         x = floats("x", x, (None, None))
         return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)
 
-    def project(self, linear: tuple[Kernel, Matrix], x: Array) -> Array:
-        """round(x) @ weight.T + bias; the error bound is at the top of this file."""
-        kernel, matrix = linear
-        x = floats("x", x, (None, matrix.in_features))
-        if self.activations == "bf16":
-            x = self._run["round_bf16"](x)
-        return kernel.run(matrix, x, self.num_threads)  # type: ignore[no-any-return]
+    def project(self, linear: Linear, x: Array) -> Array:
+        """round(x) @ weight.T + bias; the error bounds are at the top of this file."""
+        x = floats("x", x, (None, linear.matrix.in_features))
+        return linear.kernel.run(linear, x, self.num_threads)  # type: ignore[no-any-return]
 
     def rope(self, x: Array, cos: Array, sin: Array, head_dim: int) -> Array:
         """Rotate pairs (i, i + D/2) of each head."""

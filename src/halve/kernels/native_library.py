@@ -10,7 +10,7 @@ from typing import Any
 
 from halve.core.errors import KernelError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = "libhalve_kernels.so"
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -18,7 +18,10 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "abi_version": [],
     "isas": [],
     "grow_team": [_I32],
-    "linear": [_I32, _P, _P, _P, _P, _I64, _I32],
+    "plan_packing": [_P, _P],
+    "pack": [_P, _P, _P, _I32],
+    "prepare": [_I32, _P, _I64, _I32],
+    "product": [_I32, _P, _I32],
     "embed": [_I32, _P, _P, _P, _I64, _I32],
     "rms_norm": [_I32, _P, _P, _P, _I64, _I64, _F32, _I32],
     "rope": [_I32, _P, _P, _P, _P, _I64, _I64, _I64, _I32],
@@ -72,5 +75,5 @@ def open_library(path: Path) -> Any:
         raise KernelError(f"{path} has interface version {version}, this halve needs {ABI_VERSION}; {way_out}")
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, f"halve_{name}")
-        function.argtypes, function.restype = arguments, _I32
+        function.argtypes, function.restype = arguments, _I64 if name == "plan_packing" else _I32
     return library

@@ -21,6 +21,11 @@ const Rows* const kIsas[] = {
 #else
     nullptr,
 #endif
+#ifdef HALVE_HAS_AVX512BF16
+    &rows_avx512bf16,
+#else
+    nullptr,
+#endif
 };
 constexpr int kNumIsas = sizeof kIsas / sizeof *kIsas;
 
@@ -46,7 +51,7 @@ int32_t spread(int32_t isa, void (*Rows::*operation)(const Work&, int64_t), cons
     return 0;
 }
 
-int64_t chunks(int64_t size) { return (size + kChunk - 1) / kChunk; }
+int64_t chunks(int64_t size) { return (size + kElements - 1) / kElements; }
 
 }  // namespace
 }  // namespace halve
@@ -66,14 +71,38 @@ HALVE_API int32_t halve_isas() {
 
 HALVE_API int32_t halve_grow_team(int32_t threads) { return grow_team(threads); }
 
-HALVE_API int32_t halve_linear(int32_t isa, const Matrix* weight, const float* x, const float* bias, float* y,
-                               int64_t rows, int32_t threads) {
-    const int64_t blocks = (weight->out_features + kOutputBlock - 1) / kOutputBlock;
-    const int64_t cost = rows * weight->out_features * weight->in_features;
-    return spread(isa, &Rows::linear, {weight, x, bias, y, rows}, rows ? blocks : 0, cost, threads);
+// Fill in what a packed matrix is, all but its address; returns its bytes.
+HALVE_API int64_t halve_plan_packing(const Stored* from, Packed* to) { return plan_packing(*from, to); }
+
+HALVE_API int32_t halve_pack(const Stored* from, const Packed* to, uint8_t* out, int32_t threads) {
+    struct Context {
+        const Stored& from;
+        const Packed& to;
+        uint8_t* out;
+    };
+    const Context context{*from, *to, out};
+    run(
+        [](const void* of, int64_t block) {
+            const Context& c = *static_cast<const Context*>(of);
+            pack_blocks(c.from, c.to, c.out, block, block + 1);
+        },
+        &context, blocks_of(*to), threads);
+    return 0;
 }
 
-HALVE_API int32_t halve_embed(int32_t isa, const Matrix* table, const int32_t* ids, float* y, int64_t tokens,
+HALVE_API int32_t halve_prepare(int32_t isa, const Prepare* work, int64_t rows, int32_t threads) {
+    return spread(isa, &Rows::prepare, *work, rows, rows * work->width, threads);
+}
+
+HALVE_API int32_t halve_product(int32_t isa, const Product* work, int32_t threads) {
+    int64_t cost = 0;
+    for (int i = 0; i < work->members; ++i) {
+        cost += work->rows * work->weight[i]->out_features * work->weight[i]->in_features;
+    }
+    return spread(isa, &Rows::product, *work, product_units(*work), cost, threads);
+}
+
+HALVE_API int32_t halve_embed(int32_t isa, const Packed* table, const int32_t* ids, float* y, int64_t tokens,
                               int32_t threads) {
     return spread(isa, &Rows::embed, {table, ids, y}, tokens, tokens * table->in_features, threads);
 }

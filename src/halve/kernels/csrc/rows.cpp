@@ -3,29 +3,22 @@
 
 #include "attention.h"
 #include "lanes.h"
-#include "linear.h"
+#include "prepare.h"
+#include "product.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "weights are stored with the low byte first");
 
 namespace halve {
 namespace {
 
-// The mean of squares is summed in double: squares of large floats would overflow in float.
 void rms_norm(const Norm& a, int64_t row) {
     const float* __restrict x = a.x + row * a.width;
     float* __restrict y = a.y + row * a.width;
-    double squares[8] = {};
-    int64_t i = 0;
-    for (; i + 8 <= a.width; i += 8) {
-        for (int j = 0; j < 8; ++j) squares[j] += static_cast<double>(x[i + j]) * x[i + j];
-    }
-    for (int j = 0; i < a.width; ++i, ++j) squares[j] += static_cast<double>(x[i]) * x[i];
-    double total = 0.0;
-    for (int j = 0; j < 8; ++j) total += squares[j];
-    const double root = __builtin_sqrt(total / static_cast<double>(a.width) + static_cast<double>(a.eps));
-    const float scale = static_cast<float>(1.0 / root);
-    for (i = 0; i < a.width; ++i) y[i] = x[i] * scale * a.gain[i];
+    const float scale = inverse_root(x, a.width, a.eps);
+    for (int64_t i = 0; i < a.width; ++i) y[i] = x[i] * scale * a.gain[i];
 }
+
+void embed(const Embed& a, int64_t token) { embed_row(*a.table, a.ids[token], a.y + token * a.table->in_features); }
 
 void rope(const Rope& a, int64_t token) {
     const int64_t half = a.head_dim / 2;
@@ -44,7 +37,7 @@ void rope(const Rope& a, int64_t token) {
 // Elements [begin, end) of a block.
 struct Range {
     int64_t begin, end;
-    Range(const Elementwise& a, int64_t block) : begin(block * kChunk), end(least(a.size, (block + 1) * kChunk)) {}
+    Range(const Elementwise& a, int64_t block) : begin(block * kElements), end(least(a.size, (block + 1) * kElements)) {}
 };
 
 void add(const Elementwise& a, int64_t block) {
@@ -52,8 +45,6 @@ void add(const Elementwise& a, int64_t block) {
     float* __restrict out = static_cast<float*>(a.out);
     for (int64_t i = range.begin; i < range.end; ++i) out[i] = a.x[i] + a.y[i];
 }
-
-inline Lanes silu(Lanes x) { return x / (exp(-x) + 1.0f); }
 
 void silu_mul(const Elementwise& a, int64_t block) {
     const Range range(a, block);
@@ -81,7 +72,7 @@ void round_bf16(const Elementwise& a, int64_t block) {
 #define HALVE_JOIN_(a, b) a##b
 #define HALVE_JOIN(a, b) HALVE_JOIN_(a, b)
 
-const Rows HALVE_JOIN(rows_, HALVE_ISA) = {linear,   embed,   rms_norm,   rope,     add,
+const Rows HALVE_JOIN(rows_, HALVE_ISA) = {prepare,  product, embed,   rms_norm,   rope,     add,
                                            silu_mul, to_bf16, round_bf16, attention};
 
 }  // namespace halve

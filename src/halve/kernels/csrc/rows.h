@@ -6,39 +6,19 @@
 
 #include <cstdint>
 
+#include "products.h"
+
 namespace halve {
 
 // Bumped whenever a record or a signature below changes; native.py refuses a library of another version.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
-constexpr int64_t kOutputBlock = 16;  // outputs of a product that are handed out together
-constexpr int64_t kChunk = 4096;      // elements of an elementwise operation that are handed out together
+constexpr int64_t kElements = 4096;  // elements of an elementwise operation that are handed out together
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kHeadsTogether = 8;  // query heads that share one pass over their keys and values
 
-enum class Kind : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kInt4 = 3, kInt8 = 4 };
-
-// A stored matrix [N, K]. kInt4: codes + 8 as nibbles, the low one first, K / 2 bytes a row. Integer kinds have a
-// bf16 scale for every `group` inputs of a row; `group` divides K.
-struct Matrix {
-    int64_t out_features;
-    int64_t in_features;
-    int64_t group;
-    const void* codes;
-    const uint16_t* scale;
-    int32_t kind;
-};
-
-struct Linear {
-    const Matrix* weight;
-    const float* x;     // [M, K]
-    const float* bias;  // [N] or null
-    float* y;           // [M, N]
-    int64_t rows;       // M
-};
-
 struct Embed {
-    const Matrix* table;
+    const Packed* table;
     const int32_t* ids;  // [T], each in [0, N)
     float* y;            // [T, K]
 };
@@ -88,11 +68,12 @@ struct Attention {
 
 // Each function does one block of the work; blocks are independent and may run in any order on any thread.
 struct Rows {
-    void (*linear)(const Linear&, int64_t block);    // outputs [block * kOutputBlock, ...)
+    void (*prepare)(const Prepare&, int64_t row);
+    void (*product)(const Product&, int64_t unit);
     void (*embed)(const Embed&, int64_t token);      //
     void (*rms_norm)(const Norm&, int64_t row);      //
     void (*rope)(const Rope&, int64_t token);        //
-    void (*add)(const Elementwise&, int64_t block);  // elements [block * kChunk, ...)
+    void (*add)(const Elementwise&, int64_t block);  // elements [block * kElements, ...)
     void (*silu_mul)(const Elementwise&, int64_t block);
     void (*to_bf16)(const Elementwise&, int64_t block);     // x rounded to nearest even, as 16 bits
     void (*round_bf16)(const Elementwise&, int64_t block);  // the same, widened to float again
@@ -107,5 +88,6 @@ inline int64_t head_blocks(const Attention& a) {
 extern const Rows rows_baseline;
 extern const Rows rows_avx2;
 extern const Rows rows_avx512;
+extern const Rows rows_avx512bf16;
 
 }  // namespace halve

@@ -1,0 +1,22 @@
+"""Activations in int8: one scale for each row, found when the row is there (dynamic). Source: arXiv:2208.07339, 2.1."""
+
+import numpy as np
+
+from halve.formats.base import Array
+
+SMALLEST_ABSMAX = np.float32(1e-36)  # below, 127 / absmax would leave float32's range: the row counts as zeros
+
+
+def int8_rows(x: Array) -> tuple[Array, Array]:
+    """Codes int8 [T, K] and scales float32 [T] of float32 rows [T, K]; x ~ codes * scale, within scale / 2.
+
+    scale = absmax / 127, code = x * (127 / absmax) rounded to nearest, ties to even, each operation in float32: kernels
+    make the same bits. A row with NaN or infinity gets the scale NaN, so that it is seen and not lost.
+    """
+    absmax = np.abs(x).max(axis=1, initial=0).astype(np.float32)
+    broken = ~np.isfinite(x).all(axis=1)
+    some = ~broken & (absmax >= SMALLEST_ABSMAX)
+    inverse = np.divide(np.float32(127), absmax, out=np.zeros_like(absmax), where=some)
+    scale = np.where(some, absmax / np.float32(127), np.float32(0)).astype(np.float32)
+    codes = np.rint(np.where(some[:, None], x, np.float32(0)) * inverse[:, None]).astype(np.int8)
+    return codes, np.where(broken, np.float32(np.nan), scale)

@@ -1,0 +1,237 @@
+// Dot products of unsigned weight codes with int8 activations: the innermost loops, for each instruction set.
+//
+// Outputs lie in lanes and every lane holds a quad of inputs, so that one broadcast of 4 activation codes meets
+// kVecOutputs outputs and no sum crosses lanes. A run of quads is summed in integers, exactly, beginning at minus the
+// zero point times the sum of its activations; then it is scaled and added to float sums, one rounding a run:
+//
+//   sum[r][n] = fma(float(run), scale[n], sum[r][n])
+//
+// Runs have the same length and order in every function below, so that a row's sums have the same bits whatever the
+// rows beside it. AVX-512 VNNI adds 4 products into 32 bits, and a run is a group of weights. AVX2 multiplies pairs
+// into 16 bits (vpmaddubsw) and adds there, wrapping: the final sum fits, since a run holds at most
+// 2^15 / (127 * 2^(bits-1)) products a half-lane. 8-bit codes are multiplied as 16 bits instead (vpmaddwd).
+#pragma once
+
+#if defined(__AVX2__)
+#define HALVE_INTEGER_TILES 1
+
+#include <immintrin.h>
+
+#include "lanes.h"
+#include "packing.h"
+
+namespace halve {
+namespace {
+
+// Hot loops keep a name of their own in the library: a test disassembles them and looks for spilled registers.
+#define HALVE_HOT __attribute__((noinline))
+
+#if defined(__AVX512VNNI__)
+
+typedef __m512i Vec;
+typedef __m512 Floats;
+constexpr int kTileRows = 6, kTileVecs = 4;
+constexpr bool kSixteenBit = false;
+
+inline Vec load_vec(const void* p) { return _mm512_load_si512(p); }
+inline void store_vec(void* p, Vec v) { _mm512_store_si512(p, v); }
+inline Vec broadcast_vec(int32_t x) { return _mm512_set1_epi32(x); }
+inline Vec masked(Vec v, Vec mask) { return _mm512_and_si512(v, mask); }
+inline Vec either(Vec a, Vec b) { return _mm512_or_si512(a, b); }
+template <int n>
+inline Vec shifted_right(Vec v) {
+    if constexpr (n > 0) return _mm512_srli_epi16(v, n);
+    if constexpr (n < 0) return _mm512_slli_epi16(v, -n);
+    return v;
+}
+inline Floats load_floats(const float* p) { return _mm512_load_ps(p); }
+inline void store_floats(float* p, Floats v) { _mm512_store_ps(p, v); }
+inline Vec add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+inline Floats to_floats(Vec v) {
+    typedef int32_t Ints __attribute__((vector_size(64)));  // gcc 12 warns of its own _mm512_cvtepi32_ps
+    return __builtin_convertvector(reinterpret_cast<Ints>(v), Floats);
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// One quad a lane.
+inline Vec dot(Vec sum, Vec weights, Vec activations) { return _mm512_dpbusd_epi32(sum, weights, activations); }
+inline Vec finished(Vec sum) { return sum; }
+
+#else
+
+typedef __m256i Vec;
+typedef __m256 Floats;
+constexpr int kTileRows = 6, kTileVecs = 2;
+constexpr bool kSixteenBit = true;
+
+inline Vec load_vec(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+inline void store_vec(void* p, Vec v) { _mm256_store_si256(static_cast<__m256i*>(p), v); }
+inline Vec broadcast_vec(int32_t x) { return _mm256_set1_epi32(x); }
+inline Vec masked(Vec v, Vec mask) { return _mm256_and_si256(v, mask); }
+inline Vec either(Vec a, Vec b) { return _mm256_or_si256(a, b); }
+template <int n>
+inline Vec shifted_right(Vec v) {
+    if constexpr (n > 0) return _mm256_srli_epi16(v, n);
+    if constexpr (n < 0) return _mm256_slli_epi16(v, -n);
+    return v;
+}
+inline Floats load_floats(const float* p) { return _mm256_load_ps(p); }
+inline void store_floats(float* p, Floats v) { _mm256_store_ps(p, v); }
+inline Vec add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
+inline Floats to_floats(Vec v) { return _mm256_cvtepi32_ps(v); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+// One quad a lane, as two sums of 16 bits.
+inline Vec dot(Vec sum, Vec weights, Vec activations) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, activations));
+}
+inline Vec finished(Vec sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+// One pair of 16-bit numbers a lane.
+inline Vec dot_pair(Vec sum, Vec weights, Vec activations) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(weights, activations));
+}
+
+#endif
+
+constexpr int kVecOutputs = sizeof(Vec) / 4;
+constexpr int kVecs = static_cast<int>(kBlock) / kVecOutputs;  // of a block
+constexpr int kPanelInputs = 256;                              // 16 KB of codes: they stay in the first-level cache
+constexpr int kMaxRuns = kPanelInputs / 16;
+
+inline int32_t int_at(const void* p) {
+    int32_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+// Quads of a run that is summed in integers.
+inline int run_quads(int bits, int64_t group) {
+    if (kSixteenBit && bits < 8) return bits == 6 ? 4 : bits == 5 || group == 32 ? 8 : 16;
+    return static_cast<int>((group ? group : kPanelInputs) / 4);
+}
+
+// Plane vectors of a chunk to its 8 quads, for the outputs of one vector; `at` is the chunk's first step there.
+template <int bits>
+inline void unpack(const uint8_t* at, Vec (&quads)[8]) {
+    if constexpr (bits == 8) {
+        for (int q = 0; q < 8; ++q) quads[q] = load_vec(at + q * kStep);
+        return;
+    }
+    if constexpr (bits & 4) {
+        const Vec mask = broadcast_vec(0x0f0f0f0f);
+        for (int s = 0; s < 4; ++s) {
+            const Vec v = load_vec(at + s * kStep);
+            quads[2 * s] = masked(v, mask);
+            quads[2 * s + 1] = masked(shifted_right<4>(v), mask);
+        }
+        at += 4 * kStep;
+    }
+    if constexpr (bits & 2) {
+        constexpr int low = bits & 4;
+        const Vec mask = broadcast_vec(low ? 0x30303030 : 0x03030303);
+        for (int s = 0; s < 2; ++s) {
+            const Vec v = load_vec(at + s * kStep);
+            const Vec parts[4] = {masked(shifted_right<0 - low>(v), mask), masked(shifted_right<2 - low>(v), mask),
+                                  masked(shifted_right<4 - low>(v), mask), masked(shifted_right<6 - low>(v), mask)};
+            for (int j = 0; j < 4; ++j) quads[4 * s + j] = low ? either(quads[4 * s + j], parts[j]) : parts[j];
+        }
+        at += 2 * kStep;
+    }
+    if constexpr (bits & 1) {
+        constexpr int low = bits & 6;
+        const Vec mask = broadcast_vec(0x01010101 << low);
+        const Vec v = load_vec(at);
+        const Vec parts[8] = {masked(shifted_right<0 - low>(v), mask), masked(shifted_right<1 - low>(v), mask),
+                              masked(shifted_right<2 - low>(v), mask), masked(shifted_right<3 - low>(v), mask),
+                              masked(shifted_right<4 - low>(v), mask), masked(shifted_right<5 - low>(v), mask),
+                              masked(shifted_right<6 - low>(v), mask), masked(shifted_right<7 - low>(v), mask)};
+        for (int q = 0; q < 8; ++q) quads[q] = either(quads[q], parts[q]);
+    }
+}
+
+// Sums of one run for a tile of `rows` rows and kTileVecs vectors of outputs, and what becomes of them. `raw`: the
+// weight has one scale a row, so that runs are added up as integers.
+template <int rows, bool raw>
+struct Tile {
+    Vec sum[rows][kTileVecs];
+
+    inline void begin(const int32_t* starts) {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const Vec start = broadcast_vec(starts[r * kMaxRuns]);
+#pragma GCC unroll 8
+            for (int c = 0; c < kTileVecs; ++c) sum[r][c] = start;
+        }
+    }
+
+    inline void end(bool wide, const float* scales, float* sums) {
+#pragma GCC unroll 8
+        for (int c = 0; c < kTileVecs; ++c) {
+            const Floats scale = raw ? Floats{} : load_floats(scales + c * kVecOutputs);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) {
+                float* at = sums + r * kBlock + c * kVecOutputs;
+                const Vec run = wide ? sum[r][c] : finished(sum[r][c]);
+                if (raw) {
+                    store_vec(at, add32(load_vec(at), run));
+                } else {
+                    store_floats(at, multiply_add(to_floats(run), scale, load_floats(at)));
+                }
+            }
+        }
+    }
+};
+
+// What a tile multiplies: a panel of unpacked codes with the activations of a strip of rows.
+struct Panel {
+    const uint8_t* codes;      // [steps][64 outputs][4 bytes]
+    const float* scales;       // [runs][64]
+    const uint8_t* activations;  // codes of the strip's first row at the panel's first input
+    int64_t row_bytes;         // from one row of activations to the next
+    const int32_t* starts;     // [rows][kMaxRuns] where the sums of each run begin
+    const uint8_t* ahead;      // weights that come next, to be fetched meanwhile,
+    const uint8_t* ahead_end;  // up to here,
+    int64_t ahead_bytes;       // so many in each run of a tile
+    int runs, steps;           // of a run
+};
+
+// sums [rows][64] += the strip times the panel, kTileVecs vectors of outputs from `output` on.
+template <int rows, bool wide, bool raw>
+HALVE_HOT void hot_tile(const Panel& p, int output, float* sums) {
+    const uint8_t* codes = p.codes + 4 * output;
+    const uint8_t* activations = p.activations;
+    const float* scales = p.scales + output;
+    const uint8_t* ahead = p.ahead;
+    const int64_t row_bytes = p.row_bytes;
+    for (int run = 0; run < p.runs; ++run) {
+        Tile<rows, raw> tile;
+        tile.begin(p.starts + run);
+        for (const uint8_t* end = ahead + p.ahead_bytes; ahead < end && ahead < p.ahead_end; ahead += 64) {
+            __builtin_prefetch(ahead, 0, 2);
+        }
+        for (int step = 0; step < p.steps; ++step) {
+            Vec weights[kTileVecs];
+#pragma GCC unroll 8
+            for (int c = 0; c < kTileVecs; ++c) weights[c] = load_vec(codes + c * static_cast<int>(sizeof(Vec)));
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) {
+                const Vec quad = broadcast_vec(int_at(activations + r * row_bytes));
+#pragma GCC unroll 8
+                for (int c = 0; c < kTileVecs; ++c) {
+#if defined(__AVX512VNNI__)
+                    tile.sum[r][c] = dot(tile.sum[r][c], weights[c], quad);
+#else
+                    tile.sum[r][c] = wide ? dot_pair(tile.sum[r][c], weights[c], quad) : dot(tile.sum[r][c], weights[c], quad);
+#endif
+                }
+            }
+            codes += kStep;
+            activations += 4;
+        }
+        tile.end(wide, scales, sums + output);
+        scales += kBlock;
+    }
+}
+
+}  // namespace
+}  // namespace halve
+
+#endif

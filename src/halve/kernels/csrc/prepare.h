@@ -1,0 +1,118 @@
+// Rows of activations on their way into a product: RMSNorm where there is a gain, then rounding.
+//
+// Int8 takes a scale for each row, absmax / 127 (arXiv:2208.07339, section 2.1, row-wise); codes are x * (127 / absmax)
+// rounded to nearest, ties to even. A row whose absmax is below kSmallest counts as zeros; one that holds NaN or
+// infinity gets the scale NaN, so that it is not lost.
+#pragma once
+
+#include "lanes.h"
+#include "products.h"
+
+namespace halve {
+namespace {
+
+constexpr float kSmallest = 1e-36f;  // below, 127 / absmax would leave float's range
+
+// The mean of squares is summed in double: squares of large floats would overflow in float.
+inline float inverse_root(const float* __restrict x, int64_t width, float eps) {
+    double squares[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) {
+        for (int j = 0; j < 16; ++j) squares[j] += static_cast<double>(x[i + j]) * x[i + j];
+    }
+    for (int j = 0; i < width; ++i, ++j) squares[j] += static_cast<double>(x[i]) * x[i];
+    double total = 0.0;
+    for (int j = 0; j < 16; ++j) total += squares[j];
+    return static_cast<float>(1.0 / __builtin_sqrt(total / static_cast<double>(width) + static_cast<double>(eps)));
+}
+
+// The largest magnitude; NaN where the row holds one or an infinity.
+inline float largest(const float* x, int64_t width) {
+    Lanes most = {}, broken = {};
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+        const Lanes v = load(x + i), size = v < 0.0f ? -v : v;
+        most = size > most ? size : most;
+        broken += v * 0.0f;
+    }
+    const Lanes v = load(x + i, width - i), size = v < 0.0f ? -v : v;
+    most = size > most ? size : most;
+    broken += v * 0.0f;
+    float result = 0.0f;
+    for (int j = 0; j < kLanes; ++j) result = most[j] > result ? most[j] : result;
+    return result + sum(broken);
+}
+
+// Codes of a row, with zeros up to code_stride, and the sums that products begin at.
+inline void to_int8(const float* __restrict x, int64_t width, const Activations& out, int64_t row) {
+    const float absmax = largest(x, width);
+    const bool some = absmax >= kSmallest;
+    const float inverse = some ? 127.0f / absmax : 0.0f;
+    out.scale[row] = some ? absmax / 127.0f : absmax == absmax ? 0.0f : absmax;
+    int8_t* __restrict codes = out.codes + row * out.code_stride;
+    for (int64_t i = 0; i < out.code_stride; i += kChunk) {
+        alignas(64) float part[kChunk] = {};
+        const int64_t n = least(kChunk, width - i);
+        if (some && n > 0) {
+            if (n == kChunk) {
+                for (int j = 0; j < kChunk; ++j) part[j] = x[i + j] * inverse;
+            } else {
+                for (int64_t j = 0; j < n; ++j) part[j] = x[i + j] * inverse;
+            }
+        }
+        // Adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the low bits.
+        int32_t whole[kChunk];
+        for (int j = 0; j < kChunk; ++j) {
+            const float shifted = part[j] + 12582912.0f;
+            int32_t bits;
+            memcpy(&bits, &shifted, sizeof bits);
+            whole[j] = bits - 0x4b400000;
+        }
+        for (int j = 0; j < kChunk; ++j) codes[i + j] = static_cast<int8_t>(whole[j]);
+        if (out.wide) {
+            int16_t* wide = out.wide + row * out.code_stride + i;
+            for (int j = 0; j < kChunk; ++j) wide[j] = static_cast<int16_t>(whole[(j & ~3) | (j & 1) << 1 | (j & 2) >> 1]);
+        }
+        int32_t halves[2][2] = {};
+        for (int j = 0; j < kChunk; ++j) halves[j / 16][j / 2 % 2] -= whole[j];
+        out.sums[row * (out.code_stride / kChunk) + i / kChunk] = halves[0][0] + halves[0][1] + halves[1][0] + halves[1][1];
+        if (!out.halves) continue;
+        for (int h = 0; h < 2; ++h) {
+            out.halves[row * (out.code_stride / 16) + i / 16 + h] =
+                static_cast<int32_t>((static_cast<uint32_t>(halves[h][0]) & 0xffff) | static_cast<uint32_t>(halves[h][1]) << 16);
+        }
+    }
+}
+
+// The same rounding where products take floats: each value becomes its code times its scale.
+inline void round_int8(const float* x, float* y, int64_t width) {
+    const float absmax = largest(x, width);
+    const bool some = absmax >= kSmallest;
+    const float inverse = some ? 127.0f / absmax : 0.0f;
+    const float scale = some ? absmax / 127.0f : absmax == absmax ? 0.0f : absmax;
+    for (int64_t i = 0; i < width; ++i) {
+        const float code = some ? (x[i] * inverse + 12582912.0f) - 12582912.0f : 1.0f;
+        y[i] = code * scale;
+    }
+}
+
+void prepare(const Prepare& a, int64_t row) {
+    const float* __restrict x = a.x + (a.rows ? a.rows[row] : row) * a.x_stride;
+    const Activations& out = a.out;
+    float* y = out.values + row * out.value_stride;
+    if (a.gain) {
+        const float scale = inverse_root(x, a.width, a.eps);
+        for (int64_t i = 0; i < a.width; ++i) y[i] = x[i] * scale * a.gain[i];
+    } else if (a.rounding != Rounding::kInt8 && y != x) {
+        memcpy(y, x, static_cast<size_t>(a.width) * sizeof(float));
+    }
+    if (a.rounding == Rounding::kBfloat16) {
+        for (int64_t i = 0; i < a.width; ++i) y[i] = from_bf16(to_bf16(y[i]));
+    }
+    if (a.rounding != Rounding::kInt8) return;
+    const float* from = a.gain ? y : x;
+    out.codes ? to_int8(from, a.width, out, row) : round_int8(from, y, a.width);
+}
+
+}  // namespace
+}  // namespace halve

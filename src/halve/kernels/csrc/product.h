@@ -1,0 +1,57 @@
+// One unit of a product: a block of 64 outputs for up to kRowsTogether rows, then bias, gate and residual.
+#pragma once
+
+#include "float_products.h"
+#include "integer_products.h"
+
+namespace halve {
+namespace {
+
+inline void block_sums(const Product& p, int member, int64_t block, int64_t first, int64_t rows, float* sums) {
+    const Packed& w = *p.weight[member];
+#if defined(HALVE_INTEGER_TILES)
+    if (p.rounding == Rounding::kInt8 && w.kind == Kind::kInt) {
+        integer_block(w, block, p.x, first, rows, sums);
+    } else {
+        float_block(w, block, p.x, first, rows, sums);
+    }
+#else
+    float_block(w, block, p.x, first, rows, sums);
+#endif
+    const float* bias = p.bias[member];
+    if (!bias) return;
+    const int64_t outputs = least(kBlock, w.out_features - block * kBlock);
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t n = 0; n < outputs; ++n) sums[r * kBlock + n] += bias[block * kBlock + n];
+    }
+}
+
+inline Lanes silu(Lanes x) { return x / (exp(-x) + 1.0f); }
+
+void product(const Product& p, int64_t unit) {
+    const int64_t parts = ceil_div(p.rows, kRowsTogether), first = unit % parts * kRowsTogether;
+    const int64_t rows = least(kRowsTogether, p.rows - first);
+    int64_t block = unit / parts;
+    int member = 0;
+    while (!p.gated && block >= blocks_of(*p.weight[member])) block -= blocks_of(*p.weight[member++]);
+    alignas(64) float sums[kRowsTogether * kBlock];
+    block_sums(p, member, block, first, rows, sums);
+    if (p.gated) {
+        alignas(64) float up[kRowsTogether * kBlock];
+        block_sums(p, 1, block, first, rows, up);
+        for (int64_t i = 0; i < rows * kBlock; i += kLanes) store(sums + i, silu(load(sums + i)) * load(up + i));
+    }
+    const int64_t outputs = least(kBlock, p.weight[member]->out_features - block * kBlock);
+    for (int64_t r = 0; r < rows; ++r) {
+        float* y = p.y[member] + (first + r) * p.y_stride[member] + block * kBlock;
+        const float* from = sums + r * kBlock;
+        if (p.add) {
+            for (int64_t n = 0; n < outputs; ++n) y[n] += from[n];
+        } else {
+            memcpy(y, from, static_cast<size_t>(outputs) * sizeof(float));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace halve

@@ -1,0 +1,73 @@
+// The records of products: activations in, packed weights beside them, outputs.
+//
+// Letters: T activation rows, N outputs, K inputs.
+#pragma once
+
+#include "packing.h"
+
+namespace halve {
+
+// How the input of a product is rounded before it.
+enum class Rounding : int32_t { kNone = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// Rows of activations as products take them; K' is K padded to a multiple of 32.
+//
+// Floats: `values` [T, value_stride]. Int8 (one scale a row, x ~ code * scale): `codes` [T, code_stride] and beyond K
+// zeros; `scale` [T]; `sums` [T, K' / 32], minus the sum of each chunk's codes. AVX2 multiplies bytes in pairs into 16
+// bits, and so needs also `halves` [T, K' / 16]: minus the sums of the even and of the odd pairs of 16 codes, as two
+// int16; and for 8-bit weights `wide` [T, code_stride]: codes as int16, those of a quad in the order 0, 2, 1, 3.
+struct Activations {
+    float* values;
+    int8_t* codes;
+    int16_t* wide;
+    float* scale;
+    int32_t* sums;
+    int32_t* halves;
+    int64_t value_stride;
+    int64_t code_stride;
+};
+
+// RMSNorm (arXiv:1910.07467) where there is a gain, then rounding.
+struct Prepare {
+    const float* x;      // [T, x_stride]
+    const float* gain;   // [K], or null: no norm
+    const int32_t* rows; // [T] which rows of x, or null: all in order
+    Activations out;
+    int64_t x_stride;
+    int64_t width;  // K
+    float eps;
+    Rounding rounding;
+};
+
+constexpr int kMaxMembers = 4;
+
+// Products of one input with several matrices, or one gated pair.
+struct Product {
+    Activations x;
+    const Packed* weight[kMaxMembers];
+    const float* bias[kMaxMembers];  // [N] or null
+    float* y[kMaxMembers];           // [T, y_stride]
+    int64_t y_stride[kMaxMembers];
+    int64_t rows;     // T
+    int32_t members;  // matrices
+    int32_t add;      // y += product: the residual stream
+    int32_t gated;    // two members, y[0] = silu(x W0) * (x W1) (arXiv:2002.05202)
+    Rounding rounding;
+};
+
+// Rows of a product are taken this many at a time, so that a block's sums stay in the second-level cache.
+constexpr int64_t kRowsTogether = 256;
+
+inline int64_t product_blocks(const Product& p) {
+    if (p.gated) return blocks_of(*p.weight[0]);
+    int64_t blocks = 0;
+    for (int i = 0; i < p.members; ++i) blocks += blocks_of(*p.weight[i]);
+    return blocks;
+}
+
+// Units of a product: blocks of outputs, each for every kRowsTogether rows.
+inline int64_t product_units(const Product& p) {
+    return p.rows ? product_blocks(p) * ceil_div(p.rows, kRowsTogether) : 0;
+}
+
+}  // namespace halve
