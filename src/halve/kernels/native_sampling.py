@@ -63,7 +63,7 @@ class SamplingWork:
             "next": self._next,
             "scratch": _scratch(logits.shape[1], min(threads, batch.num_rows)),
         }
-        addresses = {name: a.ctypes.data for name, a in self._arrays.items() if a is not None}
+        addresses = {n: a.__array_interface__["data"][0] for n, a in self._arrays.items() if a is not None}
         sizes = {"rows": logits.shape[0], "vocab": logits.shape[1], "most_logprobs": self._sampled.top_ids.shape[1]}
         self.record = _SamplingRecord(**sizes, **addresses)
         self.address = ctypes.addressof(self.record)

@@ -71,7 +71,7 @@ inline Best better(Best a, Best b) { return b.value > a.value || (b.value == a.v
 // Unsigned numbers in the order of floats; zeros of both signs are one.
 inline uint32_t ordered(float x) {
     const uint32_t bits = bits_of(x + 0.0f);
-    return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+    return bits ^ ((0 - (bits >> 31)) | 0x80000000);  // no branch: signs are random
 }
 
 inline float unordered(uint32_t key) { return float_of(key & 0x80000000 ? key & 0x7fffffff : ~key); }
@@ -540,12 +540,18 @@ inline void sort(uint64_t* a, int64_t n) {
     }
 }
 
-// Write the likeliest tokens of the model itself; returns the logarithm of the sum of e^x. Takes the row's maxima.
-inline double log_probabilities(const Sampling& a, int64_t row, const float* x, float top, const Scratch& scratch) {
-    const double all =
-        static_cast<double>(top) + __builtin_log(weigh(x, nullptr, a.vocab, static_cast<double>(top), 1.0));
+// The log-probabilities of a row, (x - top) - log of the sum of e^(x - top): large logits of one size stay apart.
+struct LogSoftmax {
+    double top = 0.0, log_sum = 0.0;
+    float operator()(float x) const { return static_cast<float>((static_cast<double>(x) - top) - log_sum); }
+};
+
+// Write the likeliest tokens of the model itself. Takes the row's maxima.
+inline LogSoftmax log_probabilities(const Sampling& a, int64_t row, const float* x, float top, const Scratch& scratch) {
+    const double highest = static_cast<double>(top);
+    const LogSoftmax logprob{highest, __builtin_log(weigh(x, nullptr, a.vocab, highest, 1.0))};
     const int64_t k = least(a.num_logprobs[row], a.most_logprobs);
-    if (k == 0) return all;
+    if (k == 0) return logprob;
     const float floor = floor_of_top_k(scratch, a.vocab, top, k, -kInfinity);
     Candidates candidates{scratch, top};
     candidates.gather(x, a.vocab, floor);
@@ -558,9 +564,9 @@ inline double log_probabilities(const Sampling& a, int64_t row, const float* x, 
     for (int64_t i = 0; i < k; ++i) {
         const int32_t id = static_cast<int32_t>(order[i]);
         a.top_ids[row * a.most_logprobs + i] = id;
-        a.top_logprobs[row * a.most_logprobs + i] = static_cast<float>(static_cast<double>(x[id]) - all);
+        a.top_logprobs[row * a.most_logprobs + i] = logprob(x[id]);
     }
-    return all;
+    return logprob;
 }
 
 inline Best best_of(const float* x, int64_t vocab) {
@@ -579,12 +585,12 @@ inline Status sample_row(const Sampling& a, int64_t row, const Scratch& scratch)
     const bool greedy = a.temperature[row] == 0.0f, logprobs = a.num_logprobs[row] >= 0;
     const bool copied = a.allowed || a.bias_ids || a.repetition_penalty[row] != 1.0f ||
                         a.frequency_penalty[row] != 0.0f || a.presence_penalty[row] != 0.0f;
-    double all = 0.0;
+    LogSoftmax logprob;
     if (copied || logprobs || !greedy) {
         float top = find_maxima(x, a.vocab, scratch.maxima);
         if (top == kInfinity) return kBrokenLogits;
         if (top == -kInfinity) return kAllForbidden;
-        if (logprobs) all = log_probabilities(a, row, x, top, scratch);
+        if (logprobs) logprob = log_probabilities(a, row, x, top, scratch);
         if (copied) {
             memcpy(scratch.z, x, static_cast<size_t>(a.vocab) * sizeof(float));
             z = scratch.z;
@@ -602,7 +608,7 @@ inline Status sample_row(const Sampling& a, int64_t row, const Scratch& scratch)
         if (best.value == -kInfinity) return kAllForbidden;
         a.token_ids[row] = best.id;
     }
-    if (logprobs) a.logprobs[row] = static_cast<float>(static_cast<double>(x[a.token_ids[row]]) - all);
+    if (logprobs) a.logprobs[row] = logprob(x[a.token_ids[row]]);
     return kChosen;
 }
 
