@@ -19,7 +19,8 @@ from halve.kernels.ops import Array
 from halve.kernels.sampling import SamplingBatch, sample
 from halve.text import Tokenizer
 
-_FLOAT32 = np.finfo(np.float32)  # settings beyond its range act as its ends do
+# Settings beyond the range of float32 act as its ends do.
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,8 +194,8 @@ class Engine:
         params = state.request.sampling
         row = SamplingBatch.of(
             1,
-            temperature=min(params.temperature, _FLOAT32.max),
-            top_p=max(params.top_p, _FLOAT32.tiny),
+            temperature=min(params.temperature, _MOST),
+            top_p=max(params.top_p, _LEAST),
             seed=self._answers[state.request.request_id].seed,
             step=state.num_generated,
         )
