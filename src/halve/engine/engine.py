@@ -7,15 +7,20 @@ import secrets
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from halve.core.errors import ConfigError, HalveError, RequestError
 from halve.engine.block_pool import BlockPool
 from halve.engine.request import Completion, FinishReason, Request, StepOutput
 from halve.engine.runner import Runner
-from halve.engine.sampler import sample
 from halve.engine.scheduler import Chunk, RequestState, Scheduler, flat_batch
 from halve.engine.stop import StopText
 from halve.kernels.ops import Array
+from halve.kernels.sampling import SamplingBatch, sample
 from halve.text import Tokenizer
+
+# Settings beyond the range of float32 act as its ends do.
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,8 +191,15 @@ class Engine:
         return logits
 
     def _choose(self, state: RequestState, logits: Array) -> int:
-        request = state.request
-        return sample(logits, request.sampling, self._answers[request.request_id].seed, state.num_generated)
+        params = state.request.sampling
+        row = SamplingBatch.of(
+            1,
+            temperature=min(params.temperature, _MOST),
+            top_p=max(params.top_p, _LEAST),
+            seed=self._answers[state.request.request_id].seed,
+            step=state.num_generated,
+        )
+        return int(sample(logits[None], row).token_ids[0])
 
     def _extend(self, state: RequestState, token_id: int) -> StepOutput:
         """Give a request its next token, and end it where that ends it."""

@@ -43,9 +43,12 @@ from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Choice, Kernel, Spec, choose
 from halve.kernels.native_checks import STORED, KVCache, check_attention, check_batch, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
+from halve.kernels.native_sampling import SamplingWork
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
 from halve.kernels.packed import Allocate, PackedMatrix, pack
 from halve.kernels.products import ROUNDINGS, Codes, InputLayout, PrepareRecord, product_record, rows_of
+from halve.kernels.sampling import Sampled, SamplingBatch
+from halve.kernels.sampling import check as check_sampling
 
 log = logging.getLogger("halve.kernels")
 
@@ -188,6 +191,12 @@ def _attention(
     return out
 
 
+def _sample(isa: Isa, logits: Array, batch: SamplingBatch, *, threads: int) -> Sampled:
+    work = SamplingWork(logits, batch, threads)
+    _call("sample", isa, work.address, threads)
+    return work.result()
+
+
 _PLAIN: Mapping[str, Callable[..., Array]] = {
     "rms_norm": _rms_norm,
     "rope": _rope,
@@ -217,7 +226,7 @@ def _rows(op: str) -> list[Kernel]:
             name=f"native_{isa.name}",
             op=op,
             refusal=partial(_refusal, isa, None, ACTIVATIONS),
-            run=partial(_PLAIN[op], isa),
+            run=partial(_sample if op == "sample" else _PLAIN[op], isa),
         )
         for isa in ISAS
     ]
@@ -244,7 +253,7 @@ def _format_rows(op: str, accepted: Format) -> list[Kernel]:
 
 TABLE: list[Kernel] = [
     *(row for op in ("linear", "embed") for accepted in FORMATS.values() for row in _format_rows(op, accepted)),
-    *(row for op in _PLAIN for row in _rows(op)),
+    *(row for op in (*_PLAIN, "sample") for row in _rows(op)),
 ]
 
 
@@ -302,6 +311,7 @@ class NativeOps:
         self._run: dict[str, Callable[..., Array]] = {
             op: partial(self._choose(op).run, threads=self.num_threads) for op in _PLAIN
         }
+        self._sample: Callable[..., Sampled] = partial(self._choose("sample").run, threads=self.num_threads)
 
     def _choose(self, op: str) -> Kernel:
         return self._chosen(op, choose(_rows(op), self.device, Spec(op=op)))
@@ -429,6 +439,11 @@ class NativeOps:
     def take_rows(self, x: Array, rows: Array) -> Array:
         """The rows of x, in that order."""
         return x[np.asarray(rows, np.intp)]
+
+    def sample(self, logits: Array, batch: SamplingBatch) -> Sampled:
+        """A token for every row; how close to the definition: csrc/sampling.h."""
+        check_sampling(logits, batch)
+        return self._sample(logits, batch)
 
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> KVCache:
         """Keys and values [B, P, G, D] in the spec's format, zero."""
