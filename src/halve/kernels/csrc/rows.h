@@ -15,7 +15,6 @@ constexpr int32_t kAbiVersion = 3;
 
 constexpr int64_t kElements = 4096;  // elements of an elementwise operation that are handed out together
 constexpr int64_t kMaxHeadDim = 1024;
-constexpr int64_t kHeadsTogether = 8;  // query heads that share one pass over their keys and values
 
 struct Embed {
     const Packed* table;
@@ -43,27 +42,63 @@ struct Rope {
 struct Elementwise {
     const float* x;
     const float* y;
-    void* out;  // float, or uint16 bits of bf16
+    float* out;
     int64_t size;
 };
 
-struct Attention {
-    const float* q;               // [T, H, D]
-    const void* k;                // [B, P, G, D] or, without block_tables, [T, G, D]; float, or uint16 bits of bf16
-    const void* v;                // as k
-    const int32_t* positions;     // [T]
-    const int32_t* cu_seqlens;    // [S + 1]
-    const int32_t* block_tables;  // [S, widest] or null: the batch holds whole sequences
-    const float* sinks;           // [H] or null
-    float* out;                   // [T, H, D]
-    int64_t num_sequences;        // S
-    int64_t widest;
+enum class KvFormat : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// Keys and values of one layer: num_blocks blocks of kv_block_bytes(...), laid out as kv_cache.h says.
+struct KvCache {
+    void* data;
+    int64_t num_blocks;
     int64_t block_size;  // P
-    int64_t num_heads;
     int64_t num_kv_heads;
     int64_t head_dim;
+    int32_t format;  // KvFormat
+};
+
+// The tokens of one step: sequence s owns tokens cu_seqlens[s] to cu_seqlens[s + 1], their positions count up by one.
+struct StepBatch {
+    int64_t num_tokens;           // T
+    int64_t num_sequences;        // S
+    int64_t widest;               //
+    const int32_t* positions;     // [T]
+    const int32_t* cu_seqlens;    // [S + 1]
+    const int32_t* slot_mapping;  // [T], block * P + offset
+    const int32_t* block_tables;  // [S, widest]
+};
+
+// Strides are floats from one token to the next; heads lie side by side.
+struct KvWrite {
+    const float* k;  // [T, G, D]
+    const float* v;
+    int64_t k_stride;
+    int64_t v_stride;
+    const float* cos;  // [T, D / 2], by which keys are rotated before they are rounded; null: they are not
+    const float* sin;
+    const KvCache* cache;
+    const StepBatch* batch;
+};
+
+struct Attention {
+    const float* q;  // [T, H, D]
+    int64_t q_stride;
+    const float* cos;  // [T, D / 2], by which queries are rotated; null: they are not
+    const float* sin;
+    const KvCache* cache;  // holds the batch's own keys and values too
+    const StepBatch* batch;
+    const float* sinks;  // [H] or null
+    float* out;          // [T, H, D]
+    int64_t out_stride;
+    int64_t num_heads;
     int64_t window;  // positions that a token sees, itself included; 0 for all
-    int32_t bf16;
+    float* scratch;  // attention_scratch_bytes(...)
+};
+
+struct BlockCopies {
+    const KvCache* cache;
+    const int32_t* pairs;  // [n, 2]: from, to; no block is both
 };
 
 // How the next token of R rows is chosen; halve/kernels/sampling.py tells what each means. Histories and biases are
@@ -121,16 +156,14 @@ struct Rows {
     void (*rope)(const Rope&, int64_t token);        //
     void (*add)(const Elementwise&, int64_t block);  // elements [block * kElements, ...)
     void (*silu_mul)(const Elementwise&, int64_t block);
-    void (*to_bf16)(const Elementwise&, int64_t block);     // x rounded to nearest even, as 16 bits
-    void (*round_bf16)(const Elementwise&, int64_t block);  // the same, widened to float again
-    void (*attention)(const Attention&, int64_t block);     // block = token * head_blocks(...) + head block
-    void (*sample)(const Sampling&, int64_t thread);        // rows from `next` until none is left
+    void (*round_bf16)(const Elementwise&, int64_t block);  // x rounded to nearest even, widened again
+    // Units of these: attention_units.h. Whoever runs attention runs attention_combine after it, if that has units.
+    void (*kv_write)(const KvWrite&, int64_t unit);
+    void (*attention)(const Attention&, int64_t unit);
+    void (*attention_combine)(const Attention&, int64_t unit);
+    void (*copy_block)(const BlockCopies&, int64_t pair);
+    void (*sample)(const Sampling&, int64_t thread);  // rows from `next` until none is left
 };
-
-// Query heads of one key-value head are taken kHeadsTogether at a time.
-inline int64_t head_blocks(const Attention& a) {
-    return a.num_kv_heads * ((a.num_heads / a.num_kv_heads + kHeadsTogether - 1) / kHeadsTogether);
-}
 
 extern const Rows rows_baseline;
 extern const Rows rows_avx2;

@@ -23,7 +23,7 @@ constexpr float kInfinity = __builtin_inff();
 
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
-inline float largest(Lanes v) {
+inline float largest_of(Lanes v) {
     float lanes[kLanes];
     store(lanes, v);
     for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -43,7 +43,7 @@ inline float stretch_max(const float* x, int64_t n) {
         most = larger(v, most);
         sound &= v < infinity;
     }
-    float result = largest(sound ? most : infinity);
+    float result = largest_of(sound ? most : infinity);
     for (; i < n; ++i) {
         if (!(x[i] <= result)) result = x[i] < kInfinity ? x[i] : kInfinity;
     }
