@@ -66,7 +66,7 @@ class Decoder(Protocol):
     def new_cache(self, num_blocks: int, block_size: int) -> Any:
         """An empty paged cache."""
 
-    def step(self, batch: TokenBatch, cache: Any, rows: Array, sampling: SamplingBatch) -> Sampled:
+    def sample(self, batch: TokenBatch, cache: Any, rows: Array, sampling: SamplingBatch) -> Sampled:
         """Run a batch and choose a token for each of those rows."""
 
     def copy_blocks(self, cache: Any, pairs: Array) -> None:
@@ -85,7 +85,7 @@ class ModelRunner:
 
     def run(self, batch: TokenBatch, rows: Array, sampling: SamplingBatch) -> Sampled:
         """As `Runner.run`."""
-        return self.decoder.step(batch, self._cache, rows, sampling)
+        return self.decoder.sample(batch, self._cache, rows, sampling)
 
     def copy_blocks(self, pairs: Array) -> None:
         """As `Runner.copy_blocks`."""

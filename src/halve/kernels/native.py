@@ -252,6 +252,7 @@ class NativeOps:
     """
 
     name = "native"
+    batch_invariant = True  # each row of a product and each query is summed by itself, in an order of its own
 
     def __init__(
         self, device: Device | None = None, *, activations: str = "fp32", num_threads: int | None = None
@@ -387,3 +388,10 @@ class NativeOps:
         check_attention(spec)
         shape, dtype = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim), STORED[spec.kv_format]
         return KVCache(np.zeros(shape, dtype), np.zeros(shape, dtype))
+
+    def copy_blocks(self, cache: KVCache, pairs: Array) -> None:
+        """cache[to] = cache[from] for keys and values. Raises KernelError for a block that does not exist."""
+        pairs = int32("pairs", pairs, (None, 2))
+        within("block", pairs, len(cache.k), "the pool and the cache do not belong together")
+        for stored in (cache.k, cache.v):
+            stored[pairs[:, 1]] = stored[pairs[:, 0]]

@@ -75,6 +75,7 @@ class Ops(Protocol):
     """Operations on one device. Every function returns a new buffer; only `attention` writes (into the cache)."""
 
     name: str
+    batch_invariant: bool  # a token's result is the same to the bit whatever else is in the batch
 
     @property
     def kernels(self) -> Mapping[str, str]:
@@ -135,3 +136,6 @@ class Ops(Protocol):
 
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> Any:
         """An empty paged cache of one layer: keys and values [B, P, G, D] in the spec's format."""
+
+    def copy_blocks(self, cache: Any, pairs: Array) -> None:
+        """Copy blocks of one layer's cache: pairs int32 [n, 2], (from, to); all are read before any is written."""

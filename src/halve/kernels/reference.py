@@ -103,6 +103,7 @@ class TorchOps:
     """`Ops` on a torch device; buffers are float32 tensors. See `halve.kernels.ops.Ops` for each operation."""
 
     name = "torch"
+    batch_invariant = False  # its matrix products choose another order of summing for another number of rows
 
     def __init__(self, device: str = "cpu", *, activations: str = "fp32", widened: bool = False) -> None:
         """Compute on a torch device.
@@ -218,6 +219,12 @@ class TorchOps:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         keys, values = (torch.zeros(shape, dtype=STORED[spec.kv_format], device=self.torch_device) for _ in "kv")
         return keys, values
+
+    def copy_blocks(self, cache: tuple[Tensor, Tensor], pairs: Array) -> None:
+        """cache[to] = cache[from] for keys and values."""
+        source, target = self._index(pairs[:, 0]), self._index(pairs[:, 1])
+        for stored in cache:
+            stored[target] = stored[source]
 
     def _index(self, values: Array | None) -> Tensor:
         assert values is not None, "a batch over a cache has slot_mapping and block_tables"
