@@ -48,7 +48,7 @@ def token_batch(step: Step, block_size: int) -> tuple[TokenBatch, Array]:
     return batch, np.array(rows, np.int32)
 
 
-def _append_tokens(token_ids: array[int], chunk: Chunk) -> None:
+def _append_tokens(token_ids: "array[int]", chunk: Chunk) -> None:
     known = chunk.sequence.token_ids
     if chunk.num_tokens == 1 and chunk.start < len(known):
         token_ids.append(known[chunk.start])

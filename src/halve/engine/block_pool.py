@@ -24,7 +24,7 @@ BlockHash = bytes
 _ROOT: BlockHash = bytes(32)
 
 
-def block_hash(parent: BlockHash | None, token_ids: array[int]) -> BlockHash:
+def block_hash(parent: BlockHash | None, token_ids: "array[int]") -> BlockHash:
     """The name of all tokens up to the end of a block. parent: of the block before, None for the first."""
     return blake2b(token_ids.tobytes(), key=parent or _ROOT, digest_size=32).digest()
 

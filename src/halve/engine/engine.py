@@ -98,8 +98,8 @@ class Engine:
     A thread of the engine's own computes; it starts with the first request and ends with `close`, with the `with`
     block, or when the engine is no longer referred to. What is unfinished then ends with reason "abort".
     runner: the model; no one else may use it. tokenizer: makes text of tokens; without one, prompts are token ids,
-    outputs hold ids only, and stop strings are refused. eos_token_ids: tokens that end a text, of the model's generation
-    config. Raises ConfigError when the configuration asks for what the runner does not do.
+    outputs hold ids only, and stop strings are refused. eos_token_ids: tokens that end a text, of the model's
+    generation config. Raises ConfigError when the configuration asks for what the runner does not do.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Engine:
         self._worker.core.check(request)
 
     def abort(self, request_id: str) -> bool:
-        """End a request soon; its reader gets last outputs with reason "abort". False when it has ended or never was."""
+        """End a request soon; its reader gets last outputs with reason "abort". False when there is none."""
         return self._worker.abort(request_id)
 
     def metrics(self) -> EngineMetrics:

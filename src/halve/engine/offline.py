@@ -5,8 +5,8 @@ A line of the source is one JSON object:
     {"id": "a", "prompt": "Once upon a time"}
     {"id": "b", "prompt": [1, 15, 7], "sampling": {"max_tokens": 8, "n": 2}, "priority": 1}
 
-id: a string that no other line has. prompt: text, or token ids. sampling: fields of `SamplingParams` that differ from the
-run's. Empty lines are passed over. A line of the output is one too, in the order in which answers end:
+id: a string that no other line has. prompt: text, or token ids. sampling: fields of `SamplingParams` that differ from
+the run's. Empty lines are passed over. A line of the output is one object too, in the order in which answers end:
 
     {"id": "a", "line": 1, "completions": [{"text": "...", "token_ids": [...], ...}], "error": null}
 
@@ -14,8 +14,8 @@ A line that can't be served gets a record with its `error`, its `id` null where 
 An error of the engine does: it is no answer, and the next run takes those lines up again.
 
 What is kept per line is 8 bytes: a hash of its id, found beforehand, so that an id that occurs twice is refused before
-anything runs. Records are written whole as they come and forced to disk about once a second, so after a crash the end of
-the output may be torn; the next run cuts off the torn line, passes over what is answered, and goes on.
+anything runs. Records are written whole as they come and forced to disk about once a second, so after a crash the end
+of the output may be torn; the next run cuts off the torn line, passes over what is answered, and goes on.
 """
 
 import fcntl

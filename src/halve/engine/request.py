@@ -71,8 +71,8 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _require(name, value, _is_number(value) and -2 <= value <= 2, "from -2 to 2")
-        repetition = self.repetition_penalty
-        _require("repetition_penalty", repetition, _is_number(repetition) and 0 < repetition <= 10, "above 0, at most 10")
+        repetition_fits = _is_number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100
+        _require("repetition_penalty", self.repetition_penalty, repetition_fits, "from 0.01 to 100")
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         seed_fits = self.seed is None or (_is_whole(self.seed, 0) and self.seed < 2**64)
         _require("seed", self.seed, seed_fits, "None or a whole number from 0 to 2**64 - 1")

@@ -4,10 +4,10 @@ on the host: `schedule` counts a sampled token as soon as it is planned, `commit
 A step holds one token of every sequence that decodes, then chunks of prompts, up to max_tokens_per_step; beside
 decodes at most max_prefill_beside_decode tokens of prompts, since every running answer waits for them.
 
-**Order.** Requests are served by rank: arrival number + priority * overtakes_per_priority, the least first. So a request
-of priority p is overtaken by fewer than (p - q) * overtakes_per_priority later requests of priority q < p, however many
-come: none starves, and a rank never changes, so the queue is a heap. The first in the queue is never passed over for
-one that would fit; what runs ends or is preempted, so its turn comes.
+**Order.** Requests are served by rank: arrival number + priority * overtakes_per_priority, the least first. So a
+request of priority p is overtaken by fewer than (p - q) * overtakes_per_priority later requests of priority q < p,
+however many come: none starves, and a rank never changes, so the queue is a heap. The first in the queue is never
+passed over for one that would fit; what runs ends or is preempted, so its turn comes.
 
 **Memory.** A sequence gets the blocks of its prompt when it is admitted and one more whenever it fills the last. It is
 admitted when those are there and one block is left for each running sequence to grow by. When a sequence needs a block

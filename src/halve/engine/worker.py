@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from halve.core.errors import EngineError, RequestError
@@ -149,9 +150,7 @@ class Worker:
                     self.metrics = self.core.metrics()
                 self._deliver(outputs)
             self._take_inbox()
-            for request_id in list(self._readers):
-                self.core.abort(request_id)
-            self._deliver(self.core.step())
+            self._deliver(self._end_all(self._readers))
             self.metrics = self.core.metrics()
         except BaseException as error:  # a defect of ours, or a runner that fails again and again: nobody may wait on
             self._die(error)
@@ -198,3 +197,10 @@ class Worker:
         log.critical("%s", death, exc_info=error)
         for reader in readers.values():
             reader.mailbox.put(death)
+        with contextlib.suppress(Exception):  # what the core keeps is of use to nobody now
+            self._end_all(readers)
+
+    def _end_all(self, request_ids: Iterable[str]) -> list[StepOutput]:
+        for request_id in request_ids:
+            self.core.abort(request_id)
+        return self.core.step()
