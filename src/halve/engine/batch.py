@@ -64,67 +64,55 @@ def sampling_batch(step: Step, eos_token_ids: Collection[int] = ()) -> SamplingB
     Penalties count the tokens that are known; a token in flight is not among them.
     """
     rows = [(sequence, chunk.end - sequence.num_prompt_tokens) for chunk in step.chunks for sequence in chunk.sampled]
-    if all(_is_plain(sequence, generated) for sequence, generated in rows):
+    if all(sequence.is_greedy and generated >= sequence.request.sampling.min_tokens for sequence, generated in rows):
         return SamplingBatch.greedy(len(rows))
-    params = [sequence.request.sampling for sequence, _ in rows]
-    columns = np.array([(p.temperature, p.top_p, p.min_p, p.typical_p) for p in params])
-    penalties = np.array([(p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for p in params])
-    penalized = [_is_penalized(sequence) for sequence, _ in rows]
-    prompts, answers = _histories([sequence for sequence, _ in rows], penalized) if any(penalized) else (None, None)
+    table = np.array([sequence.sampler_row for sequence, _ in rows]).T
+    sequences = [sequence for sequence, _ in rows]
+    penalized = any(sequence.is_penalized for sequence in sequences)
     bias_tokens, bias_values = _biases(rows, eos_token_ids)
-    return SamplingBatch.of(
-        len(rows),
-        temperature=np.minimum(columns[:, 0], _HUGE),
-        top_k=[p.top_k for p in params],
-        top_p=np.maximum(columns[:, 1], _TINY),
-        min_p=columns[:, 2],
-        typical_p=np.maximum(columns[:, 3], _TINY),
-        seed=np.array([sequence.seed for sequence, _ in rows], np.uint64),
-        step=[generated for _, generated in rows],
-        presence_penalty=penalties[:, 0],
-        frequency_penalty=penalties[:, 1],
-        repetition_penalty=penalties[:, 2],
-        num_logprobs=[-1 if p.logprobs is None else p.logprobs for p in params],
-        prompt_tokens=prompts,
-        output_tokens=answers,
+    return SamplingBatch(
+        temperature=np.minimum(table[0], _HUGE).astype(np.float32),
+        top_k=table[1].astype(np.int32),
+        top_p=np.maximum(table[2], _TINY).astype(np.float32),
+        min_p=table[3].astype(np.float32),
+        typical_p=np.maximum(table[4], _TINY).astype(np.float32),
+        presence_penalty=table[5].astype(np.float32),
+        frequency_penalty=table[6].astype(np.float32),
+        repetition_penalty=table[7].astype(np.float32),
+        num_logprobs=table[8].astype(np.int32),
+        seed=np.array([sequence.seed for sequence in sequences], np.uint64),
+        step=np.array([generated for _, generated in rows], np.int64),
+        prompt_tokens=_histories(sequences, answer=False) if penalized else None,
+        output_tokens=_histories(sequences, answer=True) if penalized else None,
         bias_tokens=bias_tokens,
         bias_values=bias_values,
     )
 
 
-def _is_plain(sequence: Sequence, generated: int) -> bool:
-    """Whether the next token is the likeliest, and nothing else is asked."""
-    p = sequence.request.sampling
-    if p.temperature or p.logprobs is not None or p.logit_bias or generated < p.min_tokens:
-        return False
-    return not _is_penalized(sequence)
-
-
-def _is_penalized(sequence: Sequence) -> bool:
-    p = sequence.request.sampling
-    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
-
-
-def _histories(sequences: list[Sequence], wanted: list[bool]) -> tuple[Ragged, Ragged]:
-    """Prompt and answer of each row that a penalty acts on; nothing for the others."""
-    none = array("i")
-    prompts, answers = [], []
-    for sequence, needed in zip(sequences, wanted, strict=True):
-        prompts.append(sequence.token_ids[: sequence.num_prompt_tokens] if needed else none)
-        answers.append(sequence.token_ids[sequence.num_prompt_tokens :] if needed else none)
-    return Ragged.of(prompts), Ragged.of(answers)
+def _histories(sequences: list[Sequence], *, answer: bool) -> Ragged:
+    """Prompt or answer of each row that a penalty acts on; nothing for the others."""
+    token_ids, offsets = array("i"), [0]
+    for sequence in sequences:
+        if sequence.is_penalized:
+            cut = sequence.num_prompt_tokens
+            token_ids += sequence.token_ids[cut:] if answer else sequence.token_ids[:cut]
+        offsets.append(len(token_ids))
+    return Ragged(np.array(token_ids, np.int32), np.array(offsets, np.int64))
 
 
 def _biases(rows: list[tuple[Sequence, int]], eos_token_ids: Collection[int]) -> tuple[Ragged | None, Array | None]:
-    biases = []
+    """What is added to logits, row by row; None where nothing is."""
+    token_ids, values, offsets = array("i"), array("f"), [0]
     for sequence, generated in rows:
         p = sequence.request.sampling
-        bias = dict(p.logit_bias)
-        if generated < p.min_tokens:
-            ends = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *eos_token_ids)
-            bias.update(dict.fromkeys(ends, -np.inf))
-        biases.append(bias)
-    if not any(biases):
+        if p.logit_bias or generated < p.min_tokens:
+            bias = dict(p.logit_bias)
+            if generated < p.min_tokens:
+                ends = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *eos_token_ids)
+                bias.update(dict.fromkeys(ends, -np.inf))
+            token_ids.extend(bias)
+            values.extend(bias.values())
+        offsets.append(len(token_ids))
+    if not token_ids:
         return None, None
-    values = np.array([value for bias in biases for value in bias.values()], np.float32)
-    return Ragged.of([list(bias) for bias in biases]), values
+    return Ragged(np.array(token_ids, np.int32), np.array(offsets, np.int64)), np.array(values, np.float32)

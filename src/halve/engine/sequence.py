@@ -57,6 +57,26 @@ class Sequence:
         """Tokens of the prompt."""
         return len(self.request.prompt_token_ids)
 
+    @cached_property
+    def sampler_row(self) -> tuple[float, ...]:
+        """Its numbers in a `SamplingBatch`, in the order that `engine/batch.py` reads."""
+        p = self.request.sampling
+        cuts = (p.temperature, p.top_k, p.top_p, p.min_p, p.typical_p)
+        penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+        return (*cuts, *penalties, -1 if p.logprobs is None else p.logprobs)
+
+    @cached_property
+    def is_penalized(self) -> bool:
+        """Whether the sampler needs to know the tokens so far."""
+        p = self.request.sampling
+        return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
+
+    @cached_property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken as the model says it, and nothing is told about it."""
+        p = self.request.sampling
+        return not (p.temperature or p.logit_bias or self.is_penalized) and p.logprobs is None
+
     @property
     def num_generated(self) -> int:
         """Generated tokens that are known."""
