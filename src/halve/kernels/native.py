@@ -33,7 +33,10 @@ from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Kernel, Spec, choose
 from halve.kernels.native_checks import STORED, KVCache, check_attention, check_batch, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
+from halve.kernels.native_sampling import SamplingWork
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+from halve.kernels.sampling import Sampled, SamplingBatch
+from halve.kernels.sampling import check as check_sampling
 
 log = logging.getLogger("halve.kernels")
 
@@ -185,6 +188,12 @@ def _attention(
     return out
 
 
+def _sample(isa: Isa, logits: Array, batch: SamplingBatch, *, threads: int) -> Sampled:
+    work = SamplingWork(logits, batch, threads)
+    _call("sample", isa, work.address, threads)
+    return work.result()
+
+
 _PLAIN: Mapping[str, Callable[..., Array]] = {
     "rms_norm": _rms_norm,
     "rope": _rope,
@@ -208,7 +217,7 @@ def _refusal(isa: Isa, accepted: Format | None, device: Device, spec: Spec) -> s
 def _rows(op: str, accepted: Format | None = None) -> list[Kernel]:
     """The rows of one operation and format, best instruction set first."""
     suffix = f"_{accepted.name.replace('-', '_')}" if accepted else ""
-    run = {"linear": _linear, "embed": _embed, **_PLAIN}[op]
+    run: Callable[..., Any] = {"linear": _linear, "embed": _embed, "sample": _sample, **_PLAIN}[op]
     return [
         Kernel(
             name=f"native_{isa.name}{suffix}",
@@ -223,7 +232,7 @@ def _rows(op: str, accepted: Format | None = None) -> list[Kernel]:
 
 TABLE: list[Kernel] = [
     *(row for op in ("linear", "embed") for accepted in FORMATS.values() for row in _rows(op, accepted)),
-    *(row for op in _PLAIN for row in _rows(op)),
+    *(row for op in (*_PLAIN, "sample") for row in _rows(op)),
 ]
 
 
@@ -275,6 +284,7 @@ class NativeOps:
         self._run: dict[str, Callable[..., Array]] = {
             op: partial(self._choose(op).run, threads=self.num_threads) for op in _PLAIN
         }
+        self._sample: Callable[..., Sampled] = partial(self._choose("sample").run, threads=self.num_threads)
 
     def _choose(self, op: str, accepted: Format | None = None) -> Kernel:
         spec = Spec(op=op, format=accepted, activations=self.activations)
@@ -382,6 +392,11 @@ class NativeOps:
     def take_rows(self, x: Array, rows: Array) -> Array:
         """The rows of x, in that order."""
         return x[np.asarray(rows, np.intp)]
+
+    def sample(self, logits: Array, batch: SamplingBatch) -> Sampled:
+        """A token for every row; how close to the definition: csrc/sampling.h."""
+        check_sampling(logits, batch)
+        return self._sample(logits, batch)
 
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> KVCache:
         """Keys and values [B, P, G, D] in the spec's format, zero."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from halve.formats import Weight
+from halve.kernels.sampling import Sampled, SamplingBatch
 
 Buffer = Any
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -133,6 +134,9 @@ class Ops(Protocol):
 
     def take_rows(self, x: Buffer, rows: Array) -> Buffer:
         """x[rows]."""
+
+    def sample(self, logits: Buffer, batch: SamplingBatch) -> Sampled:
+        """Choose a token for every row of logits [R, vocab]. Defined by `halve.kernels.sampling`; raises as it does."""
 
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> Any:
         """An empty paged cache of one layer: keys and values [B, P, G, D] in the spec's format."""

@@ -19,6 +19,7 @@ from halve.formats.base import BF16, FP8
 from halve.hardware import Device, detect_cpu
 from halve.kernels.dispatch import Kernel, Spec, choose
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+from halve.kernels.sampling import Sampled, SamplingBatch, sample
 
 ROUND: Mapping[str, Callable[[Tensor], Tensor]] = {
     "fp32": lambda x: x,
@@ -213,6 +214,10 @@ class TorchOps:
     def take_rows(self, x: Tensor, rows: Array) -> Tensor:
         """x[rows]."""
         return x[self._index(rows)]
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+        """A token for every row, by the definition, on the host."""
+        return sample(self.to_host(logits), batch)
 
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Keys and values [B, P, G, D] in the spec's format."""

@@ -4,9 +4,9 @@ For each row, in this order (that of transformers' `generate`; a cut sees the di
 left, renormalized):
 
 1. Forbid tokens outside `allowed`, add the logit bias.
-2. Repetition penalty (arXiv:1909.05858, section 4.1; transformers for negative logits): a logit above 0 is divided by
-   it, another multiplied, for every token of prompt or output. Then count * frequency penalty and, where count > 0, the presence penalty are subtracted;
-   count is over output tokens alone (OpenAI's API reference; vLLM does the same).
+2. Repetition penalty (arXiv:1909.05858, section 4.1; transformers for negative logits): of every token of prompt or
+   output, a logit above 0 is divided by it, another multiplied. Then count * frequency penalty and, where count > 0,
+   the presence penalty are subtracted; count is over output tokens alone (OpenAI's API reference; vLLM too).
    1 and 2 are computed in float64 and rounded to float32 once, so that every implementation agrees to the bit: z.
 3. Temperature 0: the largest z, ties to the lowest id, and no cut matters. Else w = exp((z - max z) / temperature).
 4. top_k: the k largest z, ties to the lowest ids (arXiv:1805.04833).

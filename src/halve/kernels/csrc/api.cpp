@@ -118,3 +118,13 @@ HALVE_API int32_t halve_attention(int32_t isa, const float* q, const void* k, co
     const int64_t cost = seen * num_heads * head_dim;
     return spread(isa, &Rows::attention, work, num_tokens * head_blocks(work), cost, threads);
 }
+
+// Scratch that `halve_sample` needs for each thread, in KiB.
+HALVE_API int32_t halve_sampling_kib(int64_t vocab) {
+    return static_cast<int32_t>((sampling_bytes(vocab) + 1023) / 1024);
+}
+
+HALVE_API int32_t halve_sample(int32_t isa, const Sampling* work, int32_t threads) {
+    const int64_t shares = work->rows < threads ? work->rows : threads;
+    return spread(isa, &Rows::sample, *work, shares, work->rows * work->vocab, threads);
+}

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "lanes.h"
 #include "linear.h"
+#include "sampling.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "weights are stored with the low byte first");
 
@@ -81,7 +82,7 @@ void round_bf16(const Elementwise& a, int64_t block) {
 #define HALVE_JOIN_(a, b) a##b
 #define HALVE_JOIN(a, b) HALVE_JOIN_(a, b)
 
-const Rows HALVE_JOIN(rows_, HALVE_ISA) = {linear,   embed,   rms_norm,   rope,     add,
-                                           silu_mul, to_bf16, round_bf16, attention};
+const Rows HALVE_JOIN(rows_, HALVE_ISA) = {linear,   embed,   rms_norm,   rope,      add,
+                                           silu_mul, to_bf16, round_bf16, attention, sample};
 
 }  // namespace halve

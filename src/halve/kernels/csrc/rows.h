@@ -9,7 +9,7 @@
 namespace halve {
 
 // Bumped whenever a record or a signature below changes; native.py refuses a library of another version.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 constexpr int64_t kOutputBlock = 16;  // outputs of a product that are handed out together
 constexpr int64_t kChunk = 4096;      // elements of an elementwise operation that are handed out together
@@ -86,6 +86,52 @@ struct Attention {
     int32_t bf16;
 };
 
+// How the next token of R rows is chosen; halve/kernels/sampling.py tells what each means. Histories and biases are
+// ragged: row r owns ids[offsets[r]] to ids[offsets[r + 1]]; null where nothing counts.
+struct Sampling {
+    const float* logits;  // [R, vocab]
+    int64_t rows;         // R
+    int64_t vocab;
+    const float* temperature;  // [R], as all below
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const float* typical_p;
+    const uint64_t* seed;
+    const int64_t* step;
+    const float* presence_penalty;
+    const float* frequency_penalty;
+    const float* repetition_penalty;
+    const int32_t* num_logprobs;
+    const int32_t* prompt_ids;
+    const int64_t* prompt_offsets;  // [R + 1]
+    const int32_t* output_ids;
+    const int64_t* output_offsets;
+    const int32_t* bias_ids;
+    const int64_t* bias_offsets;
+    const float* bias_values;
+    const uint32_t* allowed;  // [R, ceil(vocab / 32)] or null
+    int64_t most_logprobs;    // width of the two below
+    int32_t* token_ids;       // [R]
+    float* logprobs;          // [R]
+    int32_t* top_ids;         // [R, most_logprobs]
+    float* top_logprobs;
+    int32_t* status;  // [R], 0 where a token was chosen
+    int64_t* next;    // 0: the next row that no thread has
+    void* scratch;    // sampling_bytes for each thread, zero at first and then left alone
+};
+
+constexpr int64_t kStretch = 64;  // logits that share a maximum; a multiple of every vector
+constexpr int kBinBits = 11;      // of the histogram that finds a cut
+
+inline int64_t whole_stretches(int64_t vocab) { return (vocab + kStretch - 1) / kStretch * kStretch; }
+
+// Memory that one thread works in: four doubles, four words and a share of a maximum for each token, and the histogram.
+inline int64_t sampling_bytes(int64_t vocab) {
+    const int64_t n = whole_stretches(vocab);
+    return (n * 48 + n / kStretch * 4 + (8 << kBinBits) + 63) / 64 * 64;
+}
+
 // Each function does one block of the work; blocks are independent and may run in any order on any thread.
 struct Rows {
     void (*linear)(const Linear&, int64_t block);    // outputs [block * kOutputBlock, ...)
@@ -97,6 +143,7 @@ struct Rows {
     void (*to_bf16)(const Elementwise&, int64_t block);     // x rounded to nearest even, as 16 bits
     void (*round_bf16)(const Elementwise&, int64_t block);  // the same, widened to float again
     void (*attention)(const Attention&, int64_t block);     // block = token * head_blocks(...) + head block
+    void (*sample)(const Sampling&, int64_t thread);        // rows from `next` until none is left
 };
 
 // Query heads of one key-value head are taken kHeadsTogether at a time.
