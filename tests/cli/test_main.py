@@ -167,6 +167,36 @@ def test_generate_repeats_a_seed_and_ends_at_a_stop_string(tiny, shell):
     assert shell(*story, "--stop", ".").out == whole[: whole.index(".")] + "\n"
 
 
+def test_several_answers_are_numbered_and_in_json_a_list(tiny, shell):
+    sampled = ["generate", tiny, "dabo", "--temperature", 1, "--seed", 3, "--max-tokens", 6, "-n", 3]
+    raw = shell(*sampled, "--json").json["completions"]
+    assert [answer["index"] for answer in raw] == [0, 1, 2]
+    assert shell(*sampled).out == "".join(f"[{i + 1}] {answer['text']}\n" for i, answer in enumerate(raw))
+
+
+def test_every_sampling_flag_reaches_the_sampler(tiny, shell):
+    base = ["generate", tiny, "dabo", "--max-tokens", 12, "--json"]
+    plain = shell(*base).json["token_ids"]
+    assert shell(*base, "--logit-bias", "7=100", "--logit-bias", "8=-100").json["token_ids"] == [7] * 12
+    for flag, value in (("presence", 2), ("frequency", 2), ("repetition", 50)):
+        biased = [*base, "--logit-bias", f"{plain[0]}=1", f"--{flag}-penalty", value]
+        assert shell(*biased).json["token_ids"] != shell(*biased[:-2]).json["token_ids"], flag
+    hot = [*base, "--temperature", 5, "--seed", 1]
+    assert shell(*hot).json["token_ids"] != plain
+    for cut in (["--top-k", 1], ["--top-p", 1e-9], ["--min-p", 1]):
+        assert shell(*hot, *cut).json["token_ids"] == plain, cut
+    assert shell(*hot, "--typical-p", 1e-9).json["token_ids"] != shell(*hot).json["token_ids"]
+    logprobs = shell(*base, "--logprobs", 2).json["logprobs"]
+    assert [len(token["top"]) for token in logprobs] == [2] * 12
+
+
+def test_an_answer_is_no_shorter_than_asked_and_keeps_its_stop_if_asked(shell):
+    story = ["generate", embedded_model_path(), "Once upon a time there was", "--max-tokens", 30, "--stop", "."]
+    cut = shell(*story).out
+    assert shell(*story, "--include-stop").out == cut[:-1] + ".\n"
+    assert len(shell(*story, "--min-tokens", 29).out) > len(cut)
+
+
 def test_a_dash_reads_the_prompt_from_standard_input(tiny):
     piped = halve("generate", tiny, "-", "--max-tokens", 4, "--json", stdin="dabo kuma")
     assert piped.json["prompt_tokens"] == halve("generate", tiny, "dabo kuma", "--json").json["prompt_tokens"]

@@ -13,13 +13,13 @@ SYSTEM = [[7 * k + i for i in range(48)] for k in range(5)]  # prompts that many
 def random_request(rng, i):
     prompt = [*rng.choice([[], *SYSTEM]), *(rng.randrange(1000) for _ in range(rng.randint(1, 40)))]
     n = rng.choice([1] * 8 + [2, 4])
-    tokens = rng.randint(1, 8) if rng.random() < 0.9 else rng.randint(20, 60)
+    tokens = rng.randint(1, 8) if rng.random() < 0.8 else rng.randint(30, 80)
     return request(str(i), prompt, n=n, max_tokens=tokens, priority=rng.randint(-2, 2))
 
 
 def test_ten_thousand_requests_with_aborts_priorities_prefixes_and_samples(core):
     rng = random.Random(0)
-    one = core(StubRunner(num_blocks=330, block_size=4), max_num_seqs=32, max_tokens_per_step=256)
+    one = core(StubRunner(num_blocks=160, block_size=4), max_num_seqs=32, max_tokens_per_step=256)
     open_ends, steps, added = {}, 0, 0
     while added < NUM_REQUESTS or one.has_unfinished:
         while added < NUM_REQUESTS and len(open_ends) < 100:
