@@ -362,6 +362,29 @@ def test_greedy_answers_of_one_prompt_are_the_same_also_when_blocks_run_out(core
     assert (one.metrics().num_preemptions > 0) == (num_blocks == 5)
 
 
+def test_each_of_n_texts_is_decoded_and_stopped_by_itself(core, tokenizer):
+    """Two that split within a character: the first samples say one thing, the others another."""
+    said = ["🙂 stop", "🙃 sto"]
+    runner = ToyRunner(tokenizer.vocab_size)
+
+    def next_token(token_ids):
+        scripts = [bytes_of(tokenizer, text) for text in said]
+        answer = token_ids[1:].tolist()
+        possible = {script[len(answer)] for script in scripts if script[: len(answer)] == answer}
+        logits = np.full(tokenizer.vocab_size, -np.inf)
+        logits[list(possible)] = 0.0
+        return logits
+
+    runner.next = next_token
+    params = {"n": 6, "temperature": 1.0, "seed": 2, "stop": ("stop", "p"), "max_tokens": len(said[1].encode())}
+    group = finish(core(runner, tokenizer), [request("a", [1], **params)])
+    assert {(c.text, c.finish_reason) for c in group} == {("🙂 sto", "length"), ("🙃 sto", "length")}
+    params["max_tokens"] += 1
+    runner.next, said[1] = next_token, "🙃 stick"
+    group = finish(core(runner, tokenizer), [request("a", [1], **params)])
+    assert {(c.text, c.finish_reason) for c in group} == {("🙂 ", "stop"), ("🙃 stic", "length")}
+
+
 def test_an_abort_ends_each_of_n_answers_once(core):
     for steps in (0, 1, 2):
         one = core(max_tokens_per_step=32)

@@ -217,7 +217,8 @@ def _refusal(isa: Isa, accepted: Format | None, device: Device, spec: Spec) -> s
 def _rows(op: str, accepted: Format | None = None) -> list[Kernel]:
     """The rows of one operation and format, best instruction set first."""
     suffix = f"_{accepted.name.replace('-', '_')}" if accepted else ""
-    run: Callable[..., Any] = {"linear": _linear, "embed": _embed, "sample": _sample, **_PLAIN}[op]
+    runs: Mapping[str, Callable[..., Any]] = {"linear": _linear, "embed": _embed, "sample": _sample, **_PLAIN}
+    run = runs[op]
     return [
         Kernel(
             name=f"native_{isa.name}{suffix}",

@@ -224,14 +224,20 @@ inline int64_t take_bins(const double* bins, int64_t used, double& target) {
     return filled;
 }
 
+// Some two bins for each token, so that a short row does not pay for a long histogram.
+inline int bin_bits(int64_t n) {
+    const int bits = n < 8 ? 4 : 65 - __builtin_clzll(static_cast<uint64_t>(n));
+    return bits < kBinBits ? bits : kBinBits;
+}
+
 // The border of the shortest beginning that holds `target`: a sum of weights, or a number of tokens when w is null.
 // place(i) is 0 for the first and at most `last`. Bin by bin, then again within the bin where the target is reached.
 template <class Place>
 Border border_at(Place place, const double* w, int64_t n, uint64_t last, double target, double* bins) {
     uint64_t first = 0, span = last;
     for (;;) {
-        const int width = span ? 64 - __builtin_clzll(span) : 0;
-        const int shift = width > kBinBits ? width - kBinBits : 0;
+        const int width = span ? 64 - __builtin_clzll(span) : 0, bits = bin_bits(n);
+        const int shift = width > bits ? width - bits : 0;
         const int64_t used = static_cast<int64_t>(span >> shift) + 1;
         memset(bins, 0, static_cast<size_t>(used) * sizeof *bins);
         for (int64_t i = 0; i < n; ++i) {
@@ -278,14 +284,15 @@ struct ByDistance {
 // tokens of one bin.
 template <class Place>
 Border border_of_many(Place place, const double* w, int64_t n, float deepest, double target, const Scratch& scratch) {
-    const float most = (1 << kBinBits) - 1, scale = deepest > 0.0f ? most / deepest : 0.0f;
+    const int bits = bin_bits(n);
+    const float most = static_cast<float>((1 << bits) - 1), scale = deepest > 0.0f ? most / deepest : 0.0f;
     const auto bin_of = [&](int64_t i) {
         const float at = place.depth(i) * scale;
         return static_cast<int32_t>(at < most ? at : most);
     };
-    memset(scratch.bins, 0, sizeof(double) << kBinBits);
+    memset(scratch.bins, 0, sizeof(double) << bits);
     for (int64_t i = 0; i < n; ++i) scratch.bins[bin_of(i)] += w[i];
-    const int64_t bin = take_bins(scratch.bins, 1 << kBinBits, target);
+    const int64_t bin = take_bins(scratch.bins, 1 << bits, target);
     uint64_t* places = scratch.places;
     double* weights = scratch.bin_w;
     int64_t here = 0;
