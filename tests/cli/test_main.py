@@ -12,7 +12,7 @@ from halve import __version__
 from halve.models.embedded import embedded_model_path
 from tests.api.tiny import VOCABULARY, command, environment, halve, python, write_text
 
-VERBS = ["optimize", "verify", "generate", "demo", "inspect", "doctor"]
+VERBS = ["optimize", "verify", "generate", "batch", "demo", "inspect", "doctor"]
 
 # Run the command in a fresh process, and then say what of these it has loaded.
 LOADED = """
@@ -195,6 +195,25 @@ def test_an_answer_is_no_shorter_than_asked_and_keeps_its_stop_if_asked(shell):
     cut = shell(*story).out
     assert shell(*story, "--include-stop").out == cut[:-1] + ".\n"
     assert len(shell(*story, "--min-tokens", 29).out) > len(cut)
+
+
+def test_batch_answers_a_file_and_takes_up_what_is_there(tiny, shell, tmp_path):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "dabo kuma"}\n{"id": "b", "prompt": "dabo", "sampling": {"top_p": 2}}\n')
+    batch = ["batch", tiny, prompts, "-o", out, "--max-tokens", 5]
+    assert shell(*batch).out == f"1 of 2 prompts answered, 1 refused\n{out}\n"
+    records = {record["id"]: record for record in map(json.loads, out.read_text().splitlines())}
+    alone = shell("generate", tiny, "dabo kuma", "--max-tokens", 5, "--json").json
+    assert records["a"]["completions"][0]["text"] == alone["text"]
+    assert records["b"]["error"] == "top_p: 2 must be above 0 and at most 1"
+    again = shell(*batch, "--json").json
+    assert again == {"num_lines": 2, "num_resumed": 2, "num_completed": 0, "num_errors": 0, "out": str(out)}
+    assert "2 were there" in shell(*batch).out
+
+
+def test_batch_refuses_prompts_that_are_not_there(tiny, shell, tmp_path):
+    ran = shell("batch", tiny, tmp_path / "no.jsonl", "-o", tmp_path / "out.jsonl")
+    assert (ran.code, "no.jsonl: can't be read" in ran.err) == (1, True)
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(tiny):

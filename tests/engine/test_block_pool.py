@@ -60,9 +60,9 @@ def test_shared_blocks_are_free_when_the_last_holder_lets_go():
     pool = BlockPool(2, 1)
     [block] = hold(pool, 1)
     pool.share(block)
-    assert pool.is_shared(block)
+    assert pool.num_references(block) == 2
     pool.release([block])
-    assert not pool.is_shared(block)
+    assert pool.num_references(block) == 1
     assert pool.num_used == 1
     pool.release([block])
     assert pool.num_cached == 1

@@ -216,6 +216,35 @@ def generate(
         typer.echo(f"[{answer.index + 1}] {answer.text}")
 
 
+@app.command()
+def batch(
+    model: ModelArgument,
+    prompts: Annotated[Path, typer.Argument(help='A .jsonl file: a line is {"id": ..., "prompt": ...}.')],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the answers go; a killed run is taken up there.")],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Continue a file of prompts, in bounded memory; run it again to take up a killed run."""
+    from halve.api.model import load
+    from halve.core.record import to_dict
+    from halve.engine import SamplingParams
+
+    sampling = SamplingParams.of(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with ShellProgress().task("Loading", "layers") as advance:
+        loaded = load(model, device=device, progress=advance)
+    with ShellProgress().task("Answering", "prompts") as advance:
+        done = loaded.run_file(prompts, out, sampling, progress=advance)
+    if json:
+        print_json({**to_dict(done), "out": str(out)})
+        return
+    resumed = f", {done.num_resumed} were there" if done.num_resumed else ""
+    typer.echo(f"{done.num_completed} of {done.num_lines} prompts answered{resumed}, {done.num_errors} refused\n{out}")
+
+
 def _bias(words: str) -> tuple[int, float]:
     token_id, _, value = words.partition("=")
     try:

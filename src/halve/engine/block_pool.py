@@ -85,9 +85,9 @@ class BlockPool:
             del self._cached[block]
         self._references[block] += 1
 
-    def is_shared(self, block: int) -> bool:
-        """Whether more than one sequence holds it, so that a writer needs a copy of its own."""
-        return self._references[block] > 1
+    def num_references(self, block: int) -> int:
+        """How many hold it; with more than one, a writer needs a copy of its own."""
+        return self._references[block]
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give up a reference to each block of a sequence.

@@ -23,6 +23,7 @@ Sources: Orca (OSDI 2022) for batching by iteration, arXiv:2403.02310 for chunke
 
 from array import array
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
@@ -235,11 +236,8 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Assert that no block is lost and that every count is what it counts."""
         self.pool.check()
-        held = [0] * self.pool.num_blocks
-        for sequence in self._running:
-            for block in sequence.blocks:
-                held[block] += 1
-        assert held == self.pool._references
+        held = Counter(block for sequence in self._running for block in sequence.blocks)
+        assert all(self.pool.num_references(block) == held[block] for block in range(self.pool.num_blocks))
         assert self._running == sorted(self._running, key=_KEY)
         assert self._num_slots == sum(sequence.num_slots for sequence in self._running) <= self.max_num_seqs
         waiting = [sequence for _, sequence in self._waiting if sequence.status is Status.WAITING]
@@ -263,7 +261,7 @@ class Scheduler:
         while True:
             place = sequence.num_computed // self.pool.block_size
             grows = place == len(sequence.blocks)
-            if not grows and not self.pool.is_shared(sequence.blocks[place]):
+            if not grows and self.pool.num_references(sequence.blocks[place]) == 1:
                 return True
             if self.pool.num_available:
                 break
