@@ -69,16 +69,20 @@ def test_a_prompt_seen_before_is_taken_from_the_cache(story_teller):
     assert again.token_ids == first.token_ids
 
 
+@pytest.mark.parametrize(("count", "tokens", "blocks"), [(32, 12, 1000), (12, 40, 20)])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1}])
-def test_deterministic_gives_a_request_alone_what_it_gets_among_32(sampling):
-    """The C++ kernels sum each row by itself, so neither neighbours, chunks nor cached prefixes change a bit."""
+def test_deterministic_gives_a_request_alone_what_it_gets_among_others(sampling, count, tokens, blocks):
+    """The C++ kernels sum each row by itself: neighbours, chunks, cached prefixes, preemption change not one bit."""
     path = embedded_model_path()
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(5, 2000, rng.integers(1, 60)).tolist() for _ in range(32)]
-    each = [SamplingParams.of(max_tokens=12, seed=i, logprobs=1, ignore_eos=True, **sampling) for i in range(32)]
-    batched = halve.load(path, engine=EngineConfig(deterministic=True, max_tokens_per_step=64))
+    prompts = [rng.integers(5, 2000, rng.integers(1, 60)).tolist() for _ in range(count)]
+    each = [SamplingParams.of(max_tokens=tokens, seed=i, logprobs=1, ignore_eos=True, **sampling) for i in range(count)]
+    cache_bytes = blocks * 16 * halve.inspect(path).kv_cache_bytes_per_token
+    batched = halve.load(path, engine=EngineConfig(deterministic=True, max_tokens_per_step=64), cache_bytes=cache_bytes)
     together = batched.generate_all(prompts, each)
-    assert batched.engine.metrics().num_steps < 32 * 12 / 2
+    metrics = batched.engine.metrics()
+    assert metrics.num_steps < count * tokens / 2
+    assert (metrics.num_preemptions > 0) == (blocks == 20)
     single = halve.load(path, engine=EngineConfig(deterministic=True, max_num_seqs=1, max_tokens_per_step=512))
     for prompt, params, among in zip(prompts, each, together, strict=True):
         alone = single.generate(prompt, params)
