@@ -3,9 +3,9 @@ import random
 import numpy as np
 import pytest
 
-from halve.engine.batch import token_batch
+from halve.engine.batch import block_copies, token_batch
 from halve.engine.block_pool import BlockPool
-from halve.engine.scheduler import Scheduler
+from halve.engine.scheduler import Scheduler, Step
 from halve.engine.sequence import Status
 from halve.kernels.ops import TokenBatch
 from halve.kernels.sampling import SamplingBatch
@@ -230,6 +230,12 @@ def test_however_small_the_cache_every_request_ends(scheduler, seed):
     assert one.counts.num_sampled_tokens == total
 
 
+def test_a_block_that_is_read_and_then_written_by_copies_takes_two_calls():
+    step = Step(copies=[(1, 5), (2, 6), (3, 1), (4, 7)])
+    assert [pairs.tolist() for pairs in block_copies(step)] == [[[1, 5], [2, 6]], [[3, 1], [4, 7]]]
+    assert block_copies(Step()) == []
+
+
 # Planning ahead
 
 
@@ -244,8 +250,8 @@ class DeferredRunner:
         token_ids = batch.token_ids.copy()
         flying = token_ids < 0
         token_ids[flying] = self.latest[-1 - token_ids[flying]]
-        if step.copies:
-            self.toy.copy_blocks(np.array(step.copies, np.int32))
+        for pairs in block_copies(step):
+            self.toy.copy_blocks(pairs)
         whole = TokenBatch(
             token_ids=token_ids,
             positions=batch.positions,

@@ -38,6 +38,7 @@ class ToyRunner:
 
     def copy_blocks(self, pairs: Array) -> None:
         assert pairs.dtype == np.int32
+        assert not set(pairs[:, 0].tolist()) & set(pairs[:, 1].tolist())
         blocks = self.memory.reshape(self.num_blocks, self.block_size)
         blocks[pairs[:, 1]] = blocks[pairs[:, 0]]
         self.num_copied += len(pairs)

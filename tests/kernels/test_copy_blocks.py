@@ -44,18 +44,6 @@ def test_a_sequence_over_copied_blocks_goes_on_with_the_same_bits(make, spec):
     np.testing.assert_array_equal(apart, together)
 
 
-@every_ops
-def test_all_blocks_are_read_before_any_is_written(make):
-    ops = make()
-    cache = ops.kv_cache(3, 4, SPECS[0])
-    k, v = (ops.from_host(np.full((1, 16), value, np.float32)) for value in (1.0, 2.0))
-    q = ops.from_host(np.ones((1, 32), np.float32))
-    ops.attention(q, k, v, one_token(0, [0]), SPECS[0], cache)
-    ops.copy_blocks(cache, np.array([[0, 1], [2, 0]], np.int32))
-    got = ops.attention(q, k, ops.from_host(np.zeros((1, 16), np.float32)), one_token(1, [1]), SPECS[0], cache)
-    np.testing.assert_allclose(ops.to_host(got), 1.0)  # half of 2, half of 0
-
-
 @needs_native
 @pytest.mark.parametrize("pairs", [[[0, 3]], [[-1, 0]]])
 def test_a_block_that_does_not_exist_is_refused(pairs):

@@ -58,6 +58,22 @@ def _append_tokens(token_ids: "array[int]", chunk: Chunk) -> None:
         token_ids.append(-1 - chunk.source)
 
 
+def block_copies(step: Step) -> list[Array]:
+    """The copies of a step as int32 [n, 2], (from, to), one call after the other; in none is a block both.
+
+    More than one only where a block that was copied from became free in the same step and another's copy goes there.
+    """
+    calls: list[list[tuple[int, int]]] = [[]] if step.copies else []
+    read: set[int] = set()
+    for source, target in step.copies:
+        if target in read:
+            calls.append([])
+            read.clear()
+        calls[-1].append((source, target))
+        read.add(source)
+    return [np.array(pairs, np.int32) for pairs in calls]
+
+
 def sampling_batch(step: Step, eos_token_ids: Collection[int] = ()) -> SamplingBatch:
     """How each row of a step is sampled. eos_token_ids: what `min_tokens` forbids, with a request's stop tokens.
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import numpy as np
 
 from halve.core.errors import ConfigError, EngineError, HalveError, RequestError
-from halve.engine.batch import sampling_batch, token_batch
+from halve.engine.batch import block_copies, sampling_batch, token_batch
 from halve.engine.block_pool import BlockPool
 from halve.engine.config import EngineConfig, EngineMetrics
 from halve.engine.request import Candidate, FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
@@ -184,8 +184,8 @@ class EngineCore:
 
     def _run(self, step: Step) -> Sampled:
         batch, rows = token_batch(step, self.runner.block_size)
-        if step.copies:
-            self.runner.copy_blocks(np.array(step.copies, np.int32))
+        for pairs in block_copies(step):
+            self.runner.copy_blocks(pairs)
         sampled = self.runner.run(batch, rows, sampling_batch(step, self.eos_token_ids))
         ids = sampled.token_ids
         if ids.shape != rows.shape or (len(ids) and not 0 <= ids.min() <= ids.max() < self.runner.vocab_size):

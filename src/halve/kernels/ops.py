@@ -142,4 +142,4 @@ class Ops(Protocol):
         """An empty paged cache of one layer: keys and values [B, P, G, D] in the spec's format."""
 
     def copy_blocks(self, cache: Any, pairs: Array) -> None:
-        """Copy blocks of one layer's cache: pairs int32 [n, 2], (from, to); all are read before any is written."""
+        """Copy blocks of one layer's cache: pairs int32 [n, 2], (from, to); no block is both."""
