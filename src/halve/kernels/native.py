@@ -294,6 +294,7 @@ class NativeOps:
     """
 
     name = "native"
+    batch_invariant = True  # each row of a product and each query is summed by itself, in an order of its own
 
     def __init__(
         self, device: Device | None = None, *, activations: str = "fp32", num_threads: int | None = None

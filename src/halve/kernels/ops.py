@@ -92,6 +92,7 @@ class Ops(Protocol):
     """Operations on one device. Every function returns a new buffer; only `attention` writes (into the cache)."""
 
     name: str
+    batch_invariant: bool  # a token's result is the same to the bit whatever else is in the batch
 
     @property
     def kernels(self) -> Mapping[str, str]:

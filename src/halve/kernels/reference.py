@@ -120,6 +120,7 @@ class TorchOps:
     """`Ops` on a torch device; buffers are float32 tensors. See `halve.kernels.ops.Ops` for each operation."""
 
     name = "torch"
+    batch_invariant = False  # its matrix products choose another order of summing for another number of rows
 
     def __init__(self, device: str = "cpu", *, activations: str = "fp32", widened: bool = False) -> None:
         """Compute on a torch device.
