@@ -10,7 +10,7 @@ from typing import Any
 
 from halve.core.errors import KernelError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY = "libhalve_kernels.so"
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -35,6 +35,7 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "attention": [_I32, *[_P] * 6, _I64, _I64, _I32],
     "sampling_kib": [_I64],
     "sample": [_I32, _P, _I32],
+    "run": [_I32, _P, _I64, _P, _I32],
 }
 _SIZES = ("plan_packing", "kv_block_bytes", "attention_scratch")  # what returns a number of bytes, int64
 

@@ -56,6 +56,7 @@ class ProductRecord(ctypes.Structure):
         ("bias", ctypes.c_void_p * MAX_MEMBERS),
         ("y", ctypes.c_void_p * MAX_MEMBERS),
         ("y_stride", ctypes.c_int64 * MAX_MEMBERS),
+        ("best", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("members", ctypes.c_int32),
         ("add", ctypes.c_int32),

@@ -10,8 +10,10 @@ import numpy as np
 
 from halve.core.errors import ConfigError
 from halve.formats import Weight
+from halve.kernels.native import NativeOps
 from halve.kernels.ops import Array, AttentionSpec, Buffer, Ops, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch
+from halve.models.compiled import CompiledSteps
 from halve.models.config import ModelConfig
 from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, head_group, layer_groups, layer_norms, sinks_name
 from halve.models.rope import RopeTable
@@ -114,6 +116,7 @@ class Decoder:
                 progress(index + 1, config.num_layers)
         self.final_norm = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
         self.head = Projection(head_group(config), ops, source)
+        self._compiled: CompiledSteps | None = None
 
     def projections(self) -> Iterator[Projection]:
         """Every projection, in the order they run."""
@@ -144,13 +147,25 @@ class Decoder:
 
     def step(self, batch: TokenBatch, cache: Sequence[Any], rows: Array) -> Array:
         """Run one step over the cache and return float32 logits of the given rows of the batch, [R, vocab]."""
+        if steps := self._compiled_for(cache):
+            return steps.logits(batch, rows).copy()
         hidden = self.ops.take_rows(self.hidden(batch, cache), np.asarray(rows))
         return self.ops.to_host(self.logits(hidden))
 
     def sample(self, batch: TokenBatch, cache: Sequence[Any], rows: Array, sampling: SamplingBatch) -> Sampled:
         """Run one step over the cache and choose a token for each of the given rows int32 [R] of the batch."""
+        if steps := self._compiled_for(cache):
+            return steps.sample(batch, rows, sampling)
         hidden = self.ops.take_rows(self.hidden(batch, cache), np.asarray(rows))
         return self.ops.sample(self.logits(hidden), sampling)
+
+    def _compiled_for(self, cache: Sequence[Any]) -> "CompiledSteps | None":
+        """The step over this cache as one program, where the Ops run programs and no hook wants to look in."""
+        if not isinstance(self.ops, NativeOps) or any(p.hook for p in self.projections()):
+            return None
+        if self._compiled is None or self._compiled.cache is not cache:
+            self._compiled = CompiledSteps(self, self.ops, cache)
+        return self._compiled
 
     def copy_blocks(self, cache: Sequence[Any], pairs: Array) -> None:
         """Copy blocks of the cache in every layer: pairs int32 [n, 2], (from, to)."""

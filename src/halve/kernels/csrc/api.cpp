@@ -2,56 +2,12 @@
 // thrown. Shapes, element types and indices were checked by the caller. Functions of an instruction set return 0, or
 // 1 when it was not compiled into this library.
 #include "attention_units.h"
+#include "dispatch.h"
 #include "kv_layout.h"
-#include "pool.h"
-#include "rows.h"
+#include "program.h"
 
 namespace halve {
 namespace {
-
-constexpr int64_t kWorthThread = 1 << 15;  // multiply-adds, about; below, waking another thread costs more
-
-const Rows* const kIsas[] = {
-    &rows_baseline,
-#ifdef HALVE_HAS_AVX2
-    &rows_avx2,
-#else
-    nullptr,
-#endif
-#ifdef HALVE_HAS_AVX512
-    &rows_avx512,
-#else
-    nullptr,
-#endif
-#ifdef HALVE_HAS_AVX512BF16
-    &rows_avx512bf16,
-#else
-    nullptr,
-#endif
-};
-constexpr int kNumIsas = sizeof kIsas / sizeof *kIsas;
-
-const Rows* rows_of(int32_t isa) { return isa >= 0 && isa < kNumIsas ? kIsas[isa] : nullptr; }
-
-// Run one operation of an instruction set, block by block.
-template <class Work>
-int32_t spread(int32_t isa, void (*Rows::*operation)(const Work&, int64_t), const Work& work, int64_t blocks,
-               int64_t cost, int32_t threads) {
-    const Rows* rows = rows_of(isa);
-    if (!rows) return 1;
-    struct Context {
-        void (*operation)(const Work&, int64_t);
-        const Work& work;
-    };
-    const Context context{rows->*operation, work};
-    run(
-        [](const void* of, int64_t block) {
-            const Context& c = *static_cast<const Context*>(of);
-            c.operation(c.work, block);
-        },
-        &context, blocks, cost < kWorthThread ? 1 : threads);
-    return 0;
-}
 
 int64_t chunks(int64_t size) { return (size + kElements - 1) / kElements; }
 
@@ -97,11 +53,7 @@ HALVE_API int32_t halve_prepare(int32_t isa, const Prepare* work, int64_t rows, 
 }
 
 HALVE_API int32_t halve_product(int32_t isa, const Product* work, int32_t threads) {
-    int64_t cost = 0;
-    for (int i = 0; i < work->members; ++i) {
-        cost += work->rows * work->weight[i]->out_features * work->weight[i]->in_features;
-    }
-    return spread(isa, &Rows::product, *work, product_units(*work), cost, threads);
+    return spread(isa, &Rows::product, *work, product_units(*work), product_cost(*work), threads);
 }
 
 HALVE_API int32_t halve_embed(int32_t isa, const Packed* table, const int32_t* ids, float* y, int64_t tokens,
@@ -176,4 +128,9 @@ HALVE_API int32_t halve_sampling_kib(int64_t vocab) {
 HALVE_API int32_t halve_sample(int32_t isa, const Sampling* work, int32_t threads) {
     const int64_t shares = work->rows < threads ? work->rows : threads;
     return spread(isa, &Rows::sample, *work, shares, work->rows * work->vocab, threads);
+}
+
+HALVE_API int32_t halve_run(int32_t isa, const Instruction* instructions, int64_t count, const StepInput* input,
+                            int32_t threads) {
+    return run_program(isa, instructions, count, *input, threads);
 }

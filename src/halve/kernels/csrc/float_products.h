@@ -1,7 +1,7 @@
 // A block of 64 outputs of any matrix times rows of float activations: exact weights, float32 sums.
 //
-// A weight is widened to what `Weight.dequantize` means, exactly so where the scale is bf16 (8 bits times 8). Sums have one
-// order whatever the rows beside it: stretches of kDepth inputs are summed one input after the other, and stretches
+// A weight is widened to what `Weight.dequantize` means, exactly so where the scale is bf16 (8 bits times 8). Sums have
+// one order whatever the rows beside it: stretches of kDepth inputs are summed one input after the other, and stretches
 // are added one after the other.
 #pragma once
 
@@ -188,7 +188,8 @@ void float_block(const Packed& w, int64_t index, const Activations& x, int64_t f
             const int now = static_cast<int>(ceil_div(rows - row, strips - strip));
             const float* at = values + row * x.value_stride + input;
             if (now == 1) {
-                float_tile<kBlockLanes < 8 ? kBlockLanes : 8>(1)(staged, at, x.value_stride, depth, sums + row * kBlock);
+                float_tile <
+                    kBlockLanes<8 ? kBlockLanes : 8>(1)(staged, at, x.value_stride, depth, sums + row * kBlock);
                 if (kBlockLanes > 8) {
                     float_tile<8>(1)(staged + kBlock / 2, at, x.value_stride, depth, sums + row * kBlock + kBlock / 2);
                 }

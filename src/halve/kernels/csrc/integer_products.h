@@ -15,7 +15,8 @@ namespace halve {
 namespace {
 
 constexpr int kFewRows = 4;
-constexpr int64_t kAhead = 2048;  // bytes: the steps of a chunk are read out of order, which no hardware prefetch follows
+constexpr int64_t kAhead =
+    2048;  // bytes: the steps of a chunk are read out of order, which no hardware prefetch follows
 
 // Scales of one vector of outputs, of the 64 at `head`.
 inline Floats scales_of(const Packed& w, const uint8_t* head, int vec) {
@@ -35,7 +36,8 @@ inline const uint8_t* codes_at(const Activations& x, bool wide, int64_t row, int
 
 // Quads `from` to `to` of a chunk against the same quads of a few rows.
 template <int bits, int rows, int from, int to>
-inline void dot_quads(const uint8_t* weights, const uint8_t* const (&activations)[rows], int64_t input, Vec (&sum)[rows]) {
+inline void dot_quads(const uint8_t* weights, const uint8_t* const (&activations)[rows], int64_t input,
+                      Vec (&sum)[rows]) {
     if constexpr (from < to) {
         const Vec quad = quad_of<bits, from>(weights);
         if constexpr (kSixteenBit && bits == 8) {
@@ -79,13 +81,14 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
     for (int64_t input = 0; input < inputs;) {
         const uint8_t* scales = at;
         at += head;
-        for (const int64_t end = input + group; input < end; input += span, at += span_bytes, run += raw ? 0 : runs_a_chunk) {
+        for (const int64_t end = input + group; input < end;
+             input += span, at += span_bytes, run += raw ? 0 : runs_a_chunk) {
             for (int64_t i = 0; i < span_bytes; i += 64) __builtin_prefetch(at + kAhead + i, 0, 3);
 #pragma GCC unroll 1
             for (int c = 0; c < kVecs; ++c) {
                 const uint8_t* weights = at + c * sizeof(Vec);
                 const Floats scale = raw ? Floats{} : scales_of(w, scales, c);
-                const auto finish = [&](Vec (&sum)[rows]) {
+                const auto finish = [&](Vec(&sum)[rows]) {
                     for (int r = 0; r < rows; ++r) {
                         float* to = sums + r * kBlock + c * kVecOutputs;
                         const Vec whole = wide ? sum[r] : finished(sum[r]);
@@ -186,7 +189,8 @@ void many_rows(const Packed& w, const uint8_t* block, const Activations& x, int6
             const int now = static_cast<int>(ceil_div(rows - row, strips - strip));
             p.activations = codes_at(x, wide, first + row, input);
             p.starts = x.starts + (first + row) * x.start_stride + (raw ? 0 : input / run);
-            raw ? run_strip<wide, true>(now, p, sums + row * kBlock) : run_strip<wide, false>(now, p, sums + row * kBlock);
+            raw ? run_strip<wide, true>(now, p, sums + row * kBlock)
+                : run_strip<wide, false>(now, p, sums + row * kBlock);
             p.ahead += p.ahead_bytes * (kVecs / kTileVecs) * p.runs;
             row += now;
         }
@@ -194,7 +198,8 @@ void many_rows(const Packed& w, const uint8_t* block, const Activations& x, int6
 }
 
 template <int bits>
-void integer_sums(const Packed& w, const uint8_t* block, const Activations& x, int64_t first, int64_t rows, float* sums) {
+void integer_sums(const Packed& w, const uint8_t* block, const Activations& x, int64_t first, int64_t rows,
+                  float* sums) {
     switch (rows) {
         case 1:
             return few_rows<bits, 1>(w, block, x, first, sums);

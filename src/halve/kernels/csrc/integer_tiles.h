@@ -106,7 +106,7 @@ inline Vec dot_pair(Vec sum, Vec weights, Vec activations) {
 
 constexpr int kVecOutputs = sizeof(Vec) / 4;
 constexpr int kVecs = static_cast<int>(kBlock) / kVecOutputs;  // of a block
-constexpr int kMaxRuns = kPanelInputs / 16;  // of a panel
+constexpr int kMaxRuns = kPanelInputs / 16;                    // of a panel
 
 inline int32_t int_at(const void* p) {
     int32_t x;
@@ -171,11 +171,11 @@ struct RunSums {
 
 // What a tile multiplies: a panel of unpacked codes with the activations of a strip of rows.
 struct Panel {
-    const uint8_t* codes;      // [steps][64 outputs][4 bytes]
-    const float* scales;       // [runs][64]
+    const uint8_t* codes;        // [steps][64 outputs][4 bytes]
+    const float* scales;         // [runs][64]
     const uint8_t* activations;  // codes of the strip's first row at the panel's first input
-    int64_t row_bytes;         // from one row of activations to the next
-    const int32_t* starts;     // [rows, start_stride] where the sums of each run begin; not read where raw
+    int64_t row_bytes;           // from one row of activations to the next
+    const int32_t* starts;       // [rows, start_stride] where the sums of each run begin; not read where raw
     int64_t start_stride;
     const uint8_t* ahead;      // weights that come next, to be fetched meanwhile,
     const uint8_t* ahead_end;  // up to here,
@@ -213,7 +213,8 @@ HALVE_HOT void hot_tile(const Panel& p, int output, float* sums) {
 #if defined(__AVX512VNNI__)
                     tile.sum[r][c] = dot(tile.sum[r][c], weights[c], quad);
 #else
-                    tile.sum[r][c] = wide ? dot_pair(tile.sum[r][c], weights[c], quad) : dot(tile.sum[r][c], weights[c], quad);
+                    tile.sum[r][c] =
+                        wide ? dot_pair(tile.sum[r][c], weights[c], quad) : dot(tile.sum[r][c], weights[c], quad);
 #endif
                 }
             }

@@ -1,5 +1,5 @@
-// From a file's rows to the layout of packing.h. Runs once for each weight; speed matters a little (a billion weights in
-// a second or two), generality more: the widths are template arguments, so that shifts are constants.
+// From a file's rows to the layout of packing.h. Runs once for each weight; speed matters a little (a billion weights
+// in a second or two), generality more: the widths are template arguments, so that shifts are constants.
 #include "packing.h"
 
 #include <string.h>
@@ -169,8 +169,7 @@ void pack_floats(const Stored& from, const Packed& to, uint8_t* block, int64_t f
             const uint16_t value = from.kind == static_cast<int32_t>(StoredKind::kFloat8)
                                        ? bf16_from_float8(static_cast<const uint8_t*>(from.codes)[row + i])
                                        : half_at(from.codes, row + i);
-            const int64_t at =
-                to.kind == Kind::kBfloat16 ? (i / 2 * kBlock + lane) * 2 + i % 2 : i * kBlock + lane;
+            const int64_t at = to.kind == Kind::kBfloat16 ? (i / 2 * kBlock + lane) * 2 + i % 2 : i * kBlock + lane;
             memcpy(body + 2 * at, &value, sizeof value);
         }
     }

@@ -34,9 +34,9 @@ struct Activations {
 
 // RMSNorm (arXiv:1910.07467) where there is a gain, then rounding.
 struct Prepare {
-    const float* x;      // [T, x_stride]
-    const float* gain;   // [K], or null: no norm
-    const int32_t* rows; // [T] which rows of x, or null: all in order
+    const float* x;       // [T, x_stride]
+    const float* gain;    // [K], or null: no norm
+    const int32_t* rows;  // [T] which rows of x, or null: all in order
     Activations out;
     int64_t x_stride;
     int64_t width;  // K
@@ -46,6 +46,12 @@ struct Prepare {
 
 constexpr int kMaxMembers = 4;
 
+// The likeliest token of a row so far, the first of equals. value +infinity: the logits are broken.
+struct Best {
+    float value;
+    int32_t id;
+};
+
 // Products of one input with several matrices, or one gated pair.
 struct Product {
     Activations x;
@@ -53,6 +59,7 @@ struct Product {
     const float* bias[kMaxMembers];  // [N] or null
     float* y[kMaxMembers];           // [T, y_stride]
     int64_t y_stride[kMaxMembers];
+    Best* best;       // [T, blocks of W0], or null: the largest output of each block, in y[0]'s place
     int64_t rows;     // T
     int32_t members;  // matrices
     int32_t add;      // y += product: the residual stream
@@ -74,5 +81,19 @@ inline int64_t product_blocks(const Product& p) {
 inline int64_t product_units(const Product& p) {
     return p.rows ? product_blocks(p) * ceil_div(p.rows, kRowsTogether) : 0;
 }
+
+// Multiply-adds, for deciding how many threads are worth waking.
+inline int64_t product_cost(const Product& p) {
+    int64_t cost = 0;
+    for (int i = 0; i < p.members; ++i) cost += p.rows * p.weight[i]->out_features * p.weight[i]->in_features;
+    return cost;
+}
+
+// The best of each row's blocks.
+struct Reduce {
+    const Best* best;  // [T, blocks]
+    int32_t* ids;      // [T], -1 where the logits are broken
+    int64_t blocks;
+};
 
 }  // namespace halve

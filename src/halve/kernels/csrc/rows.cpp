@@ -32,7 +32,8 @@ void rope(const Rope& a, int64_t token) {
 // Elements [begin, end) of a block.
 struct Range {
     int64_t begin, end;
-    Range(const Elementwise& a, int64_t block) : begin(block * kElements), end(least(a.size, (block + 1) * kElements)) {}
+    Range(const Elementwise& a, int64_t block)
+        : begin(block * kElements), end(least(a.size, (block + 1) * kElements)) {}
 };
 
 void add(const Elementwise& a, int64_t block) {
@@ -62,8 +63,8 @@ void round_bf16(const Elementwise& a, int64_t block) {
 #define HALVE_JOIN(a, b) HALVE_JOIN_(a, b)
 
 const Rows HALVE_JOIN(rows_, HALVE_ISA) = {
-    prepare,    product,  embed,     rms_norm,          rope,       add,   silu_mul,
-    round_bf16, kv_write, attention, attention_combine, copy_block, sample,
+    prepare,  product,    reduce,   embed,     rms_norm,          rope,       add,
+    silu_mul, round_bf16, kv_write, attention, attention_combine, copy_block, sample,
 };
 
 }  // namespace halve

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "products.h"
 #include "rows.h"
 
 namespace halve {
@@ -50,14 +51,10 @@ inline float stretch_max(const float* x, int64_t n) {
     return result;
 }
 
-// The best token so far, the first of equals. value +infinity: the logits are broken.
-struct Best {
-    float value = -kInfinity;
-    int32_t id = 0;
-};
+constexpr Best kNoBest = {-kInfinity, 0};
 
 // Take n <= kStretch more logits, those of tokens first, first + 1, ...: what an epilogue of the last product calls on
-// each block of its outputs. Blocks of one Best come in order of ids; `better` joins those of several threads.
+// each block of its outputs. Blocks come in order of ids.
 inline void improve(Best& best, const float* x, int64_t n, int64_t first) {
     const float value = stretch_max(x, n);
     if (!(value > best.value)) return;
@@ -65,8 +62,6 @@ inline void improve(Best& best, const float* x, int64_t n, int64_t first) {
     while (x[i] < value) ++i;
     best = {value, static_cast<int32_t>(first + i)};
 }
-
-inline Best better(Best a, Best b) { return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a; }
 
 // Unsigned numbers in the order of floats; zeros of both signs are one.
 inline uint32_t ordered(float x) {
@@ -577,7 +572,7 @@ inline LogSoftmax log_probabilities(const Sampling& a, int64_t row, const float*
 }
 
 inline Best best_of(const float* x, int64_t vocab) {
-    Best best;
+    Best best = kNoBest;
     for (int64_t start = 0; start < vocab; start += kStretch) {
         improve(best, x + start, least(kStretch, vocab - start), start);
     }
