@@ -31,7 +31,7 @@ from halve.formats.base import widen
 from halve.hardware import Device, detect_cpu
 from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Kernel, Spec, choose
-from halve.kernels.native_cache import BLOCK_SIZE, KVCache, Step, in_own_blocks
+from halve.kernels.native_cache import BLOCK_SIZE, AttentionRecord, KVCache, KvWriteRecord, Step, in_own_blocks
 from halve.kernels.native_checks import check_attention, check_batch, check_copies, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
@@ -174,7 +174,15 @@ def _round_bf16(isa: Isa, x: Array, *, threads: int) -> Array:
 
 
 def _kv_write(isa: Isa, cache: KVCache, step: Step, k: Array, v: Array, *, threads: int) -> None:
-    _call("kv_write", isa, cache.address, step.address, k, v, threads)
+    record = KvWriteRecord(
+        k=k.ctypes.data,
+        v=v.ctypes.data,
+        k_stride=k.shape[1],
+        v_stride=v.shape[1],
+        cache=cache.address,
+        batch=step.address,
+    )
+    _call("kv_write", isa, ctypes.addressof(record), threads)
 
 
 def _copy_blocks(isa: Isa, cache: KVCache, pairs: Array, *, threads: int) -> None:
@@ -185,9 +193,20 @@ def _attention(
     isa: Isa, cache: KVCache, step: Step, q: Array, *, spec: AttentionSpec, sinks: Array | None, threads: int
 ) -> Array:
     out = np.empty_like(q)
-    scratch = np.empty(library().halve_attention_scratch(cache.address, step.address, spec.num_heads), np.uint8)
-    settings = (spec.num_heads, spec.window or 0, threads)
-    _call("attention", isa, cache.address, step.address, q, sinks, out, scratch, *settings)
+    record = AttentionRecord(
+        q=q.ctypes.data,
+        q_stride=q.shape[1],
+        cache=cache.address,
+        batch=step.address,
+        sinks=None if sinks is None else sinks.ctypes.data,
+        out=out.ctypes.data,
+        out_stride=out.shape[1],
+        num_heads=spec.num_heads,
+        window=spec.window or 0,
+    )
+    scratch = np.empty(library().halve_attention_scratch(ctypes.addressof(record)), np.uint8)
+    record.scratch = scratch.ctypes.data
+    _call("attention", isa, ctypes.addressof(record), threads)
     return out
 
 
@@ -347,7 +366,14 @@ class NativeOps:
         cache: KVCache | None,
         sinks: Array | None = None,
     ) -> Array:
-        """Causal softmax attention over whole sequences or a paged cache.
+        """Causal softmax attention over whole sequences or a paged cache; k and v are as `AttentionSpec.kv_format` says.
+
+        With s the largest sum |q| |k| / sqrt(D) of a query, n positions and eps = 2^-24, weights of the softmax are off
+        by a factor of e^d, d = (D + 16) * eps * s + 16 * eps, and the output by (2 d + (2 n + 16) eps) max |v|. int8 in
+        blocks of 16 with a head size that 16 divides is multiplied in whole numbers where the processor has avx2
+        (csrc/attention_fast.h): max |q| * max sum |k| / sqrt(D) / 65534 more in d and max |v| / 1000 in the output.
+        A token's bits do not depend on other sequences, on how its own was cut into steps, or on threads; only on the
+        instruction set and the block size.
 
         Raises KernelError, before anything is written, for a slot, block or position that does not exist.
         """

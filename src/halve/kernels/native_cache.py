@@ -40,13 +40,47 @@ class _StepBatchRecord(ctypes.Structure):
     )
 
 
+class KvWriteRecord(ctypes.Structure):
+    """`KvWrite` of csrc/rows.h."""
+
+    _fields_ = (
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("k_stride", ctypes.c_int64),
+        ("v_stride", ctypes.c_int64),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("cache", ctypes.c_void_p),
+        ("batch", ctypes.c_void_p),
+    )
+
+
+class AttentionRecord(ctypes.Structure):
+    """`Attention` of csrc/rows.h."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("q_stride", ctypes.c_int64),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("cache", ctypes.c_void_p),
+        ("batch", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
 def zeros(size_bytes: int) -> Array:
     """Zeroed bytes at an address that 64 divides, in huge pages where they are worth it and the system has them."""
-    if size_bytes >= _HUGE_PAGE:
-        memory = mmap.mmap(-1, size_bytes + _HUGE_PAGE)
+    if size_bytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, the default, gets no huge pages
+        memory = mmap.mmap(-1, size_bytes + _HUGE_PAGE, flags=private)
+        memory.madvise(mmap.MADV_HUGEPAGE)
         start = -np.frombuffer(memory, np.uint8).ctypes.data % _HUGE_PAGE
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, np.uint8, size_bytes, start)
     owned = np.zeros(size_bytes + _ALIGN, np.uint8)
     start = -owned.ctypes.data % _ALIGN

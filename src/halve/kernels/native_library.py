@@ -26,10 +26,10 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "silu_mul": [_I32, _P, _P, _P, _I64, _I32],
     "round_bf16": [_I32, _P, _P, _I64, _I32],
     "kv_block_bytes": [_P],
-    "kv_write": [_I32, _P, _P, _P, _P, _I32],
+    "kv_write": [_I32, _P, _I32],
     "copy_blocks": [_I32, _P, _P, _I64, _I32],
-    "attention_scratch": [_P, _P, _I64],
-    "attention": [_I32, *[_P] * 6, _I64, _I64, _I32],
+    "attention_scratch": [_P],
+    "attention": [_I32, _P, _I32],
 }
 _SIZES = ("kv_block_bytes", "attention_scratch")  # what returns a number of bytes, int64
 

@@ -192,9 +192,7 @@ class TorchOps:
     ) -> Tensor:
         """Causal softmax attention over whole sequences or a paged cache."""
         q_THD = q.view(len(q), spec.num_heads, spec.head_dim)
-        k_TGD, v_TGD = (
-            ROUND[spec.kv_format](x.view(len(x), spec.num_kv_heads, spec.head_dim)) for x in (k, v)
-        )
+        k_TGD, v_TGD = (ROUND[spec.kv_format](x.view(len(x), spec.num_kv_heads, spec.head_dim)) for x in (k, v))
         if cache is not None:
             slots = self._index(batch.slot_mapping)
             for stored, new in zip(cache, (k_TGD, v_TGD), strict=True):
