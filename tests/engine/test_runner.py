@@ -33,8 +33,11 @@ def test_a_decoder_runs_in_an_engine():
 
 def test_the_cache_is_sized_by_memory_or_by_load():
     # Llama-3.2-1B in bf16: 16 layers x 8 heads x 64 x 2 bytes x keys and values = 32 KiB a token.
-    size = block_bytes(num_layers=16, num_kv_heads=8, head_dim=64, element_bytes=2, block_size=16)
+    size = block_bytes(num_layers=16, num_kv_heads=8, head_dim=64, kv_format="bf16", block_size=16)
     assert size == 16 * 32 * 1024
+    # In int8 a byte an element, and two scales of two bytes a head.
+    small = block_bytes(num_layers=16, num_kv_heads=8, head_dim=64, kv_format="int8", block_size=16)
+    assert small == 16 * 16 * 8 * (2 * 64 + 2 * 2)
     assert blocks_within(2**30, size) == 2048
     assert blocks_for(max_num_seqs=3, context=100, block_size=16) == 21
 

@@ -10,6 +10,7 @@ from halve.api.bundle import read_certificate, read_plan
 from halve.api.facts import versions
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.header import spec_bytes
+from halve.engine import block_bytes
 from halve.hardware import detect_cpu, free_memory_bytes
 from halve.kernels import native, native_library
 from halve.models import load_config, stored_formats
@@ -79,8 +80,17 @@ def inspect(model: str | Path) -> ModelFacts:
     with open_checkpoint(resolve(str(model))) as checkpoint:
         plan = read_plan(checkpoint)
         config = load_config(checkpoint, plan)
-        kv_bytes = {"fp32": 4, "bf16": 2}
-        per_token = sum(2 * config.num_kv_heads * config.head_dim * kv_bytes[s.kv_format] for s in config.layers)
+        per_token = sum(
+            block_bytes(
+                num_layers=1,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                kv_format=layer.kv_format,
+                block_size=16,
+            )
+            // 16
+            for layer in config.layers
+        )
         parameters = num_parameters(config)
         return ModelFacts(
             path=str(checkpoint.path),

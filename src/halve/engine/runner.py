@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from halve.core.errors import RequestError
-from halve.kernels.ops import Array, TokenBatch
+from halve.kernels.ops import Array, AttentionSpec, TokenBatch, kv_block_bytes
 
 
 class Runner(Protocol):
@@ -74,9 +74,10 @@ class ModelRunner:
         return np.asarray(self.decoder.step(batch, self._cache, rows), np.float32)
 
 
-def block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, element_bytes: int, block_size: int) -> int:
-    """Bytes of one block of the cache: keys and values of block_size tokens in every layer."""
-    return 2 * num_layers * num_kv_heads * head_dim * element_bytes * block_size
+def block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, kv_format: str, block_size: int) -> int:
+    """Bytes of one block of the cache: keys and values of block_size tokens in every layer, and their scales."""
+    layer = AttentionSpec(num_heads=num_kv_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, kv_format=kv_format)
+    return num_layers * kv_block_bytes(layer, block_size)
 
 
 def blocks_within(memory_bytes: int, bytes_per_block: int) -> int:

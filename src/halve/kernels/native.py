@@ -31,7 +31,7 @@ from halve.formats.base import widen
 from halve.hardware import Device, detect_cpu
 from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Kernel, Spec, choose
-from halve.kernels.native_cache import BLOCK_SIZE, AttentionRecord, KVCache, KvWriteRecord, Step, in_own_blocks
+from halve.kernels.native_cache import BLOCK_SIZE, KVCache, Step, attention_record, in_own_blocks, kv_write_record
 from halve.kernels.native_checks import check_attention, check_batch, check_copies, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
@@ -174,14 +174,7 @@ def _round_bf16(isa: Isa, x: Array, *, threads: int) -> Array:
 
 
 def _kv_write(isa: Isa, cache: KVCache, step: Step, k: Array, v: Array, *, threads: int) -> None:
-    record = KvWriteRecord(
-        k=k.ctypes.data,
-        v=v.ctypes.data,
-        k_stride=k.shape[1],
-        v_stride=v.shape[1],
-        cache=cache.address,
-        batch=step.address,
-    )
+    record = kv_write_record(cache, step, k, v)
     _call("kv_write", isa, ctypes.addressof(record), threads)
 
 
@@ -193,17 +186,7 @@ def _attention(
     isa: Isa, cache: KVCache, step: Step, q: Array, *, spec: AttentionSpec, sinks: Array | None, threads: int
 ) -> Array:
     out = np.empty_like(q)
-    record = AttentionRecord(
-        q=q.ctypes.data,
-        q_stride=q.shape[1],
-        cache=cache.address,
-        batch=step.address,
-        sinks=None if sinks is None else sinks.ctypes.data,
-        out=out.ctypes.data,
-        out_stride=out.shape[1],
-        num_heads=spec.num_heads,
-        window=spec.window or 0,
-    )
+    record = attention_record(cache, step, q, out, spec, sinks)
     scratch = np.empty(library().halve_attention_scratch(ctypes.addressof(record)), np.uint8)
     record.scratch = scratch.ctypes.data
     _call("attention", isa, ctypes.addressof(record), threads)
@@ -297,7 +280,7 @@ class NativeOps:
             log.warning("the system gave %d of %d threads; products run on those", strength, self.num_threads)
         self.kernels: dict[str, str] = {}
         self._last_batch: tuple[Any, Step, int] | None = None
-        self._run: dict[str, Callable[..., Any]] = {
+        self._run: dict[str, Callable[..., Array]] = {
             op: partial(self._choose(op).run, threads=self.num_threads) for op in _PLAIN
         }
 
@@ -338,7 +321,7 @@ class NativeOps:
     def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
         """Each row over its root mean square, times gain."""
         x = floats("x", x, (None, None))
-        return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)  # type: ignore[no-any-return]
+        return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)
 
     def project(self, linear: tuple[Kernel, Matrix], x: Array) -> Array:
         """round(x) @ weight.T + bias; the error bound is at the top of this file."""
@@ -366,12 +349,12 @@ class NativeOps:
         cache: KVCache | None,
         sinks: Array | None = None,
     ) -> Array:
-        """Causal softmax attention over whole sequences or a paged cache; k and v are as `AttentionSpec.kv_format` says.
+        """Causal softmax attention over whole sequences or a paged cache; k, v as rounded to spec.kv_format.
 
         With s the largest sum |q| |k| / sqrt(D) of a query, n positions and eps = 2^-24, weights of the softmax are off
         by a factor of e^d, d = (D + 16) * eps * s + 16 * eps, and the output by (2 d + (2 n + 16) eps) max |v|. int8 in
         blocks of 16 with a head size that 16 divides is multiplied in whole numbers where the processor has avx2
-        (csrc/attention_fast.h): max |q| * max sum |k| / sqrt(D) / 65534 more in d and max |v| / 1000 in the output.
+        (csrc/attention_int8.h): max |q| * max sum |k| / sqrt(D) / 65534 more in d and max |v| / 1000 in the output.
         A token's bits do not depend on other sequences, on how its own was cut into steps, or on threads; only on the
         instruction set and the block size.
 
@@ -386,7 +369,7 @@ class NativeOps:
         if cache is None:
             cache = KVCache(own_blocks, BLOCK_SIZE, spec)
         self._run["kv_write"](cache, step, k, v)
-        return self._run["attention"](cache, step, q, spec=spec, sinks=sinks)  # type: ignore[no-any-return]
+        return self._run["attention"](cache, step, q, spec=spec, sinks=sinks)
 
     def _checked(self, batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> tuple[Step, int]:
         """`check_batch`, once for all layers of a step: by the batch's bytes, not by which object it is.

@@ -118,6 +118,29 @@ class Step:
         self.address = ctypes.addressof(self.record)
 
 
+def kv_write_record(cache: KVCache, step: Step, k: Array, v: Array) -> KvWriteRecord:
+    """Write k and v [T, G * D] as they are."""
+    sizes = {"k_stride": k.shape[1], "v_stride": v.shape[1]}
+    return KvWriteRecord(k=k.ctypes.data, v=v.ctypes.data, cache=cache.address, batch=step.address, **sizes)
+
+
+def attention_record(
+    cache: KVCache, step: Step, q: Array, out: Array, spec: AttentionSpec, sinks: Array | None
+) -> AttentionRecord:
+    """Attention of q [T, H * D] as it is, without scratch."""
+    return AttentionRecord(
+        q=q.ctypes.data,
+        q_stride=q.shape[1],
+        cache=cache.address,
+        batch=step.address,
+        sinks=None if sinks is None else sinks.ctypes.data,
+        out=out.ctypes.data,
+        out_stride=out.shape[1],
+        num_heads=spec.num_heads,
+        window=spec.window or 0,
+    )
+
+
 def in_own_blocks(batch: TokenBatch) -> tuple[TokenBatch, int]:
     """A batch of whole sequences over blocks of their own, and how many blocks that takes."""
     lengths = np.diff(batch.cu_seqlens)

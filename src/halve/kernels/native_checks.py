@@ -71,7 +71,10 @@ def _blocks_read(tables: Array, oldest: Array, last: Array, block_size: int) -> 
 
 
 def check_copies(pairs: Array, num_blocks: int) -> Array:
-    """A copy of [N, 2] blocks, from and to. Raises KernelError for one that is outside or is written and read or twice."""
+    """A copy of pairs of blocks [N, 2], from and to.
+
+    Raises KernelError for a block outside the cache, and for one that is written twice or read too.
+    """
     pairs = int32("pairs", pairs, (None, 2)).copy()
     within("block", pairs, num_blocks, "copy blocks that were allocated")
     written = pairs[:, 1]
