@@ -2,8 +2,8 @@
 
 Shape of Llama-3.2-1B: 32 query heads, 8 key-value heads of 64; one layer at a time, 16 of them in the model.
 
-Decode reads every key and value of the context once: at 8192 tokens, batch 8 and int8 8 * 8192 * 8 heads * 132 bytes =
-69 MB a layer (64 + 64 codes, 4 bytes of scales). Caches of several layers are taken in turn, more than 200 MB together,
+Decode reads every key and value of the context once: at 8192 tokens, batch 8 and int8 8 * 8192 * 8 heads * 132 bytes
+= 69 MB a layer (64 + 64 codes, 4 bytes of scales). Caches of several layers are taken in turn, more than 200 MB together,
 so that no level of cache helps; the bound is a loop that only reads (libc's memchr over zeros in huge pages, one slice a
 thread), timed before each step. Reported: the median of step bandwidth over read bandwidth, step by step.
 
@@ -46,6 +46,7 @@ class ReadLoop:
         self.memchr.argtypes, self.memchr.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
 
     def bytes_per_s(self) -> float:
+        """Of one pass."""
         size = len(self.memory) // self.threads
         starts = [self.memory.ctypes.data + i * size for i in range(self.threads)]
         begin = time.perf_counter()
@@ -70,6 +71,7 @@ def batch_over_blocks(batch: int, first: int, count: int, seed: int) -> tuple[To
 
 
 def random_inputs(tokens: int, spec: AttentionSpec) -> list[Array]:
+    """q, k and v."""
     rng = np.random.default_rng(1)
     widths = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     return [rng.standard_normal((tokens, n * spec.head_dim), np.float32) for n in widths]
@@ -85,6 +87,7 @@ def filled(ops: NativeOps, spec: AttentionSpec, batch: int, context: int) -> KVC
 
 
 def decode(ops: NativeOps, spec: AttentionSpec, batch: int, context: int, seconds: float) -> dict[str, float]:
+    """Steps of one token a sequence, each beside a pass of the read loop."""
     caches = [filled(ops, spec, batch, context)]
     while sum(c.data.nbytes for c in caches) < ROTATED_BYTES:
         caches.append(ops.kv_cache(caches[0].num_blocks, BLOCK, spec))
@@ -109,6 +112,7 @@ def decode(ops: NativeOps, spec: AttentionSpec, batch: int, context: int, second
 
 
 def prefill(ops: NativeOps, spec: AttentionSpec, tokens: int, chunk: int) -> dict[str, float]:
+    """One sequence in chunks."""
     cache = filled(ops, spec, 1, tokens)
     q, _, _ = random_inputs(chunk, spec)
     spent = 0.0

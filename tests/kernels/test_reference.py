@@ -9,7 +9,7 @@ from halve.core.errors import KernelError
 from halve.formats import FORMATS, Weight, pack_codes
 from halve.formats.base import BF16
 from halve.kernels.ops import AttentionSpec, TokenBatch
-from halve.kernels.reference import QUERY_CHUNK, TorchOps, torch_device
+from halve.kernels.reference import QUERY_CHUNK, TorchOps, round_int8, torch_device
 
 ATOL = 2e-5  # of float32 sums of at most a few hundred products of size one
 
@@ -25,6 +25,12 @@ def normal(*shape, seed=0):
 
 def bf16(x):
     return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def int8(x):
+    """One bf16 scale for each last dimension, in the arithmetic of float32 that decides ties."""
+    scale = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(ml_dtypes.bfloat16).astype(np.float32)
+    return np.clip(np.rint(x / scale), -127, 127).astype(np.float64) * scale
 
 
 def make_weight(name, shape, seed=0):
@@ -101,7 +107,7 @@ def attend(q_THD, k_TGD, v_TGD, window, sinks):
     return out
 
 
-@pytest.mark.parametrize("kv_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_format", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
@@ -112,14 +118,14 @@ def test_attention_over_whole_sequences_is_its_definition(ops, heads, kv_heads, 
     spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=window, kv_format=kv_format)
     batch = TokenBatch.whole([[0] * n for n in lengths])
     out = ops.attention(*map(ops.from_host, (q, k, v)), batch, spec, None, None if sinks is None else ops.vector(sinks))
-    rounded = bf16 if kv_format == "bf16" else lambda x: x.astype(np.float64)
+    rounded = {"fp32": np.float64, "bf16": bf16, "int8": int8}[kv_format]
     start = 0
     for n in lengths:
         at = slice(start, start + n)
         expected = attend(
             q[at].reshape(n, heads, dim).astype(np.float64),
-            rounded(k[at]).reshape(n, kv_heads, dim),
-            rounded(v[at]).reshape(n, kv_heads, dim),
+            rounded(k[at].reshape(n, kv_heads, dim)),
+            rounded(v[at].reshape(n, kv_heads, dim)),
             window,
             sinks,
         )
@@ -159,12 +165,35 @@ def test_attention_is_the_same_beyond_one_chunk_of_queries(ops):
     np.testing.assert_allclose(ops.to_host(out), attend(*wide, spec.window, None).reshape(n, 8), atol=ATOL)
 
 
-@pytest.mark.parametrize(("kv_format", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("kv_format", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.float32)]
+)
 def test_a_cache_is_stored_in_its_format(ops, kv_format, dtype):
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, kv_format=kv_format)
     for part in ops.kv_cache(3, 5, spec):
         assert (part.shape, part.dtype) == ((3, 5, 2, 8), dtype)
         assert not part.any()
+
+
+def test_int8_rounds_to_127_steps_of_a_bf16_scale_with_ties_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.6], [0.0] * 5, [1e-41] * 5, [-3e38, 1.0, 0.0, 0.0, 0.0]])
+    expected = [[127, 0, 2, -2, -127], [0] * 5, [0] * 5]
+    rounded = round_int8(x)
+    assert rounded[:3].tolist() == expected
+    step = float(np.float32(3e38 / 127).astype(ml_dtypes.bfloat16))
+    np.testing.assert_allclose(rounded[3].tolist(), [-round(3e38 / step) * step, 0, 0, 0, 0], rtol=1e-7)
+    assert torch.isnan(round_int8(torch.tensor([1.0, torch.nan]))).any()
+
+
+def test_blocks_are_copied_whole(ops):
+    spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=4, kv_format="fp32")
+    cache = ops.kv_cache(4, 2, spec)
+    for i, part in enumerate(cache):
+        part[:] = torch.from_numpy(normal(*part.shape, seed=i))
+    before = [part.clone() for part in cache]
+    ops.copy_blocks(cache, np.array([[0, 2], [1, 3]], np.int32))
+    for part, old in zip(cache, before, strict=True):
+        assert torch.equal(part, old[[0, 1, 0, 1]])
 
 
 def test_elementwise_operations_and_rows(ops):

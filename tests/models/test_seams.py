@@ -66,6 +66,15 @@ class Arrays:
         return self.tensors[name]
 
 
+def int8(x):
+    """One bf16 scale for each token and head; float64 [T, G, D]."""
+    scale = bf16(np.abs(x).max(-1, keepdims=True) / 127)
+    return np.clip(np.rint(x / scale), -127, 127) * scale
+
+
+ROUNDED = {"fp32": lambda x: x, "bf16": bf16, "int8": int8}
+
+
 def norm(x, gain):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * gain
 
@@ -103,8 +112,7 @@ def expected_logits(config, tensors, tokens, rounded=lambda x: x):
         q, k, v = (project(f"{at}.self_attn.{n}_proj", normed).reshape(len(tokens), -1, DIM) for n in "qkv")
         if spec.rope is not None:
             q, k = turn(q, spec.rope), turn(k, spec.rope)
-        if spec.kv_format == "bf16":
-            k, v = bf16(k), bf16(v)
+        k, v = (ROUNDED[spec.kv_format](x) for x in (k, v))
         attended = attend(q, k, v, spec, tensors.get(f"{at}.self_attn.sinks"))
         x = x + project(f"{at}.self_attn.o_proj", attended.reshape(len(tokens), -1))
         normed = norm(x, tensors[f"{at}.post_attention_layernorm.weight"])
@@ -181,7 +189,7 @@ def test_a_window_over_a_long_text_is_exact_beyond_every_chunk_of_queries(ops):
     )
 
 
-FORMATS_BY_LAYER = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16")]
+FORMATS_BY_LAYER = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16"), ("int8", "bf16"), ("fp32", "int8")]
 
 
 @pytest.mark.parametrize("formats", FORMATS_BY_LAYER, ids="-".join)
@@ -201,10 +209,10 @@ def test_a_cache_holds_its_layers_own_format(ops):
     config, tensors = make(tuple(replace(FP32, kv_format=f) for f in ("bf16", "fp32")))
     first, second = Decoder(config, ops, Arrays(tensors)).new_cache(3, 4)
     sizes = [
-        [part.nbytes for part in (entry if isinstance(entry, tuple) else (entry.k, entry.v))]
+        sum(part.nbytes for part in entry) if isinstance(entry, tuple) else entry.data.nbytes
         for entry in (first, second)
     ]
-    assert sizes == [[3 * 4 * KV_HEADS * DIM * size] * 2 for size in (2, 4)]
+    assert sizes == [2 * 3 * 4 * KV_HEADS * DIM * size for size in (2, 4)]
 
 
 ROUNDING = [lambda: TorchOps(activations="bf16")]

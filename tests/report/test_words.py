@@ -161,6 +161,10 @@ def test_a_plan_is_said_in_sentences() -> None:
     assert "All weights keep the format of the checkpoint." in said
     assert "opens in transformers" in said
     assert "cache" in said
+    small = " ".join(words.plan_sentences(Plan(kv_cache=KVCache(format="int8"))))
+    assert (
+        "earlier tokens are rounded to 8-bit integers (int8) with a scale for each token and head in the cache" in small
+    )
 
 
 @pytest.mark.parametrize(

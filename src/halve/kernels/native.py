@@ -41,7 +41,7 @@ from halve.formats.base import widen
 from halve.hardware import Device, detect_cpu
 from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Choice, Kernel, Spec, choose
-from halve.kernels.native_cache import BLOCK_SIZE, KVCache, Step, in_own_blocks
+from halve.kernels.native_cache import BLOCK_SIZE, KVCache, Step, attention_record, in_own_blocks, kv_write_record
 from halve.kernels.native_checks import check_attention, check_batch, check_copies, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
 from halve.kernels.native_sampling import SamplingWork
@@ -179,7 +179,8 @@ def _round_bf16(isa: Isa, x: Array, *, threads: int) -> Array:
 
 
 def _kv_write(isa: Isa, cache: KVCache, step: Step, k: Array, v: Array, *, threads: int) -> None:
-    _call("kv_write", isa, cache.address, step.address, k, v, threads)
+    record = kv_write_record(cache, step, k, v)
+    _call("kv_write", isa, ctypes.addressof(record), threads)
 
 
 def _copy_blocks(isa: Isa, cache: KVCache, pairs: Array, *, threads: int) -> None:
@@ -190,9 +191,10 @@ def _attention(
     isa: Isa, cache: KVCache, step: Step, q: Array, *, spec: AttentionSpec, sinks: Array | None, threads: int
 ) -> Array:
     out = np.empty_like(q)
-    scratch = np.empty(library().halve_attention_scratch(cache.address, step.address, spec.num_heads), np.uint8)
-    settings = (spec.num_heads, spec.window or 0, threads)
-    _call("attention", isa, cache.address, step.address, q, sinks, out, scratch, *settings)
+    record = attention_record(cache, step, q, out, spec, sinks)
+    scratch = np.empty(library().halve_attention_scratch(ctypes.addressof(record)), np.uint8)
+    record.scratch = scratch.ctypes.data
+    _call("attention", isa, ctypes.addressof(record), threads)
     return out
 
 
@@ -315,7 +317,7 @@ class NativeOps:
             log.warning("the system gave %d of %d threads; products run on those", strength, self.num_threads)
         self.kernels: dict[str, str] = {}
         self._last_batch: tuple[Any, Step, int] | None = None
-        self._run: dict[str, Callable[..., Any]] = {
+        self._run: dict[str, Callable[..., Array]] = {
             op: partial(self._choose(op).run, threads=self.num_threads) for op in _PLAIN
         }
         self._sample: Callable[..., Sampled] = partial(self._choose("sample").run, threads=self.num_threads)
@@ -380,7 +382,7 @@ class NativeOps:
     def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
         """Each row over its root mean square, times gain."""
         x = floats("x", x, (None, None))
-        return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)  # type: ignore[no-any-return]
+        return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)
 
     def project(self, linear: Linear, x: Array) -> Array:
         """round(x) @ weight.T + bias; the error bounds are at the top of this file."""
@@ -393,7 +395,7 @@ class NativeOps:
         if head_dim < 2 or head_dim % 2 or x.shape[1] % head_dim:
             raise KernelError(f"rope: head_dim {head_dim} must be even and divide the width {x.shape[1]}")
         angles = (len(x), head_dim // 2)
-        return self._run["rope"](x, floats("cos", cos, angles), floats("sin", sin, angles), head_dim=head_dim)  # type: ignore[no-any-return]
+        return self._run["rope"](x, floats("cos", cos, angles), floats("sin", sin, angles), head_dim=head_dim)
 
     def attention(
         self,
@@ -405,7 +407,14 @@ class NativeOps:
         cache: KVCache | None,
         sinks: Array | None = None,
     ) -> Array:
-        """Causal softmax attention over whole sequences or a paged cache.
+        """Causal softmax attention over whole sequences or a paged cache; k, v as rounded to spec.kv_format.
+
+        With s the largest sum |q| |k| / sqrt(D) of a query, n positions and eps = 2^-24, weights of the softmax are off
+        by a factor of e^d, d = (D + 16) * eps * s + 16 * eps, and the output by (2 d + (2 n + 16) eps) max |v|. int8 in
+        blocks of 16 with a head size that 16 divides is multiplied in whole numbers where the processor has avx2
+        (csrc/attention_int8.h): max |q| * max sum |k| / sqrt(D) / 65534 more in d and max |v| / 1000 in the output.
+        A token's bits do not depend on other sequences, on how its own was cut into steps, or on threads; only on the
+        instruction set and the block size.
 
         Raises KernelError, before anything is written, for a slot, block or position that does not exist.
         """
@@ -418,7 +427,7 @@ class NativeOps:
         if cache is None:
             cache = KVCache(own_blocks, BLOCK_SIZE, spec)
         self._run["kv_write"](cache, step, k, v)
-        return self._run["attention"](cache, step, q, spec=spec, sinks=sinks)  # type: ignore[no-any-return]
+        return self._run["attention"](cache, step, q, spec=spec, sinks=sinks)
 
     def _checked(self, batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> tuple[Step, int]:
         """`check_batch`, once for all layers of a step: by the batch's bytes, not by which object it is.
@@ -438,12 +447,12 @@ class NativeOps:
     def silu_mul(self, gate: Array, up: Array) -> Array:
         """silu(gate) * up."""
         gate = floats("gate", gate, (None, None))
-        return self._run["silu_mul"](gate, floats("up", up, gate.shape))  # type: ignore[no-any-return]
+        return self._run["silu_mul"](gate, floats("up", up, gate.shape))
 
     def add(self, x: Array, y: Array) -> Array:
         """Sum of two buffers."""
         x = floats("x", x, (None, None))
-        return self._run["add"](x, floats("y", y, x.shape))  # type: ignore[no-any-return]
+        return self._run["add"](x, floats("y", y, x.shape))
 
     def take_rows(self, x: Array, rows: Array) -> Array:
         """The rows of x, in that order."""

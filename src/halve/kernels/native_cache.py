@@ -40,13 +40,47 @@ class _StepBatchRecord(ctypes.Structure):
     )
 
 
+class KvWriteRecord(ctypes.Structure):
+    """`KvWrite` of csrc/rows.h."""
+
+    _fields_ = (
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("k_stride", ctypes.c_int64),
+        ("v_stride", ctypes.c_int64),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("cache", ctypes.c_void_p),
+        ("batch", ctypes.c_void_p),
+    )
+
+
+class AttentionRecord(ctypes.Structure):
+    """`Attention` of csrc/rows.h."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("q_stride", ctypes.c_int64),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("cache", ctypes.c_void_p),
+        ("batch", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
 def zeros(size_bytes: int) -> Array:
     """Zeroed bytes at an address that 64 divides, in huge pages where they are worth it and the system has them."""
-    if size_bytes >= _HUGE_PAGE:
-        memory = mmap.mmap(-1, size_bytes + _HUGE_PAGE)
+    if size_bytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, the default, gets no huge pages
+        memory = mmap.mmap(-1, size_bytes + _HUGE_PAGE, flags=private)
+        memory.madvise(mmap.MADV_HUGEPAGE)
         start = -np.frombuffer(memory, np.uint8).ctypes.data % _HUGE_PAGE
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, np.uint8, size_bytes, start)
     owned = np.zeros(size_bytes + _ALIGN, np.uint8)
     start = -owned.ctypes.data % _ALIGN
@@ -82,6 +116,29 @@ class Step:
         sizes = (batch.num_tokens, batch.num_sequences, batch.block_tables.shape[1])
         self.record = _StepBatchRecord(*sizes, *(a.ctypes.data for a in arrays))
         self.address = ctypes.addressof(self.record)
+
+
+def kv_write_record(cache: KVCache, step: Step, k: Array, v: Array) -> KvWriteRecord:
+    """Write k and v [T, G * D] as they are."""
+    sizes = {"k_stride": k.shape[1], "v_stride": v.shape[1]}
+    return KvWriteRecord(k=k.ctypes.data, v=v.ctypes.data, cache=cache.address, batch=step.address, **sizes)
+
+
+def attention_record(
+    cache: KVCache, step: Step, q: Array, out: Array, spec: AttentionSpec, sinks: Array | None
+) -> AttentionRecord:
+    """Attention of q [T, H * D] as it is, without scratch."""
+    return AttentionRecord(
+        q=q.ctypes.data,
+        q_stride=q.shape[1],
+        cache=cache.address,
+        batch=step.address,
+        sinks=None if sinks is None else sinks.ctypes.data,
+        out=out.ctypes.data,
+        out_stride=out.shape[1],
+        num_heads=spec.num_heads,
+        window=spec.window or 0,
+    )
 
 
 def in_own_blocks(batch: TokenBatch) -> tuple[TokenBatch, int]:

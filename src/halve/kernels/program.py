@@ -12,7 +12,7 @@ import numpy as np
 
 from halve.core.errors import KernelError
 from halve.kernels.native import Linear, NativeOps
-from halve.kernels.native_cache import KVCache, Step
+from halve.kernels.native_cache import AttentionRecord, KVCache, KvWriteRecord, Step
 from halve.kernels.native_checks import check_batch, int32, within
 from halve.kernels.native_library import library
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
@@ -42,12 +42,6 @@ _Embed = _record("Embed", table=_P, ids=_P, y=_P)
 _Angles = _record("Angles", frequencies=_P, cos=_P, sin=_P, half=_I64)
 _Reduce = _record("Reduce", best=_P, ids=_P, blocks=_I64)
 _Gate = _record("Gate", gate=_P, up=_P, out=_P, width=_I64)
-_KvWrite = _record("KvWrite", k=_P, v=_P, k_stride=_I64, v_stride=_I64, cos=_P, sin=_P, cache=_P, batch=_P)
-_Attention = _record(
-    "Attention",
-    **{"q": _P, "q_stride": _I64, "cos": _P, "sin": _P, "cache": _P, "batch": _P, "sinks": _P},
-    **{"out": _P, "out_stride": _I64, "num_heads": _I64, "window": _I64, "scratch": _P},
-)
 _StepInput = _record("StepInput", batch=_P, token_ids=_P, rows=_P, num_rows=_I64)
 
 Rotation = tuple[Array, Array]  # cos, sin float32 [T, D / 2]
@@ -156,7 +150,7 @@ class Program:
         """Keys, rotated, and values into their slots of the cache; k and v may be columns of a wider array."""
         (k_at, k_stride), (v_at, v_stride) = rows_of(k), rows_of(v)
         angles = _addresses(rotation)
-        record = _KvWrite(k=k_at, v=v_at, k_stride=k_stride, v_stride=v_stride, cache=cache.address, **angles)
+        record = KvWriteRecord(k=k_at, v=v_at, k_stride=k_stride, v_stride=v_stride, cache=cache.address, **angles)
         self._add(_KV_WRITE, record, keep=(k, v, cache, rotation))
 
     def attend(
@@ -171,7 +165,7 @@ class Program:
     ) -> None:
         """Causal attention of q, rotated, over the cache."""
         (q_at, q_stride), (out_at, out_stride) = rows_of(q), rows_of(out)
-        record = _Attention(
+        record = AttentionRecord(
             q=q_at,
             q_stride=q_stride,
             cache=cache.address,

@@ -230,7 +230,11 @@ def _weights_sentence(plan: Plan) -> str:
 
 
 def _other_sentences(plan: Plan) -> list[str]:
-    kept = {"fp32": "are not rounded (32-bit floats)", "bf16": "are rounded to 16-bit floats (bf16)"}
+    kept = {
+        "fp32": "are not rounded (32-bit floats)",
+        "bf16": "are rounded to 16-bit floats (bf16)",
+        "int8": "are rounded to 8-bit integers (int8) with a scale for each token and head",
+    }
     return [
         f"The inputs of every projection {kept[plan.activations.format]}.",
         f"Keys and values of earlier tokens {kept[plan.kv_cache.format]} in the cache.",

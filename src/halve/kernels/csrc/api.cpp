@@ -86,11 +86,9 @@ HALVE_API int32_t halve_round_bf16(int32_t isa, const float* x, float* out, int6
 
 HALVE_API int64_t halve_kv_block_bytes(const KvCache* cache) { return kv_block_bytes(*cache); }
 
-HALVE_API int32_t halve_kv_write(int32_t isa, const KvCache* cache, const StepBatch* batch, const float* k,
-                                 const float* v, int32_t threads) {
-    const int64_t width = cache->num_kv_heads * cache->head_dim;
-    const KvWrite work = {k, v, width, width, nullptr, nullptr, cache, batch};
-    return spread(isa, &Rows::kv_write, work, kv_write_units(work), batch->num_tokens * width, threads);
+HALVE_API int32_t halve_kv_write(int32_t isa, const KvWrite* work, int32_t threads) {
+    const int64_t cost = work->batch->num_tokens * work->cache->num_kv_heads * work->cache->head_dim;
+    return spread(isa, &Rows::kv_write, *work, kv_write_units(*work), cost, threads);
 }
 
 HALVE_API int32_t halve_copy_blocks(int32_t isa, const KvCache* cache, const int32_t* pairs, int64_t num_pairs,
@@ -99,25 +97,15 @@ HALVE_API int32_t halve_copy_blocks(int32_t isa, const KvCache* cache, const int
     return spread(isa, &Rows::copy_block, {cache, pairs}, num_pairs, cost, threads);
 }
 
-HALVE_API int64_t halve_attention_scratch(const KvCache* cache, const StepBatch* batch, int64_t num_heads) {
-    Attention work = {};
-    work.cache = cache;
-    work.batch = batch;
-    work.num_heads = num_heads;
-    return attention_scratch_bytes(work);
-}
+HALVE_API int64_t halve_attention_scratch(const Attention* work) { return attention_scratch_bytes(*work); }
 
-HALVE_API int32_t halve_attention(int32_t isa, const KvCache* cache, const StepBatch* batch, const float* q,
-                                  const float* sinks, float* out, float* scratch, int64_t num_heads, int64_t window,
-                                  int32_t threads) {
-    const int64_t width = num_heads * cache->head_dim;
-    const Attention work = {q, width, nullptr, nullptr, cache, batch, sinks, out, width, num_heads, window, scratch};
+HALVE_API int32_t halve_attention(int32_t isa, const Attention* work, int32_t threads) {
+    const int64_t width = work->num_heads * work->cache->head_dim, tokens = work->batch->num_tokens;
     int64_t seen = 0;
-    for (int64_t t = 0; t < batch->num_tokens; ++t) seen += batch->positions[t] + 1;
-    const int32_t absent = spread(isa, &Rows::attention, work, attention_units(work), seen * width, threads);
-    const int64_t sums = attention_combine_units(work);
-    return absent || !sums ? absent
-                           : spread(isa, &Rows::attention_combine, work, sums, batch->num_tokens * width, threads);
+    for (int64_t t = 0; t < tokens; ++t) seen += work->batch->positions[t] + 1;
+    const int32_t absent = spread(isa, &Rows::attention, *work, attention_units(*work), seen * width, threads);
+    const int64_t sums = attention_combine_units(*work);
+    return absent || !sums ? absent : spread(isa, &Rows::attention_combine, *work, sums, tokens * width, threads);
 }
 
 // Scratch that `halve_sample` needs for each thread, in KiB.

@@ -10,7 +10,8 @@
 #pragma once
 
 #include "attention_exact.h"
-#include "attention_fast.h"
+#include "attention_float.h"
+#include "attention_int8.h"
 #include "attention_sums.h"
 #include "attention_units.h"
 #include "kv_cache.h"

@@ -101,18 +101,19 @@ class ExactKernel {
 
     // Turn n scores into weights, and make room for what they weigh.
     void weigh(float* scores, int64_t n, Sums& mine, float* values) const {
-        float highest = kLowest;
+        float highest = mine.highest;
         for (int64_t j = 0; j < n; ++j) highest = scores[j] > highest ? scores[j] : highest;
         for (int64_t j = n; j < round_up(n); ++j) scores[j] = -__builtin_inff();
+        const Lanes fade = exp2(broadcast(mine.highest - highest));
         Lanes added = {};
         for (int64_t j = 0; j < n; j += kLanes) {
             const Lanes weights = exp2(load(scores + j) - highest);
             store(scores + j, weights);
             added += weights;
         }
-        const Fades f = fade(mine, highest, sum(added));
-        for (int64_t j = 0; j < round_up(n); ++j) scores[j] *= f.theirs;
-        for (int64_t i = 0; i < width_; i += kLanes) store(values + i, load(values + i) * f.mine);
+        for (int64_t i = 0; i < width_; i += kLanes) store(values + i, load(values + i) * fade);
+        mine.weights = fma(broadcast(mine.weights), fade, broadcast(sum(added)))[0];
+        mine.highest = highest;
     }
 
     void gather(const float* weights, float* values) const {

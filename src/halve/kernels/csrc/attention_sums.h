@@ -16,26 +16,13 @@ struct Sums {
     float weights;
 };
 
-// By what two sums are scaled when they are added: one of the two is 1.
-struct Fades {
-    float mine, theirs;
-};
-
-inline Fades fade(Sums& mine, float highest, float weights) {
-    const float top = highest > mine.highest ? highest : mine.highest;
-    Lanes apart = {};
-    apart[0] = mine.highest - top;
-    apart[1] = highest - top;
-    const Lanes faded = exp2(apart);
-    mine.highest = top;
-    mine.weights = mine.weights * faded[0] + weights * faded[1];
-    return {faded[0], faded[1]};
-}
-
 inline void add_sums(Sums& mine, float* values, const Sums& theirs, const float* theirs_values, int64_t width) {
-    const Fades f = fade(mine, theirs.highest, theirs.weights);
+    const float top = theirs.highest > mine.highest ? theirs.highest : mine.highest;
+    const Lanes fade = exp2(broadcast(mine.highest - top)), theirs_fade = exp2(broadcast(theirs.highest - top));
+    mine.highest = top;
+    mine.weights = fma(broadcast(mine.weights), fade, theirs.weights * theirs_fade)[0];
     for (int64_t i = 0; i < width; i += kLanes) {
-        store(values + i, fma(load(values + i), broadcast(f.mine), load(theirs_values + i) * f.theirs));
+        store(values + i, fma(load(values + i), fade, load(theirs_values + i) * theirs_fade));
     }
 }
 

@@ -10,7 +10,7 @@ namespace halve {
 namespace {
 
 constexpr int64_t kSegment = 64;            // positions whose scores are held at once
-constexpr int64_t kSplit = 1024;            // positions that are summed by themselves
+constexpr int64_t kSplit = 2048;            // positions that are summed by themselves
 constexpr int64_t kSplitTokens = 64;        // a step of up to so many tokens may share a context among threads
 constexpr int64_t kQueryRows = 64;          // queries that share one pass over keys and values, at most
 constexpr int64_t kQueryValues = 64 * 256;  // floats of their sums, at most

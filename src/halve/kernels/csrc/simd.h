@@ -43,15 +43,6 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
-inline float largest(Lanes v) {
-    Four quarters[kLanes / 4];
-    memcpy(quarters, &v, sizeof v);
-    Four f = quarters[0];
-    for (int i = 1; i < kLanes / 4; ++i) f = f > quarters[i] ? f : quarters[i];
-    const float a = f[0] > f[2] ? f[0] : f[2], b = f[1] > f[3] ? f[1] : f[3];
-    return a > b ? a : b;
-}
-
 // 2^x for x up to 127, within 2e-7 of its size (polynomial: relative minimax of degree 5, 9.2e-8); 2^-126 below, and
 // NaN stays NaN.
 inline Lanes exp2(Lanes x) {
@@ -127,7 +118,11 @@ inline Words broadcast_pair(const int16_t* p) {
 }
 
 // sums + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1], exact while it fits 32 bits.
-inline Ints add_products(Ints sums, Words a, Words b) { return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+inline Ints add_products(Ints sums, Words a, Words b) {
+    Ints products;  // in assembly, since gcc computes many products before it adds the first, and spills them
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "x"(b));
+    return sums;
+}
 
 inline Lanes to_floats(Ints v) { return _mm256_cvtepi32_ps((__m256i)v); }
 
