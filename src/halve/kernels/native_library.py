@@ -10,7 +10,7 @@ from typing import Any
 
 from halve.core.errors import KernelError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = "libhalve_kernels.so"
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -27,6 +27,7 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "to_bf16": [_I32, _P, _P, _I64, _I32],
     "round_bf16": [_I32, _P, _P, _I64, _I32],
     "attention": [_I32, *[_P] * 8, *[_I64] * 8, _I32, _I32],
+    "ceiling": [_I32, _P, _I64, _I32],
 }
 
 

@@ -9,7 +9,7 @@
 namespace halve {
 
 // Bumped whenever a record or a signature below changes; native.py refuses a library of another version.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 constexpr int64_t kOutputBlock = 16;  // outputs of a product that are handed out together
 constexpr int64_t kChunk = 4096;      // elements of an elementwise operation that are handed out together
