@@ -18,6 +18,7 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "abi_version": [],
     "isas": [],
     "grow_team": [_I32],
+    "ceiling": [_I32, _P, _I64, _I32],
     "linear": [_I32, _P, _P, _P, _P, _I64, _I32],
     "embed": [_I32, _P, _P, _P, _I64, _I32],
     "rms_norm": [_I32, _P, _P, _P, _I64, _I64, _F32, _I32],
@@ -27,7 +28,6 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "to_bf16": [_I32, _P, _P, _I64, _I32],
     "round_bf16": [_I32, _P, _P, _I64, _I32],
     "attention": [_I32, *[_P] * 8, *[_I64] * 8, _I32, _I32],
-    "ceiling": [_I32, _P, _I64, _I32],
 }
 
 
