@@ -3,8 +3,24 @@
 import json
 
 import halve
+from halve.core.certificate import Measured
 from halve.core.record import to_dict
 from halve.formats import FORMATS
+from halve.kernels.ceilings import Ceilings
+
+CEILINGS = Ceilings(
+    read_gb_s={
+        "1": Measured(value=20.0, low=19.0, high=21.0, n=9),
+        "2": Measured(value=40.0, low=39.0, high=41.0, n=9),
+    },
+    int8_gmac_s={n: Measured(value=200.0, low=190.0, high=210.0, n=9) for n in ("1", "2")},
+    int4_gmac_s=None,
+    bf16_gmac_s=None,
+    fp32_gmac_s=None,
+    instructions={"int8": "vpdpbusd zmm"},
+    refused={"bf16": "vdpbf16ps zmm: needs avx512_bf16"},
+    arena_bytes=1 << 30,
+)
 
 
 def tensor_bytes(path):
@@ -61,3 +77,17 @@ def test_doctor_says_why_the_native_kernels_are_not_there(monkeypatch):
     assert facts.native == "not built"
     assert {row["kernel"] for row in facts.kernels} == {"torch_reference"}
     assert facts.kernels[0]["refused"] == [{"kernel": "native", "reason": "not built"}]
+
+
+def test_doctor_measures_only_when_asked(monkeypatch):
+    asked = []
+
+    def measure(*, progress):
+        asked.append(progress)
+        progress(1, 1)
+        return CEILINGS
+
+    monkeypatch.setattr("halve.kernels.ceilings.measure", measure)
+    assert halve.doctor().ceilings is None
+    assert not asked
+    assert halve.doctor(measure=True).ceilings == CEILINGS

@@ -10,6 +10,7 @@ import pytest
 
 from halve import __version__
 from halve.models.embedded import embedded_model_path
+from tests.api.test_describe import CEILINGS
 from tests.api.tiny import VOCABULARY, command, environment, halve, python, write_text
 
 VERBS = ["optimize", "verify", "generate", "batch", "demo", "inspect", "doctor"]
@@ -289,6 +290,20 @@ def test_json_of_inspect_and_doctor_is_one_object(tiny, shell):
 def test_tables_show_patterns_with_brackets_as_they_are(tiny, shell):
     assert "model.layers.*.self_attn.[qkv]_proj" in shell("inspect", tiny).out
     assert "int4-g32" in shell("doctor").out
+
+
+def test_doctor_shows_and_prints_measured_ceilings(shell, monkeypatch):
+    monkeypatch.setattr("halve.kernels.ceilings.measure", lambda *, progress: CEILINGS)
+    shown = shell("doctor", "--measure").out
+    assert "2 threads [slowest, fastest]" in shown
+    assert "40.0 [39.0, 41.0]" in shown
+    assert "needs avx512_bf16" in shown
+    assert shell("doctor", "--measure", "--json").json["ceilings"]["read_gb_s"]["2"] == {
+        "value": 40.0,
+        "low": 39.0,
+        "high": 41.0,
+        "n": 9,
+    }
 
 
 def test_inspect_of_a_bundle_says_its_verdict(optimized, shell):

@@ -8,10 +8,12 @@ from typing import Any
 
 from halve.api.bundle import read_certificate, read_plan
 from halve.api.facts import versions
+from halve.api.progress import SILENT, Progress
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.header import spec_bytes
 from halve.hardware import detect_cpu, free_memory_bytes
-from halve.kernels import native, native_library
+from halve.kernels import ceilings, native, native_library
+from halve.kernels.ceilings import Ceilings
 from halve.models import load_config, stored_formats
 from halve.models.names import EMBEDDING, groups, modules, num_parameters, vectors
 
@@ -61,7 +63,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachineFacts:
-    """What `halve doctor` says. ceilings is null until they are measured."""
+    """What `halve doctor` says. ceilings is null where they were not measured (`halve doctor --measure`)."""
 
     device: Mapping[str, Any]
     features: tuple[str, ...]
@@ -69,7 +71,7 @@ class MachineFacts:
     free_memory_bytes: int | None
     native: str  # "ready", or why the C++ kernels are not there
     kernels: tuple[Mapping[str, Any], ...]
-    ceilings: Mapping[str, float] | None
+    ceilings: Ceilings | None
     versions: Mapping[str, str]
     version: int = 1
 
@@ -140,8 +142,12 @@ def _module_bytes(checkpoint: Checkpoint, vector_names: set[str]) -> Counter[str
     return sizes
 
 
-def doctor() -> MachineFacts:
-    """Describe this machine: its features, the kernel of each format and why others refuse, versions, memory."""
+def doctor(*, measure: bool = False, progress: Progress = SILENT) -> MachineFacts:
+    """Describe this machine: its features, the kernel of each format and why others refuse, versions, memory.
+
+    measure: also its ceilings, in some seconds and a gigabyte of memory. Raises KernelError without the C++ library,
+    and ConfigError where memory has no room for the measurement.
+    """
     device = detect_cpu()
     reason = native_library.available()
     kernels = native.format_report(device)
@@ -162,6 +168,11 @@ def doctor() -> MachineFacts:
         free_memory_bytes=free_memory_bytes(),
         native="ready" if reason is None else reason,
         kernels=tuple(kernels),
-        ceilings=None,
+        ceilings=_ceilings(progress) if measure else None,
         versions=versions(),
     )
+
+
+def _ceilings(progress: Progress) -> Ceilings:
+    with progress.task("Measuring", "samples") as advance:
+        return ceilings.measure(progress=advance)

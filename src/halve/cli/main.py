@@ -293,12 +293,17 @@ def inspect(model: ModelArgument, json: Json = False) -> None:
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure how fast memory and arithmetic can be here; some seconds.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Show this machine: features, the kernel that runs each format and why others refuse, versions, memory."""
     from halve.api.describe import doctor as verb
     from halve.cli.tables import show_machine
 
-    facts = verb()
+    facts = verb(measure=measure, progress=ShellProgress())
     if json:
         print_json(facts)
     else:

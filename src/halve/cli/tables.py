@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the verbs' modules load torch, which looking at a model doe
     from halve.api.demo import Demonstrated
     from halve.api.describe import MachineFacts, ModelFacts
     from halve.api.verify import Verified
+    from halve.kernels.ceilings import Ceilings
 
 
 def percent(value: Measured) -> str:
@@ -134,4 +135,24 @@ def show_machine(facts: "MachineFacts") -> None:
     for row in facts.kernels:
         refused = "; ".join(f"{r['kernel']}: {r['reason']}" for r in row["refused"])
         table.add_row(row["op"], row["format"], str(row["kernel"]), escape(refused))
+    console().print(table)
+    if facts.ceilings is not None:
+        show_ceilings(facts.ceilings)
+
+
+def show_ceilings(ceilings: "Ceilings") -> None:
+    """The most that memory and each kind of arithmetic do, for each number of threads."""
+    counts = list(ceilings.read_gb_s)
+    table = Table()
+    table.add_column("ceiling")
+    for threads in counts:
+        table.add_column(f"{threads} thread{'' if threads == '1' else 's'} \\[slowest, fastest]", justify="right")
+    table.add_column("instructions", overflow="fold")
+    read = f"{format_bytes(ceilings.arena_bytes)} read once"
+    table.add_row("memory, GB/s", *(spread(ceilings.read_gb_s[threads], ".1f") for threads in counts), read)
+    for what, instruction in ceilings.instructions.items():
+        rates = getattr(ceilings, f"{what}_gmac_s")
+        table.add_row(f"{what}, GMAC/s", *(spread(rates[threads], ".0f") for threads in counts), escape(instruction))
+    for what, reason in ceilings.refused.items():
+        table.add_row(f"{what}, GMAC/s", *("not here" for _ in counts), escape(reason))
     console().print(table)

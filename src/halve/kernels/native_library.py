@@ -10,7 +10,7 @@ from typing import Any
 
 from halve.core.errors import KernelError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY = "libhalve_kernels.so"
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -20,6 +20,7 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "grow_team": [_I32],
     "plan_packing": [_P, _P],
     "pack": [_P, _P, _P, _I32],
+    "ceiling": [_I32, _P, _I64, _I32],
     "prepare": [_I32, _P, _I64, _I32],
     "product": [_I32, _P, _I32],
     "embed": [_I32, _P, _P, _P, _I64, _I32],
