@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Run the kernels' self-test on an emulated processor with AVX-512 VNNI and BF16: scripts/emulate_avx512.py [ISA [part ...]].
+"""Run the kernels' self-test on an emulated processor with AVX-512 VNNI and BF16.
 
-Builds tests/kernels/selftest statically, boots it as the first process of a Linux kernel in Bochs, prints what it
-prints, and exits as it exits; 77 with the reason where Bochs or a kernel is missing, 3 where the machine fails.
+`scripts/emulate_avx512.py [ISA [part ...]]` builds tests/kernels/selftest statically, boots it on a Linux kernel in
+Bochs, prints what it prints, and exits as it exits; 77 with the reason where Bochs or a kernel is missing, 3 where the
+machine fails.
 
 What it needs:
   Bochs 3.0 or newer (2.7 has no AVX-512 BF16): $BOCHS, build/emulator/bochs, or the PATH. Debian 13: `apt-get install
@@ -13,8 +14,8 @@ What it needs:
   `apt-cache depends linux-image-cloud-amd64` names.
   g++, binutils, CMake (the build of halve itself).
 
-There is no BIOS, disk or boot loader. Bochs puts one image (the kernel's parameters, an initramfs, the kernel) where RAM
-begins to be free, and a ROM of our own enters the kernel by its 32-bit protocol (Linux: Documentation/arch/x86/boot.rst).
+There is no BIOS, disk or boot loader. Bochs puts one image (the kernel's parameters, an initramfs, the kernel) into RAM,
+and a ROM of our own enters the kernel by its 32-bit protocol (Linux: Documentation/arch/x86/boot.rst).
 """
 
 import argparse
@@ -100,7 +101,8 @@ table_register:
 
 # No devices but the serial port and the timer.
 COMMAND_LINE = (
-    "console=ttyS0 quiet nokaslr mitigations=off acpi=off pci=off nolapic noapic nosmp nowatchdog lpj=40000 panic=-1"
+    "console=ttyS0 quiet loglevel=1 nokaslr mitigations=off acpi=off pci=off nolapic noapic nosmp nowatchdog "
+    "lpj=40000 panic=-1"
 )
 
 
