@@ -1,4 +1,4 @@
-// The first process of the emulated machine: runs /selftest with the arguments that follow `--` on the kernel's command
+// The first process of the emulated machine: runs /selftest with what follows `selftest` on the kernel's command
 // line, prints how it ended, and asks the emulator to stop.
 #include <stdio.h>
 #include <string.h>
@@ -8,10 +8,10 @@
 #include <unistd.h>
 
 int main(int, char** arguments) {
-    const pid_t child = fork();
+    while (*arguments && strcmp(*arguments, "selftest")) ++arguments;  // before it: words unknown to the kernel
+    const pid_t child = *arguments ? fork() : -1;
     if (child == 0) {
-        arguments[0] = const_cast<char*>("/selftest");
-        execv(arguments[0], arguments);
+        execv("/selftest", arguments);
         perror("/selftest");
         _exit(126);
     }
