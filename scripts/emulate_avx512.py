@@ -41,9 +41,9 @@ MEMORY_MIB = 256
 PARAMS_BYTES, PAGE = 0x2000, 0x1000
 END = re.compile(r"^halve-init: (?:exit (\d+)|(.+))$", re.MULTILINE)
 
-# Skylake-X with the two features that the kernels use beyond it: the newer models' XSAVES and CPUID leaves stop Linux
-# 6.1 under Bochs 3.0 before its first process. Its CPUID does not list BF16, hence --unchecked. Instructions a second is how fast time passes: 250 ticks a second at 10
-# million leave 40,000 instructions for each.
+# Skylake-X with the two features that the kernels use beyond it: under the newer models of Bochs 3.0, Linux 6.1 stops
+# before its first process. Its CPUID does not list BF16, hence --unchecked. `ips` is how fast time passes: of 10 million
+# instructions a second, 250 ticks leave 40,000 for each.
 BOCHSRC = """\
 config_interface: textconfig
 display_library: nogui
