@@ -45,7 +45,7 @@ from halve.kernels.native_checks import STORED, KVCache, check_attention, check_
 from halve.kernels.native_library import LIBRARY, available, library
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
 from halve.kernels.packed import Allocate, PackedMatrix, pack
-from halve.kernels.products import ROUNDINGS, InputLayout, PrepareRecord, product_record, rows_of
+from halve.kernels.products import ROUNDINGS, Codes, InputLayout, PrepareRecord, product_record, rows_of
 
 log = logging.getLogger("halve.kernels")
 
@@ -71,13 +71,17 @@ class Isa:
         """The same for int8 activations."""
         if not self.tiles:
             return self.float_error_steps(in_features) + 2
-        run = in_features if fmt.group_size is None else self.run_inputs(fmt)
-        return math.ceil(in_features / run) + 5
+        return math.ceil(in_features / (self.run_inputs(fmt) or in_features)) + 5
 
-    def run_inputs(self, fmt: Format) -> int:
-        """Inputs that are summed as integers before they are scaled."""
-        group = fmt.group_size or 256
-        if self.name != "avx2" or fmt.bits == 8:
+    @property
+    def pairs(self) -> bool:
+        """Whether products of bytes are added in pairs, in 16 bits."""
+        return self.name == "avx2"
+
+    def run_inputs(self, fmt: Format) -> int | None:
+        """Inputs that are summed as integers before they are scaled; None for all."""
+        group = fmt.group_size
+        if group is None or not self.pairs or fmt.bits == 8:
             return group
         return {6: 16, 5: 32}.get(fmt.bits, min(group, 64))
 
@@ -98,6 +102,7 @@ class Linear:
 
     kernel: Kernel
     isa: Isa
+    format: Format
     matrix: PackedMatrix
     bias: Array | None
     activations: str
@@ -105,15 +110,10 @@ class Linear:
     @property
     def layout(self) -> InputLayout:
         """What the product's input takes."""
-        tiles = self.activations == "int8" and self.isa.tiles
-        narrow = self.isa.name == "avx2"
-        return InputLayout(
-            width=self.matrix.in_features,
-            rounding=self.activations,
-            tiles=tiles,
-            wide=tiles and narrow and self.matrix.bits == 8,
-            halves=tiles and narrow and self.matrix.bits < 8,
-        )
+        codes = None
+        if self.activations == "int8" and self.isa.tiles:
+            codes = Codes(bits=self.matrix.bits, run=self.isa.run_inputs(self.format), pairs=self.isa.pairs)
+        return InputLayout(width=self.matrix.in_features, rounding=self.activations, codes=codes)
 
 
 def _vector(values: Array) -> Array:
@@ -333,7 +333,7 @@ class NativeOps:
             )
         activations = activations_for(fmt, self.activations)
         kernel = self._choose_format("linear", fmt, activations)
-        return Linear(kernel, self.isa, matrix, None if bias is None else _vector(bias), activations)
+        return Linear(kernel, self.isa, fmt, matrix, None if bias is None else _vector(bias), activations)
 
     def table(self, weight: Weight) -> tuple[Kernel, PackedMatrix]:
         """Prepare an embedding table [vocab, hidden] for `embed`."""

@@ -1,7 +1,7 @@
 """The records of products that C++ reads (csrc/products.h), and the memory of their inputs."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +22,13 @@ class ActivationsRecord(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("wide", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("halves", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
         ("value_stride", ctypes.c_int64),
         ("code_stride", ctypes.c_int64),
+        ("start_stride", ctypes.c_int64),
+        ("run", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("split", ctypes.c_int32),
     )
 
 
@@ -62,35 +65,62 @@ class ProductRecord(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
+class Codes:
+    """How integer tiles take activations: in runs of `run` inputs (None: one for all), against weights of `bits`.
+
+    pairs: the tiles multiply pairs of bytes into 16 bits (avx2).
+    """
+
+    bits: int
+    run: int | None
+    pairs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class InputLayout:
-    """What a product's input takes a row. tiles: int8 codes go in as codes (else as floats that were rounded)."""
+    """What a product's input takes a row. codes: None for floats, which `rounding` may have rounded."""
 
     width: int
     rounding: str
-    tiles: bool = False
-    wide: bool = False  # 8-bit weights on avx2
-    halves: bool = False  # narrower weights on avx2
+    codes: Codes | None = None
 
     @property
-    def code_stride(self) -> int:
-        """Codes of a row; rows lie on different cache lines of one set."""
-        return -(-self.width // CHUNK) * CHUNK + 2 * CHUNK
+    def padded(self) -> int:
+        """Inputs, up to a whole chunk."""
+        return -(-self.width // CHUNK) * CHUNK
+
+    @property
+    def wide(self) -> bool:
+        """Whether codes lie as 16 bits."""
+        return self.codes is not None and self.codes.pairs and self.codes.bits == 8
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Elements from one row to the next; rows of codes lie on different cache lines of a set."""
+        starts = self.padded // self.codes.run if self.codes and self.codes.run else 1
+        return {"value_stride": self.width, "code_stride": self.padded + 2 * CHUNK, "start_stride": starts}
 
     def parts(self) -> dict[str, int]:
         """Bytes a row of each array."""
-        parts = {"values": 4 * self.width}
-        if self.tiles:
-            parts |= {"codes": self.code_stride, "scale": 4, "sums": self.code_stride // CHUNK * 4}
-            parts |= {"wide": 2 * self.code_stride} if self.wide else {}
-            parts |= {"halves": self.code_stride // 16 * 4} if self.halves else {}
+        strides = self.strides
+        parts = {"values": 4 * strides["value_stride"]}
+        if self.codes:
+            codes = {"wide": 2 * strides["code_stride"]} if self.wide else {"codes": strides["code_stride"]}
+            parts |= {**codes, "scale": 4, "starts": 4 * strides["start_stride"]}
         return parts
+
+    def record(self, addresses: Mapping[str, int]) -> ActivationsRecord:
+        """The record of arrays at these addresses, by the names of `parts`."""
+        settings = {}
+        if self.codes:
+            split = self.codes.pairs and self.codes.bits < 8
+            settings = {"run": self.codes.run or 0, "bits": self.codes.bits, "split": int(split)}
+        return ActivationsRecord(**addresses, **self.strides, **settings)
 
     def allocate(self, rows: int) -> tuple[ActivationsRecord, list[Array]]:
         """Memory for `rows` rows, and its record; the record is valid while the arrays live."""
         arrays = {name: aligned_bytes(size * rows) for name, size in self.parts().items()}
-        addresses = {name: array.ctypes.data for name, array in arrays.items()}
-        record = ActivationsRecord(**addresses, value_stride=self.width, code_stride=self.code_stride)
-        return record, list(arrays.values())
+        return self.record({name: array.ctypes.data for name, array in arrays.items()}), list(arrays.values())
 
 
 def product_record(

@@ -31,6 +31,7 @@ namespace {
 typedef __m512i Vec;
 typedef __m512 Floats;
 constexpr int kTileRows = 6, kTileVecs = 4;
+constexpr int kPanelInputs = 256;  // 16 KB of codes: they stay in the first-level cache
 constexpr bool kSixteenBit = false;
 
 inline Vec load_vec(const void* p) { return _mm512_load_si512(p); }
@@ -43,6 +44,13 @@ inline Vec shifted_right(Vec v) {
     if constexpr (n > 0) return _mm512_srli_epi16(v, n);
     if constexpr (n < 0) return _mm512_slli_epi16(v, -n);
     return v;
+}
+inline Floats from_bf16s(const uint8_t* p) {
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    typedef uint32_t Wholes __attribute__((vector_size(64)));  // gcc 12 warns of its own _mm512_cvtepu16_epi32
+    Halves halves;
+    memcpy(&halves, p, sizeof halves);
+    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Wholes) << 16);
 }
 inline Floats load_floats(const float* p) { return _mm512_load_ps(p); }
 inline void store_floats(float* p, Floats v) { _mm512_store_ps(p, v); }
@@ -61,6 +69,7 @@ inline Vec finished(Vec sum) { return sum; }
 typedef __m256i Vec;
 typedef __m256 Floats;
 constexpr int kTileRows = 6, kTileVecs = 2;
+constexpr int kPanelInputs = 128;  // 8 KB of codes, twice in the first-level cache where two threads share it
 constexpr bool kSixteenBit = true;
 
 inline Vec load_vec(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
@@ -73,6 +82,10 @@ inline Vec shifted_right(Vec v) {
     if constexpr (n > 0) return _mm256_srli_epi16(v, n);
     if constexpr (n < 0) return _mm256_slli_epi16(v, -n);
     return v;
+}
+inline Floats from_bf16s(const uint8_t* p) {
+    const Vec wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline Floats load_floats(const float* p) { return _mm256_load_ps(p); }
 inline void store_floats(float* p, Floats v) { _mm256_store_ps(p, v); }
@@ -93,8 +106,7 @@ inline Vec dot_pair(Vec sum, Vec weights, Vec activations) {
 
 constexpr int kVecOutputs = sizeof(Vec) / 4;
 constexpr int kVecs = static_cast<int>(kBlock) / kVecOutputs;  // of a block
-constexpr int kPanelInputs = 256;                              // 16 KB of codes: they stay in the first-level cache
-constexpr int kMaxRuns = kPanelInputs / 16;
+constexpr int kMaxRuns = kPanelInputs / 16;  // of a panel
 
 inline int32_t int_at(const void* p) {
     int32_t x;
@@ -102,49 +114,26 @@ inline int32_t int_at(const void* p) {
     return x;
 }
 
-// Quads of a run that is summed in integers.
-inline int run_quads(int bits, int64_t group) {
-    if (kSixteenBit && bits < 8) return bits == 6 ? 4 : bits == 5 || group == 32 ? 8 : 16;
-    return static_cast<int>((group ? group : kPanelInputs) / 4);
-}
-
-// Plane vectors of a chunk to its 8 quads, for the outputs of one vector; `at` is the chunk's first step there.
-template <int bits>
-inline void unpack(const uint8_t* at, Vec (&quads)[8]) {
-    if constexpr (bits == 8) {
-        for (int q = 0; q < 8; ++q) quads[q] = load_vec(at + q * kStep);
-        return;
-    }
+// Quad q of a chunk for the outputs of one vector; `at` is the chunk's first step there.
+template <int bits, int q>
+inline Vec quad_of(const uint8_t* at) {
+    if constexpr (bits == 8) return load_vec(at + q * kStep);
+    Vec quad = broadcast_vec(0);
     if constexpr (bits & 4) {
-        const Vec mask = broadcast_vec(0x0f0f0f0f);
-        for (int s = 0; s < 4; ++s) {
-            const Vec v = load_vec(at + s * kStep);
-            quads[2 * s] = masked(v, mask);
-            quads[2 * s + 1] = masked(shifted_right<4>(v), mask);
-        }
+        quad = masked(shifted_right<q % 2 * 4>(load_vec(at + q / 2 * kStep)), broadcast_vec(0x0f0f0f0f));
         at += 4 * kStep;
     }
     if constexpr (bits & 2) {
         constexpr int low = bits & 4;
         const Vec mask = broadcast_vec(low ? 0x30303030 : 0x03030303);
-        for (int s = 0; s < 2; ++s) {
-            const Vec v = load_vec(at + s * kStep);
-            const Vec parts[4] = {masked(shifted_right<0 - low>(v), mask), masked(shifted_right<2 - low>(v), mask),
-                                  masked(shifted_right<4 - low>(v), mask), masked(shifted_right<6 - low>(v), mask)};
-            for (int j = 0; j < 4; ++j) quads[4 * s + j] = low ? either(quads[4 * s + j], parts[j]) : parts[j];
-        }
+        quad = either(quad, masked(shifted_right<q % 4 * 2 - low>(load_vec(at + q / 4 * kStep)), mask));
         at += 2 * kStep;
     }
     if constexpr (bits & 1) {
         constexpr int low = bits & 6;
-        const Vec mask = broadcast_vec(0x01010101 << low);
-        const Vec v = load_vec(at);
-        const Vec parts[8] = {masked(shifted_right<0 - low>(v), mask), masked(shifted_right<1 - low>(v), mask),
-                              masked(shifted_right<2 - low>(v), mask), masked(shifted_right<3 - low>(v), mask),
-                              masked(shifted_right<4 - low>(v), mask), masked(shifted_right<5 - low>(v), mask),
-                              masked(shifted_right<6 - low>(v), mask), masked(shifted_right<7 - low>(v), mask)};
-        for (int q = 0; q < 8; ++q) quads[q] = either(quads[q], parts[q]);
+        quad = either(quad, masked(shifted_right<q - low>(load_vec(at)), broadcast_vec(0x01010101 << low)));
     }
+    return quad;
 }
 
 // Sums of one run for a tile of `rows` rows and kTileVecs vectors of outputs, and what becomes of them. `raw`: the
@@ -153,10 +142,10 @@ template <int rows, bool raw>
 struct Tile {
     Vec sum[rows][kTileVecs];
 
-    inline void begin(const int32_t* starts) {
+    inline void begin(const int32_t* starts, int64_t stride) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            const Vec start = broadcast_vec(starts[r * kMaxRuns]);
+            const Vec start = broadcast_vec(raw ? 0 : starts[r * stride]);
 #pragma GCC unroll 8
             for (int c = 0; c < kTileVecs; ++c) sum[r][c] = start;
         }
@@ -186,7 +175,8 @@ struct Panel {
     const float* scales;       // [runs][64]
     const uint8_t* activations;  // codes of the strip's first row at the panel's first input
     int64_t row_bytes;         // from one row of activations to the next
-    const int32_t* starts;     // [rows][kMaxRuns] where the sums of each run begin
+    const int32_t* starts;     // [rows, start_stride] where the sums of each run begin; not read where raw
+    int64_t start_stride;
     const uint8_t* ahead;      // weights that come next, to be fetched meanwhile,
     const uint8_t* ahead_end;  // up to here,
     int64_t ahead_bytes;       // so many in each run of a tile
@@ -203,7 +193,11 @@ HALVE_HOT void hot_tile(const Panel& p, int output, float* sums) {
     const int64_t row_bytes = p.row_bytes;
     for (int run = 0; run < p.runs; ++run) {
         Tile<rows, raw> tile;
-        tile.begin(p.starts + run);
+        if (raw) {
+            tile.begin(nullptr, 0);
+        } else {
+            tile.begin(p.starts + run, p.start_stride);
+        }
         for (const uint8_t* end = ahead + p.ahead_bytes; ahead < end && ahead < p.ahead_end; ahead += 64) {
             __builtin_prefetch(ahead, 0, 2);
         }

@@ -11,6 +11,7 @@
 namespace halve {
 namespace {
 
+constexpr int kHalfChunk = 16;
 constexpr float kSmallest = 1e-36f;  // below, 127 / absmax would leave float's range
 
 // The mean of squares is summed in double: squares of large floats would overflow in float.
@@ -43,45 +44,56 @@ inline float largest(const float* x, int64_t width) {
     return result + sum(broken);
 }
 
-// Codes of a row, with zeros up to code_stride, and the sums that products begin at.
+inline void write_start(const Activations& out, int32_t* starts, int64_t run, int32_t even, int32_t odd) {
+    const int shift = out.bits - 1;
+    const uint32_t a = static_cast<uint32_t>(-even) << shift, b = static_cast<uint32_t>(-odd) << shift;
+    starts[run] = static_cast<int32_t>(out.split ? (a & 0xffff) | b << 16 : a + b);
+}
+
+// Codes of a row, with zeros up to code_stride, and where the sums of its runs begin.
 inline void to_int8(const float* __restrict x, int64_t width, const Activations& out, int64_t row) {
     const float absmax = largest(x, width);
     const bool some = absmax >= kSmallest;
     const float inverse = some ? 127.0f / absmax : 0.0f;
     out.scale[row] = some ? absmax / 127.0f : absmax == absmax ? 0.0f : absmax;
-    int8_t* __restrict codes = out.codes + row * out.code_stride;
-    for (int64_t i = 0; i < out.code_stride; i += kChunk) {
-        alignas(64) float part[kChunk] = {};
-        const int64_t n = least(kChunk, width - i);
-        if (some && n > 0) {
-            if (n == kChunk) {
-                for (int j = 0; j < kChunk; ++j) part[j] = x[i + j] * inverse;
-            } else {
-                for (int64_t j = 0; j < n; ++j) part[j] = x[i + j] * inverse;
-            }
+    int32_t* starts = out.starts + row * out.start_stride;
+    int32_t even = 0, odd = 0;
+    int64_t run = 0;
+    for (int64_t i = 0; i < out.code_stride; i += kHalfChunk) {
+        float part[kHalfChunk] = {};
+        const int64_t n = least(kHalfChunk, width - i);
+        if (n == kHalfChunk) {
+            for (int j = 0; j < kHalfChunk; ++j) part[j] = some ? x[i + j] * inverse : 0.0f;
+        } else {
+            for (int64_t j = 0; j < n; ++j) part[j] = some ? x[i + j] * inverse : 0.0f;
         }
         // Adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the low bits.
-        int32_t whole[kChunk];
-        for (int j = 0; j < kChunk; ++j) {
+        int32_t whole[kHalfChunk];
+        for (int j = 0; j < kHalfChunk; ++j) {
             const float shifted = part[j] + 12582912.0f;
             int32_t bits;
             memcpy(&bits, &shifted, sizeof bits);
             whole[j] = bits - 0x4b400000;
         }
-        for (int j = 0; j < kChunk; ++j) codes[i + j] = static_cast<int8_t>(whole[j]);
         if (out.wide) {
-            int16_t* wide = out.wide + row * out.code_stride + i;
-            for (int j = 0; j < kChunk; ++j) wide[j] = static_cast<int16_t>(whole[(j & ~3) | (j & 1) << 1 | (j & 2) >> 1]);
+            int16_t* __restrict wide = out.wide + row * out.code_stride + i;
+            for (int j = 0; j < kHalfChunk; ++j) {
+                wide[j] = static_cast<int16_t>(whole[(j & ~3) | (j & 1) << 1 | (j & 2) >> 1]);
+            }
+        } else {
+            int8_t* __restrict codes = out.codes + row * out.code_stride + i;
+            for (int j = 0; j < kHalfChunk; ++j) codes[j] = static_cast<int8_t>(whole[j]);
         }
-        int32_t halves[2][2] = {};
-        for (int j = 0; j < kChunk; ++j) halves[j / 16][j / 2 % 2] -= whole[j];
-        out.sums[row * (out.code_stride / kChunk) + i / kChunk] = halves[0][0] + halves[0][1] + halves[1][0] + halves[1][1];
-        if (!out.halves) continue;
-        for (int h = 0; h < 2; ++h) {
-            out.halves[row * (out.code_stride / 16) + i / 16 + h] =
-                static_cast<int32_t>((static_cast<uint32_t>(halves[h][0]) & 0xffff) | static_cast<uint32_t>(halves[h][1]) << 16);
+        for (int j = 0; j < kHalfChunk; j += 4) {
+            even += whole[j] + whole[j + 1];
+            odd += whole[j + 2] + whole[j + 3];
+        }
+        if (out.run && (i + kHalfChunk) % out.run == 0 && run < out.start_stride) {
+            write_start(out, starts, run++, even, odd);
+            even = odd = 0;
         }
     }
+    if (!out.run) write_start(out, starts, 0, even, odd);
 }
 
 // The same rounding where products take floats: each value becomes its code times its scale.
@@ -111,7 +123,7 @@ void prepare(const Prepare& a, int64_t row) {
     }
     if (a.rounding != Rounding::kInt8) return;
     const float* from = a.gain ? y : x;
-    out.codes ? to_int8(from, a.width, out, row) : round_int8(from, y, a.width);
+    out.scale ? to_int8(from, a.width, out, row) : round_int8(from, y, a.width);
 }
 
 }  // namespace

@@ -13,18 +13,23 @@ enum class Rounding : int32_t { kNone = 0, kBfloat16 = 1, kInt8 = 2 };
 // Rows of activations as products take them; K' is K padded to a multiple of 32.
 //
 // Floats: `values` [T, value_stride]. Int8 (one scale a row, x ~ code * scale): `codes` [T, code_stride] and beyond K
-// zeros; `scale` [T]; `sums` [T, K' / 32], minus the sum of each chunk's codes. AVX2 multiplies bytes in pairs into 16
-// bits, and so needs also `halves` [T, K' / 16]: minus the sums of the even and of the odd pairs of 16 codes, as two
-// int16; and for 8-bit weights `wide` [T, code_stride]: codes as int16, those of a quad in the order 0, 2, 1, 3.
+// zeros, or for 8-bit weights on AVX2, which multiplies them as 16 bits, `wide` [T, code_stride]: those of a quad in
+// the order 0, 2, 1, 3; `scale` [T]; and `starts` [T, start_stride]: for each run of `run` inputs, minus the weights'
+// zero point times the sum of its codes, which is where the integer sums of the run begin. With run = 0 a row has one
+// start, of all its inputs. AVX2 multiplies narrower weights in pairs into 16 bits, and there a start is two int16, of
+// the even and of the odd pairs (`bits` and `split` say so to csrc/prepare.h).
 struct Activations {
     float* values;
     int8_t* codes;
     int16_t* wide;
     float* scale;
-    int32_t* sums;
-    int32_t* halves;
+    int32_t* starts;
     int64_t value_stride;
     int64_t code_stride;
+    int64_t start_stride;
+    int32_t run;    // inputs, a multiple of 16
+    int32_t bits;   // of the weights that the codes will meet
+    int32_t split;  // a start is two int16
 };
 
 // RMSNorm (arXiv:1910.07467) where there is a gain, then rounding.
