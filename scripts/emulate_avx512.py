@@ -42,8 +42,8 @@ PARAMS_BYTES, PAGE = 0x2000, 0x1000
 END = re.compile(r"^halve-init: (?:exit (\d+)|(.+))$", re.MULTILINE)
 
 # Skylake-X with the two features that the kernels use beyond it: under the newer models of Bochs 3.0, Linux 6.1 stops
-# before its first process. Its CPUID does not list BF16, hence --unchecked. `ips` is how fast time passes: of 10 million
-# instructions a second, 250 ticks leave 40,000 for each.
+# before its first process. Its CPUID does not list BF16, hence --unchecked. `ips` is how fast time passes: of 10
+# million instructions a second, 250 ticks leave 40,000 for each.
 BOCHSRC = """\
 config_interface: textconfig
 display_library: nogui

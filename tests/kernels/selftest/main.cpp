@@ -28,15 +28,19 @@ void Report::close(const std::string& what, const std::vector<float>& got, const
     size_t where = 0;
     for (size_t i = 0; i < got.size(); ++i) {
         if (std::isnan(got[i]) && std::isnan(wanted[i])) continue;
-        const double error = got[i] == wanted[i] ? 0.0 : std::fabs(static_cast<double>(got[i]) - wanted[i]) / bound[i];
-        if (error <= worst) continue;  // false for NaN, which then is the worst for good
+        double error = got[i] == wanted[i] ? 0.0 : std::fabs(static_cast<double>(got[i]) - wanted[i]) / bound[i];
+        if (std::isnan(error)) error = HUGE_VAL;
+        if (error <= worst) continue;
         worst = error;
         where = i;
     }
-    const std::string found =
-        format(", %g for %g at %zu", static_cast<double>(got[where]), static_cast<double>(wanted[where]), where);
-    line(worst <= 1.0 && got.size() == wanted.size(), what,
-         format("worst %.3f of the bound", worst) + (worst <= 1.0 ? "" : found));
+    const bool ok = worst <= 1.0 && !got.empty() && got.size() == wanted.size();
+    std::string detail = format("worst %.3f of the bound", worst);
+    if (worst > 1.0) {
+        detail +=
+            format(", %g for %g at %zu", static_cast<double>(got[where]), static_cast<double>(wanted[where]), where);
+    }
+    line(ok, what, detail);
 }
 
 int Report::finish() const {

@@ -126,31 +126,54 @@ Weight make_weight(const WeightShape& s, Random& random) {
     return w;
 }
 
-// Room for prepared rows. Without codes (`floats`), int8 rounding leaves floats.
+// How the tiles of an instruction set take int8 activations for weights of so many bits: what native.py's `Isa` says.
+struct Codes {
+    int bits = 8;
+    int64_t run = 0;     // inputs summed as integers before they are scaled; 0 for all
+    bool pairs = false;  // bytes are multiplied in pairs, into 16 bits
+};
+
+Codes codes_for(const Rows& rows, int bits, int64_t group) {
+#ifdef HALVE_HAS_AVX2
+    if (&rows == &rows_avx2) {
+        const int64_t most = bits == 6 ? 16 : bits == 5 ? 32 : 64;
+        return {bits, bits == 8 || group < most ? group : most, true};
+    }
+#endif
+    (void)rows;
+    return {bits, group, false};
+}
+
+// Room for prepared rows. Without codes, int8 rounding leaves floats.
 struct Prepared {
     std::vector<float> values, scale;
     std::vector<int8_t> codes;
     std::vector<int16_t> wide;
-    std::vector<int32_t> sums, halves;
+    std::vector<int32_t> starts;
     Activations record{};
 
-    Prepared(int64_t rows, int64_t width, bool floats) {
-        const int64_t stride = ceil_div(width, kChunk) * kChunk;
+    Prepared(int64_t rows, int64_t width) {
         values.assign(static_cast<size_t>(rows * width), -7.0f);
         record.values = values.data();
         record.value_stride = width;
-        record.code_stride = stride;
-        if (floats) return;
-        codes.assign(static_cast<size_t>(rows * stride), 77);
-        wide.assign(codes.size(), 77);
+    }
+
+    Prepared(int64_t rows, int64_t width, const Codes& how) : Prepared(rows, width) {
+        const int64_t padded = ceil_div(width, kChunk) * kChunk;
+        const bool is_wide = how.pairs && how.bits == 8;
+        record.code_stride = padded + 2 * kChunk;
+        record.start_stride = how.run ? padded / how.run : 1;
+        record.run = static_cast<int32_t>(how.run);
+        record.bits = how.bits;
+        record.split = how.pairs && how.bits < 8;
+        codes.assign(is_wide ? 0 : static_cast<size_t>(rows * record.code_stride), 77);
+        wide.assign(is_wide ? static_cast<size_t>(rows * record.code_stride) : 0, 77);
         scale.assign(static_cast<size_t>(rows), -7.0f);
-        sums.assign(static_cast<size_t>(rows * stride / kChunk), 77);
-        halves.assign(static_cast<size_t>(rows * stride / 16), 77);
-        record.codes = codes.data();
-        record.wide = wide.data();
+        starts.assign(static_cast<size_t>(rows * record.start_stride), 77);
+        record.codes = is_wide ? nullptr : codes.data();
+        record.wide = is_wide ? wide.data() : nullptr;
         record.scale = scale.data();
-        record.sums = sums.data();
-        record.halves = halves.data();
+        record.starts = starts.data();
     }
 };
 
@@ -206,7 +229,8 @@ std::vector<float> run_product(const Rows& rows, const Case& c, const std::vecto
                                const std::vector<float>& before) {
     const int64_t k = c.weight.inputs, n = c.weight.outputs, stride = n + 3;
     const bool integers = c.weight.kind == StoredKind::kInt && takes_codes(rows, c.rounding);
-    const Prepared prepared(c.rows, k, !integers);
+    const Prepared prepared =
+        integers ? Prepared(c.rows, k, codes_for(rows, c.weight.bits, c.weight.group)) : Prepared(c.rows, k);
     prepare_rows(rows, x, nullptr, k, c.rounding, prepared);
     std::vector<float> y = before;
     Product work{};
@@ -267,6 +291,30 @@ void check_case(Report& report, const Case& c) {
                  run_product(rows_baseline, c, x, weights, bias, before), bounds(c, x, weights));
 }
 
+// Codes of activations, and where the sums of their runs begin.
+void check_codes(Report& report, const std::vector<float>& x, const float* gain, int64_t width, const Codes& how) {
+    const int64_t rows = static_cast<int64_t>(x.size()) / width;
+    const Prepared got(rows, width, how), wanted(rows, width, how);
+    prepare_rows(report.rows, x, gain, width, Rounding::kInt8, got);
+    prepare_rows(rows_baseline, x, gain, width, Rounding::kInt8, wanted);
+    const std::string what =
+        format("prepare int8%s width=%d bits=%d run=%d%s ", gain ? " normed" : "", static_cast<int>(width), how.bits,
+               static_cast<int>(how.run), how.pairs ? " pairs" : "");
+    if (!gain) {
+        report.same(what + "codes", got.codes, wanted.codes);
+        report.same(what + "wide codes", got.wide, wanted.wide);
+        report.same(what + "scale", got.scale, wanted.scale);
+        report.same(what + "starts", got.starts, wanted.starts);
+        return;
+    }
+    // A norm's last bit may move a code to its neighbour; starts follow the codes, as seen without a norm.
+    const bool wide = got.codes.empty();
+    const std::vector<float> codes = wide ? floats_of(got.wide) : floats_of(got.codes);
+    report.close(what + "codes", codes, wide ? floats_of(wanted.wide) : floats_of(wanted.codes),
+                 std::vector<double>(codes.size(), 1.0));
+    report.close(what + "scale", got.scale, wanted.scale, std::vector<double>(got.scale.size(), 1e-6));
+}
+
 constexpr StoredKind kNoScale = StoredKind::kInt;
 constexpr StoredKind kBf16 = StoredKind::kBfloat16;
 constexpr int kWidths[] = {2, 3, 4, 5, 6, 8};
@@ -280,7 +328,7 @@ void check_prepare(Report& report) {
         const std::vector<float> x = make_rows(rows, width, true, random), gain = random.values(width);
         const int w = static_cast<int>(width);
         for (const Rounding rounding : {Rounding::kNone, Rounding::kBfloat16, Rounding::kInt8}) {
-            const Prepared got(rows, width, true), wanted(rows, width, true);
+            const Prepared got(rows, width), wanted(rows, width);
             prepare_rows(report.rows, x, nullptr, width, rounding, got);
             prepare_rows(rows_baseline, x, nullptr, width, rounding, wanted);
             std::vector<double> bound;
@@ -289,27 +337,10 @@ void check_prepare(Report& report) {
             report.close(format("prepare %s width=%d as floats", name_of(rounding), w), got.values, wanted.values,
                          bound);
         }
-        for (const bool normed : {false, true}) {
-            const Prepared got(rows, width, false), wanted(rows, width, false);
-            prepare_rows(report.rows, x, normed ? gain.data() : nullptr, width, Rounding::kInt8, got);
-            prepare_rows(rows_baseline, x, normed ? gain.data() : nullptr, width, Rounding::kInt8, wanted);
-            const std::string what = format("prepare int8%s width=%d ", normed ? " normed" : "", w);
-            if (!normed) {
-                report.same(what + "codes", got.codes, wanted.codes);
-                report.same(what + "scale", got.scale, wanted.scale);
-                report.same(what + "sums", got.sums, wanted.sums);
-                report.same(what + "halves", got.halves, wanted.halves);
-                report.same(what + "wide", got.wide, wanted.wide);
-                continue;
-            }
-            // A norm's last bit may move a code to its neighbour, and each of 32 in a sum.
-            report.close(what + "codes", floats_of(got.codes), floats_of(wanted.codes),
-                         std::vector<double>(got.codes.size(), 1.0));
-            report.close(what + "wide", floats_of(got.wide), floats_of(wanted.wide),
-                         std::vector<double>(got.wide.size(), 1.0));
-            report.close(what + "sums", floats_of(got.sums), floats_of(wanted.sums),
-                         std::vector<double>(got.sums.size(), 32.0));
-            report.close(what + "scale", got.scale, wanted.scale, std::vector<double>(got.scale.size(), 1e-6));
+        for (const Codes& how :
+             {Codes{8, 0, false}, Codes{8, 0, true}, Codes{4, 32, false}, Codes{4, 32, true}, Codes{6, 16, true}}) {
+            check_codes(report, x, nullptr, width, how);
+            check_codes(report, x, gain.data(), width, how);
         }
     }
 }
@@ -318,6 +349,7 @@ void check_product(Report& report) {
     for (const Rounding rounding : {Rounding::kInt8, Rounding::kBfloat16, Rounding::kNone}) {
         for (const int bits : kWidths) {
             for (const int64_t group : {0, 32, 64, 128}) {
+                if (!group && bits < 8) continue;           // no format has one scale a row below 8 bits
                 const int64_t k = group ? group * 3 : 419;  // one scale a row: any K
                 const StoredKind scale = group == 64    ? StoredKind::kFloat32
                                          : group == 128 ? StoredKind::kFloat16
