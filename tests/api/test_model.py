@@ -1,12 +1,16 @@
 """`halve.load(path).generate(...)`."""
 
+import asyncio
+import json
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import halve
-from halve.core.errors import RequestError, TextError
+from halve.core.errors import ConfigError, EngineError, RequestError, TextError
+from halve.engine import EngineConfig, SamplingParams
 from halve.models.embedded import embedded_model_path
 from tests.api.tiny import CONTEXT, VOCABULARY, make_model, tokenizer, words
 
@@ -40,6 +44,97 @@ def test_the_same_seed_gives_the_same_text_and_another_another(model):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_many_prompts_are_answered_together_in_their_order(story_teller):
+    prompts = [PROMPT, "The", PROMPT[:20]]
+    together = story_teller.generate_all(prompts, max_tokens=12)
+    assert [c.text for c in together] == [story_teller.generate(p, max_tokens=12).text for p in prompts]
+    group = story_teller.generate_all([PROMPT], SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=12))
+    assert group[0].text == story_teller.generate(PROMPT, temperature=1.0, seed=5, max_tokens=12).text
+    assert len({c.text for c in group}) == 3
+    with pytest.raises(RequestError, match=r"n: 2 answers can't be one completion; use generate_all"):
+        story_teller.generate(PROMPT, n=2)
+
+
+def test_parameters_come_as_one_record_or_as_keywords(model):
+    with pytest.raises(RequestError, match="give SamplingParams, or its fields as keywords, not both"):
+        model.generate("dabo", SamplingParams(), max_tokens=3)
+    with pytest.raises(RequestError, match="sampling: there is no 'max_token'"):
+        model.generate("dabo", max_token=3)
+
+
+def test_a_prompt_seen_before_is_taken_from_the_cache(story_teller):
+    prompt = story_teller.tokenizer.encode(PROMPT * 4)
+    first, again = (story_teller.generate(prompt, max_tokens=8) for _ in range(2))
+    assert again.num_cached_tokens == (len(prompt) - 1) // 16 * 16 > 0
+    assert again.token_ids == first.token_ids
+
+
+@pytest.mark.parametrize(("count", "tokens", "blocks"), [(32, 12, 1000), (12, 40, 20)])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1}])
+def test_deterministic_gives_a_request_alone_what_it_gets_among_others(sampling, count, tokens, blocks):
+    """The C++ kernels sum each row by itself: neighbours, chunks, cached prefixes, preemption change not one bit."""
+    path = embedded_model_path()
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 2000, rng.integers(1, 60)).tolist() for _ in range(count)]
+    each = [SamplingParams.of(max_tokens=tokens, seed=i, logprobs=1, ignore_eos=True, **sampling) for i in range(count)]
+    cache_bytes = blocks * 16 * halve.inspect(path).kv_cache_bytes_per_token
+    batched = halve.load(path, engine=EngineConfig(deterministic=True, max_tokens_per_step=64), cache_bytes=cache_bytes)
+    together = batched.generate_all(prompts, each)
+    metrics = batched.engine.metrics()
+    assert metrics.num_steps < count * tokens / 2
+    assert (metrics.num_preemptions > 0) == (blocks == 20)
+    single = halve.load(path, engine=EngineConfig(deterministic=True, max_num_seqs=1, max_tokens_per_step=512))
+    for prompt, params, among in zip(prompts, each, together, strict=True):
+        alone = single.generate(prompt, params)
+        assert alone.token_ids == among.token_ids
+        assert alone.logprobs == among.logprobs  # to the bit
+
+
+def test_deterministic_refuses_torch(tiny, monkeypatch):
+    monkeypatch.setattr("halve.kernels.native_library.available", lambda: "not built")
+    with pytest.raises(ConfigError, match="results depend on what else is in the batch"):
+        halve.load(tiny, engine=EngineConfig(deterministic=True)).generate("dabo")
+
+
+def test_the_cache_is_sized_by_memory_and_by_what_the_engine_can_fill(tiny):
+    one = halve.load(tiny, cache_bytes=100_000)
+    per_block = one.config.kv_cache_bytes_per_token * 16
+    assert one.engine.metrics().blocks_free == 100_000 // per_block
+    assert halve.load(tiny, engine=EngineConfig(max_num_seqs=2)).engine.metrics().blocks_free == 2 * CONTEXT // 16
+    with pytest.raises(RequestError, match="100 bytes hold no block"):
+        halve.load(tiny, cache_bytes=100)
+
+
+def test_a_prompt_that_the_cache_cannot_hold_is_refused(tiny):
+    one = halve.load(tiny, cache_bytes=20_000)
+    with pytest.raises(RequestError, match=r"tokens of cache, there are \d+ in all; .* or give the cache more memory"):
+        one.generate([5] * 100)
+
+
+def test_a_file_of_prompts_is_answered(model, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"id": str(i), "prompt": words(i, 4)}) + "\n" for i in range(5)))
+    assert model.run_file(source, out, max_tokens=3).num_completed == 5
+    texts = {r["id"]: r["completions"][0]["text"] for r in map(json.loads, out.read_text().splitlines())}
+    assert texts["3"] == model.generate(words(3, 4), max_tokens=3).text
+
+
+def test_an_event_loop_reads_a_stream(story_teller):
+    async def read():
+        return "".join([output.text async for output in story_teller.stream(PROMPT, max_tokens=10)])
+
+    assert asyncio.run(read()) == story_teller.generate(PROMPT, max_tokens=10).text
+
+
+def test_a_closed_model_answers_no_more(tiny):
+    one = halve.load(tiny)
+    one.close()
+    one.generate("dabo", max_tokens=1)
+    one.close()
+    with pytest.raises(EngineError, match="the engine is closed"):
+        one.generate("dabo")
+
+
 def test_text_ends_before_a_stop_string(story_teller):
     whole = story_teller.generate(PROMPT, max_tokens=30)
     made = story_teller.generate(PROMPT, max_tokens=30, stop=["."])
@@ -50,8 +145,6 @@ def test_text_ends_before_a_stop_string(story_teller):
 
 
 def test_streamed_text_adds_up_to_the_completion(story_teller):
-    from halve.engine import SamplingParams
-
     pieces = [output.text for output in story_teller.stream(PROMPT, SamplingParams(max_tokens=20))]
     assert "".join(pieces) == story_teller.generate(PROMPT, max_tokens=20).text
 

@@ -124,6 +124,10 @@ def test_sampling_out_of_range_is_told_before_the_model_is_opened(refused, tmp_p
     assert refused(*generate, "--top-p", 1.5) == "top_p: 1.5 must be above 0 and at most 1"
     assert refused(*generate, "--max-tokens", 0) == "max_tokens: 0 must be a whole number, 1 or more"
     assert "seed: -1 must be" in refused(*generate, "--seed", -1)
+    assert "top_k: -1 must be" in refused(*generate, "--top-k", -1)
+    assert "n: 0 must be" in refused(*generate, "-n", 0)
+    assert "'seven' is not ID=VALUE, such as 17=-100" in refused(*generate, "--logit-bias", "seven")
+    assert "they are told in JSON only; add --json" in refused(*generate, "--logprobs", 2)
 
 
 def test_a_prompt_longer_than_the_context(refused, tiny):

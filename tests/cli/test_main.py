@@ -12,7 +12,7 @@ from halve import __version__
 from halve.models.embedded import embedded_model_path
 from tests.api.tiny import VOCABULARY, command, environment, halve, python, write_text
 
-VERBS = ["optimize", "verify", "generate", "demo", "inspect", "doctor"]
+VERBS = ["optimize", "verify", "generate", "batch", "demo", "inspect", "doctor"]
 
 # Run the command in a fresh process, and then say what of these it has loaded.
 LOADED = """
@@ -165,6 +165,55 @@ def test_generate_repeats_a_seed_and_ends_at_a_stop_string(tiny, shell):
     story = ["generate", embedded_model_path(), "Once upon a time there was", "--max-tokens", 30]
     whole = shell(*story).out
     assert shell(*story, "--stop", ".").out == whole[: whole.index(".")] + "\n"
+
+
+def test_several_answers_are_numbered_and_in_json_a_list(tiny, shell):
+    sampled = ["generate", tiny, "dabo", "--temperature", 1, "--seed", 3, "--max-tokens", 6, "-n", 3]
+    raw = shell(*sampled, "--json").json["completions"]
+    assert [answer["index"] for answer in raw] == [0, 1, 2]
+    assert shell(*sampled).out == "".join(f"[{i + 1}] {answer['text']}\n" for i, answer in enumerate(raw))
+
+
+def test_every_sampling_flag_reaches_the_sampler(tiny, shell):
+    base = ["generate", tiny, "dabo", "--max-tokens", 12, "--json"]
+    plain = shell(*base).json["token_ids"]
+    assert shell(*base, "--logit-bias", "7=100", "--logit-bias", "8=-100").json["token_ids"] == [7] * 12
+    for flag, value in (("presence", 2), ("frequency", 2), ("repetition", 50)):
+        biased = [*base, "--logit-bias", f"{plain[0]}=1", f"--{flag}-penalty", value]
+        assert shell(*biased).json["token_ids"] != shell(*biased[:-2]).json["token_ids"], flag
+    hot = [*base, "--temperature", 5, "--seed", 1]
+    assert shell(*hot).json["token_ids"] != plain
+    for cut in (["--top-k", 1], ["--top-p", 1e-9], ["--min-p", 1]):
+        assert shell(*hot, *cut).json["token_ids"] == plain, cut
+    assert shell(*hot, "--typical-p", 1e-9).json["token_ids"] != shell(*hot).json["token_ids"]
+    logprobs = shell(*base, "--logprobs", 2).json["logprobs"]
+    assert [len(token["top"]) for token in logprobs] == [2] * 12
+
+
+def test_an_answer_is_no_shorter_than_asked_and_keeps_its_stop_if_asked(shell):
+    story = ["generate", embedded_model_path(), "Once upon a time there was", "--max-tokens", 30, "--stop", "."]
+    cut = shell(*story).out
+    assert shell(*story, "--include-stop").out == cut[:-1] + ".\n"
+    assert len(shell(*story, "--min-tokens", 29).out) > len(cut)
+
+
+def test_batch_answers_a_file_and_takes_up_what_is_there(tiny, shell, tmp_path):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "dabo kuma"}\n{"id": "b", "prompt": "dabo", "sampling": {"top_p": 2}}\n')
+    batch = ["batch", tiny, prompts, "-o", out, "--max-tokens", 5]
+    assert shell(*batch).out == f"1 of 2 prompts answered, 1 refused\n{out}\n"
+    records = {record["id"]: record for record in map(json.loads, out.read_text().splitlines())}
+    alone = shell("generate", tiny, "dabo kuma", "--max-tokens", 5, "--json").json
+    assert records["a"]["completions"][0]["text"] == alone["text"]
+    assert records["b"]["error"] == "top_p: 2 must be above 0 and at most 1"
+    again = shell(*batch, "--json").json
+    assert again == {"num_lines": 2, "num_resumed": 2, "num_completed": 0, "num_errors": 0, "out": str(out)}
+    assert "2 were there" in shell(*batch).out
+
+
+def test_batch_refuses_prompts_that_are_not_there(tiny, shell, tmp_path):
+    ran = shell("batch", tiny, tmp_path / "no.jsonl", "-o", tmp_path / "out.jsonl")
+    assert (ran.code, "no.jsonl: can't be read" in ran.err) == (1, True)
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(tiny):

@@ -7,27 +7,52 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from halve.engine import Engine, EngineConfig
+from halve.engine import Engine, EngineConfig, EngineCore
 from halve.text import Tokenizer
 
 from .toy import ToyRunner
 
 
 @pytest.fixture
+def core() -> Iterator[Callable[..., EngineCore]]:
+    """Make engine cores; at the end of the test no block of any may be lost."""
+    made: list[EngineCore] = []
+
+    def make(
+        runner: Any = None, tokenizer: Tokenizer | None = None, eos: tuple[int, ...] = (), **config: Any
+    ) -> EngineCore:
+        made.append(EngineCore(runner or ToyRunner(), tokenizer, EngineConfig(**config), eos_token_ids=eos))
+        return made[-1]
+
+    yield make
+    for one in made:
+        check(one)
+
+
+@pytest.fixture
 def engine() -> Iterator[Callable[..., Engine]]:
-    """Make engines; at the end of the test every block of each must be free."""
+    """Make engines; at the end of the test each is closed, and no block may be lost."""
     made: list[Engine] = []
 
     def make(
-        runner: Any = None, tokenizer: Tokenizer | None = None, eos: tuple[int, ...] = (), **config: int
+        runner: Any = None, tokenizer: Tokenizer | None = None, eos: tuple[int, ...] = (), **config: Any
     ) -> Engine:
         made.append(Engine(runner or ToyRunner(), tokenizer, EngineConfig(**config), eos_token_ids=eos))
         return made[-1]
 
     yield make
     for one in made:
-        one.pool.check()
-        assert one.has_unfinished or one.pool.num_free == one.pool.num_blocks
+        one.close()
+        check(one._worker.core)
+        assert not one._worker.core.has_unfinished
+
+
+def check(core: EngineCore) -> None:
+    """free + cached + used == total, and used is 0 where nothing is unfinished."""
+    core.check_invariants()
+    pool = core.scheduler.pool
+    assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
+    assert core.has_unfinished or pool.num_used == 0
 
 
 @pytest.fixture(scope="session")

@@ -1,329 +1,366 @@
+"""The engine from outside: threads, event loops, errors, the end."""
+
+import asyncio
+import gc
+import random
 import subprocess
 import sys
+import threading
+import time
+import weakref
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from halve.core.errors import ConfigError, HalveError, RequestError
-from halve.engine import Completion, Engine, EngineConfig
+from halve.core.errors import EngineError, RequestError
+from halve.engine import Completion, Engine, SamplingParams
 
-from .toy import ScriptedRunner, ToyRunner, alone, request
+from .toy import ScriptedRunner, StubRunner, ToyRunner, alone, request
 
 
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 50, size=rng.integers(1, 30)).tolist() for _ in range(count)]
+class SlowRunner(ToyRunner):
+    """Lets others in between two steps; `gate` holds it back altogether."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, batch, rows, sampling):
+        time.sleep(0.001)
+        self.gate.wait(20)
+        return super().run(batch, rows, sampling)
 
 
-@pytest.mark.parametrize("max_tokens_per_step", [4, 5, 16, 512])
-@pytest.mark.parametrize("max_num_seqs", [1, 4])
-def test_a_ragged_batch_gives_each_request_what_it_gets_alone(engine, max_tokens_per_step, max_num_seqs):
-    one = engine(max_tokens_per_step=max_tokens_per_step, max_num_seqs=max_num_seqs)
-    wanted = {f"r{i}": (prompt, 1 + 3 * i) for i, prompt in enumerate(prompts(9))}
-    done = one.complete([request(name, prompt, max_tokens=n) for name, (prompt, n) in wanted.items()])
-    for completion in done:
-        prompt, n = wanted[completion.request_id]
-        assert completion.token_ids == alone(prompt, n)
-        assert (completion.prompt_tokens, completion.completion_tokens) == (len(prompt), n)
-        assert completion.finish_reason == "length"
-        assert completion.text == ""
-    assert [c.request_id for c in done] == list(wanted)
-    assert max(batch.num_tokens for batch in one.runner.batches) <= max_tokens_per_step
-    assert max(batch.num_sequences for batch in one.runner.batches) <= max_num_seqs
+async def drain(stream):
+    return [output async for output in stream]
 
 
-def test_a_prompt_in_chunks_gives_what_it_gives_whole(engine):
-    prompt = prompts(1, seed=5)[0] * 2
-    for size in (1, 2, 3, 7, 100):
-        one = engine(max_tokens_per_step=size, max_num_seqs=1)
-        assert one.complete([request("a", prompt, max_tokens=5)])[0].token_ids == alone(prompt, 5)
-        assert len(one.runner.batches) == -(-len(prompt) // size) + 4
+def many(**sampling):
+    return SamplingParams(max_tokens=40, **sampling)
 
 
-def test_requests_may_arrive_at_any_step(engine):
-    one = engine(max_num_seqs=4, max_tokens_per_step=8)
-    wanted = {f"r{i}": prompt for i, prompt in enumerate(prompts(7, seed=2))}
-    todo, got = dict(wanted), {name: [] for name in wanted}
-    while todo or one.has_unfinished:
-        if todo:
-            name = next(iter(todo))
-            one.add(request(name, todo.pop(name), max_tokens=6))
-        for output in one.step():
-            got[output.request_id].append(output)
-    for name, outputs in got.items():
-        assert Completion.from_outputs(outputs).token_ids == alone(wanted[name], 6)
+def settle(engine):
+    """Wait until nothing runs."""
+    for _ in range(2000):
+        metrics = engine.metrics()
+        if not engine._worker._inbox and metrics.num_running == metrics.num_waiting == 0:
+            return metrics
+        time.sleep(0.005)
+    raise AssertionError(metrics)
 
 
-def test_sampled_tokens_depend_on_the_seed_and_not_on_the_neighbours(engine):
-    def run(seeds: list[int | None], **config: int) -> dict[int | None, tuple[int, ...]]:
-        requests = [request(str(i), [1, 2, 3], temperature=1.0, seed=s, max_tokens=12) for i, s in enumerate(seeds)]
-        return {s: c.token_ids for s, c in zip(seeds, engine(**config).complete(requests), strict=True)}
-
-    alone_7 = run([7])[7]
-    together = run([3, 7, 9, 2**64 - 1], max_tokens_per_step=4, max_num_seqs=3)
-    assert together[7] == alone_7
-    assert len(set(together.values())) == 4
-    assert run([None])[None] != run([None])[None]  # 12 tokens of 50: equal once in 10^16 at most
+def test_generate_answers_in_the_order_of_the_prompts(engine):
+    prompts = [[i, i + 1, i + 2] for i in range(9)]
+    sampling = [SamplingParams(max_tokens=9 - i) for i in range(9)]
+    done = engine(max_num_seqs=3).generate(prompts, sampling)
+    assert [c.token_ids for c in done] == [alone(p, s.max_tokens) for p, s in zip(prompts, sampling, strict=True)]
+    group = engine().generate(prompts, SamplingParams(n=2, max_tokens=3))
+    assert [(c.prompt_tokens, c.index) for c in group] == [(3, 0), (3, 1)] * 9
+    assert engine().generate([]) == []
 
 
-def test_text_ends_at_the_context_when_max_tokens_goes_beyond(engine):
-    one = engine(ToyRunner(context=10))
-    [done] = one.complete([request("a", range(7), max_tokens=500)])
-    assert (done.finish_reason, done.completion_tokens) == ("length", 3)
-
-
-def test_end_of_sequence_ends_a_request(engine, tokenizer):
-    eos = tokenizer.eos_token_id
-    script = [*tokenizer.encode("hi"), eos, *tokenizer.encode("more")]
-    runner = ScriptedRunner(tokenizer.vocab_size, {1: script})
-    one = engine(runner, tokenizer, eos=(eos,))
-    [done] = one.complete([request("a", [1])])
-    assert (done.text, done.finish_reason, done.token_ids) == ("hi", "stop", tuple(script[:3]))
-    [done] = one.complete([request("a", [1], ignore_eos=True, max_tokens=5)])
-    assert (done.text, done.finish_reason) == ("himo", "length")
-
-
-def test_a_stop_token_ends_a_request_and_is_not_in_its_text(engine, tokenizer):
-    script = tokenizer.encode("one.two")
-    one = engine(ScriptedRunner(tokenizer.vocab_size, {1: script}), tokenizer)
-    [done] = one.complete([request("a", [1], stop_token_ids=tuple(tokenizer.encode(".")), ignore_eos=True)])
-    assert (done.text, done.finish_reason, done.completion_tokens) == ("one", "stop", 4)
+def test_text_goes_in_and_comes_out(engine, tokenizer):
+    script = [0, *tokenizer.encode("über 🙂 end")]
+    one = engine(ScriptedRunner(tokenizer.vocab_size, dict.fromkeys(range(300), script)), tokenizer)
+    [done] = one.generate(["a"], SamplingParams(max_tokens=len(script)))
+    assert done.text == "über 🙂 end"
+    assert [o.text for o in one.stream("a", SamplingParams(max_tokens=4))] == ["", "", "ü", "b"]
 
 
 @pytest.mark.parametrize(
-    ("said", "stop", "text", "reason"),
+    ("arguments", "error"),
     [
-        ("go on stop here", ("stop",), "go on ", "stop"),
-        ("go on sto", ("stop",), "go on sto", "length"),
-        ("ssstoppp", ("stop",), "ss", "stop"),
-        ("xabcy", ("bc", "abcd", "abc"), "x", "stop"),
-        ("xabcy", ("bcy", "b"), "xa", "stop"),
-        ("stop", ("stop",), "", "stop"),
-        ("a\n\nb", ("\n\n",), "a", "stop"),
-        ("über 🙂🙂 东京", ("🙂 东",), "über 🙂", "stop"),
-        ("über 🙂🙂 东京", ("🙃",), "über 🙂🙂 东京", "length"),
+        (("one prompt",), "'one prompt' is one prompt; give a list of them"),
+        (([[1]], [SamplingParams()] * 2), "sampling: 2 for 1 prompts; give one, or one for each"),
+        (([[]],), "prompt: it is empty"),
+        ((["text"],), "this engine has no tokenizer; give token ids"),
+        (([[99]],), "prompt_token_ids holds 99, the vocabulary ends at 49"),
     ],
 )
-def test_a_stop_string_ends_the_text_before_it(engine, tokenizer, said, stop, text, reason):
-    for script in (tokenizer.encode(said), bytes_of(tokenizer, said)):
-        one = engine(ScriptedRunner(tokenizer.vocab_size, {1: script}), tokenizer)
-        outputs = list(one.generate([request("a", [1], stop=stop, max_tokens=len(script))]))
-        assert "".join(output.text for output in outputs) == text
-        assert outputs[-1].finish_reason == reason
-        assert all("\ufffd" not in output.text for output in outputs)
-
-
-def bytes_of(tokenizer, text):
-    """One token for each byte, as a model that knows no merges would say it."""
-    by_piece = {tokenizer.decode_stream().push(i): i for i in range(1, 257)}
-    single = {i for piece, i in by_piece.items() if len(piece) == 1}
-    tokens = []
-    for token in tokenizer.encode(text):
-        piece = tokenizer.decode([token])
-        tokens += [token] if token <= 256 else [by_piece[c] for c in piece]
-    assert set(tokens) <= single | set(range(1, 257))
-    return tokens
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    said=st.text("abcst op🙂", max_size=14),
-    stops=st.lists(st.text("abcst op🙂", min_size=1, max_size=4), max_size=3),
-)
-def test_where_tokens_begin_and_end_does_not_move_a_stop(tokenizer, said, stops):
-    ends = [(said.find(s) + len(s), -len(s)) for s in stops if s in said]
-    expected = said[: min(ends)[0] + min(ends)[1]] if ends else said
-    for script in (tokenizer.encode(said), bytes_of(tokenizer, said)):
-        if not script:
-            continue
-        one = Engine(ScriptedRunner(tokenizer.vocab_size, {1: script}), tokenizer)
-        [done] = one.complete([request("a", [1], stop=tuple(stops), max_tokens=len(script))])
-        assert done.text == expected
-        assert done.finish_reason == ("stop" if ends else "length")
-        one.pool.check()
-
-
-def test_a_text_cut_within_a_character_ends_in_a_replacement(engine, tokenizer):
-    script = tokenizer.encode("a🙂")[:3]
-    one = engine(ScriptedRunner(tokenizer.vocab_size, {1: script}), tokenizer)
-    [done] = one.complete([request("a", [1], max_tokens=3, stop=("z",))])
-    assert done.text == "a\ufffd" == tokenizer.decode(script)
-
-
-def test_an_abort_frees_the_blocks_at_once_and_is_told_by_the_next_step(engine, tokenizer):
-    script = tokenizer.encode("stostostosto")
-    one = engine(ScriptedRunner(tokenizer.vocab_size, {1: script, 2: script}), tokenizer)
-    one.add(request("a", [1], max_tokens=5, stop=("stop",)))
-    one.add(request("b", [2], max_tokens=2))
-    first = one.step()
-    assert one.abort("a")
-    one.pool.check()
-    assert one.pool.num_free == one.pool.num_blocks - 1
-    assert not one.abort("a")
-    told, other = one.step()
-    assert (told.request_id, told.token_id, told.finish_reason) == ("a", None, "abort")
-    assert first[0].text + told.text == "sto"
-    assert (other.request_id, other.finish_reason) == ("b", "length")
-    assert not one.has_unfinished
-    assert one.step() == []
-
-
-def test_an_abort_of_a_waiting_request_is_told_too(engine):
-    one = engine(max_num_seqs=1)
-    one.add(request("a", [1], max_tokens=2))
-    one.add(request("b", [1]))
-    one.step()
-    assert one.abort("b")
-    assert {o.request_id: o.finish_reason for o in one.step()} == {"a": "length", "b": "abort"}
-
-
-def test_an_id_may_be_used_again_once_its_end_is_told(engine):
-    one = engine()
-    one.add(request("a", [1]))
-    with pytest.raises(RequestError, match="request 'a': a request whose end is not told yet has this id"):
-        one.add(request("a", [2]))
-    one.abort("a")
-    with pytest.raises(RequestError, match="not told yet"):
-        one.add(request("a", [2]))
-    one.step()
-    one.add(request("a", [2], max_tokens=1))
-    assert one.step()[0].finish_reason == "length"
-
-
-ACTIONS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 20), st.integers(1, 70)),
-    st.tuples(st.just("abort"), st.integers(0, 30), st.just(0)),
-    st.tuples(st.just("step"), st.just(0), st.just(0)),
-    st.tuples(st.just("fail"), st.just(0), st.just(0)),
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(actions=st.lists(ACTIONS, max_size=40), size=st.integers(1, 12))
-def test_whatever_happens_every_request_gets_one_end_and_every_block_comes_back(actions, size):
-    runner = ToyRunner(context=24, num_blocks=8)
-    one = Engine(runner, None, EngineConfig(max_num_seqs=min(3, size), max_tokens_per_step=size), eos_token_ids=(4, 5))
-    ends: dict[str, int] = {}
-    dropped: set[str] = set()
-
-    def note(outputs):
-        for output in outputs:
-            ends[output.request_id] += output.finish_reason is not None
-
-    for kind, number, most in actions:
-        if kind == "add":
-            ends[name := f"r{len(ends)}"] = 0
-            one.add(request(name, range(number), max_tokens=most))
-        elif kind == "abort":
-            one.abort(f"r{number}")
-        elif kind == "step":
-            note(one.step())
-        else:
-            runner.run, run = broken, runner.run
-            waiting = {name for name, count in ends.items() if not count}
-            try:
-                note(one.step())
-            except OSError:
-                dropped |= waiting - {output.request_id for output in one._aborted}
-            runner.run = run
-        one.pool.check()
-    while one.has_unfinished:
-        note(one.step())
-        one.pool.check()
-    assert one.pool.num_free == one.pool.num_blocks
-    assert all(count == (0 if name in dropped else 1) for name, count in ends.items())
-
-
-def broken(batch, rows):
-    raise OSError("the device is gone")
-
-
-def test_an_error_of_the_runner_frees_everything_and_the_engine_goes_on(engine):
-    one = engine(max_num_seqs=1)
-    one.add(request("a", [1, 2]))
-    one.add(request("b", [1, 2]))
-    one.step()
-    run, one.runner.run = one.runner.run, broken
-    with pytest.raises(OSError, match="the device is gone"):
-        one.step()
-    one.runner.run = run
-    assert not one.has_unfinished
-    assert one.complete([request("a", [3], max_tokens=4)])[0].token_ids == alone([3], 4)
-
-
-def test_an_interrupt_frees_everything(engine):
-    one = engine()
-
-    def interrupt(batch, rows):
-        raise KeyboardInterrupt
-
-    one.runner.run = interrupt
-    with pytest.raises(KeyboardInterrupt):
-        one.complete([request("a", [1])])
-    assert not one.has_unfinished
-
-
-def test_logits_of_the_wrong_shape_or_without_a_largest_are_refused(engine):
-    one = engine()
-    one.runner.run = lambda batch, rows: np.zeros((len(rows), 3), np.float32)
-    with pytest.raises(HalveError, match=r"logits have shape \(1, 3\), expected \(1, 50\)"):
-        one.complete([request("a", [1])])
-    one.runner.run = lambda batch, rows: np.full((len(rows), 50), np.nan, np.float32)
-    with pytest.raises(HalveError, match="logits hold nan after 0 generated tokens"):
-        one.complete([request("a", [1])])
-
-
-def test_leaving_generate_early_ends_its_requests(engine):
-    one = engine()
-    outputs = one.generate([request("a", [1]), request("b", [2])])
-    next(outputs)
-    one.abort("b")
-    outputs.close()
-    assert not one.has_unfinished
-
-
-def test_a_refused_request_ends_those_added_with_it(engine):
-    one = engine()
-    with pytest.raises(RequestError):
-        one.complete([request("a", [1]), request("b", [99])])
-    assert not one.has_unfinished
-
-
-def test_generate_tells_of_requests_added_elsewhere(engine):
-    one = engine()
-    one.add(request("elsewhere", [9], max_tokens=2))
-    outputs = list(one.generate([request("a", [1], max_tokens=3)]))
-    assert [o.request_id for o in outputs] == ["elsewhere", "a"] * 2 + ["a"]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "sampling", "error"),
-    [
-        (range(40), {}, r"request 'a': the prompt has 40 tokens, the context holds 40 for prompt and answer together"),
-        (range(20), {"max_tokens": 9}, r"need 29 tokens of cache, there are 28 in all; lower max_tokens"),
-        (range(5), {"max_tokens": 500}, r"need 40 tokens of cache, there are 28"),
-        ([3, 50], {}, r"prompt_token_ids holds 50, the vocabulary ends at 49"),
-        ([3], {"stop_token_ids": (50,)}, r"stop_token_ids holds 50, the vocabulary ends at 49"),
-        ([3], {"stop": ("x",)}, r"stop strings need a tokenizer; use stop_token_ids"),
-    ],
-)
-def test_what_can_never_be_served_is_refused_when_it_is_added(engine, prompt, sampling, error):
-    one = engine(ToyRunner(context=40, num_blocks=7))
+def test_what_cannot_be_served_is_refused_before_it_reaches_the_others(engine, arguments, error):
     with pytest.raises(RequestError, match=error):
-        one.add(request("a", prompt, **sampling))
-    assert not one.has_unfinished
+        engine().generate(*arguments)
 
 
-def test_the_settings_of_an_engine_are_checked():
-    with pytest.raises(ConfigError, match="max_num_seqs: 0 must be 1 or more"):
-        EngineConfig(max_num_seqs=0)
-    with pytest.raises(ConfigError, match=r"max_tokens_per_step: 3 must be at least max_num_seqs \(4\)"):
-        EngineConfig(max_num_seqs=4, max_tokens_per_step=3)
+def test_a_refused_prompt_ends_those_begun_before_it(engine):
+    one = engine(SlowRunner())
+    with pytest.raises(RequestError, match="ends at 49"):
+        one.generate([[1], [2], [99]], many())
+    assert settle(one).blocks_used == 0
+
+
+def test_a_stream_gives_tokens_as_they_come(engine):
+    outputs = list(engine().stream([1, 2], SamplingParams(max_tokens=7)))
+    assert Completion.from_outputs(outputs).token_ids == alone([1, 2], 7)
+    assert [o.finish_reason for o in outputs] == [None] * 6 + ["length"]
+
+
+def test_the_samples_of_a_stream_are_told_apart_by_their_index(engine):
+    outputs = list(engine().stream([1, 2], SamplingParams(max_tokens=5, n=3, temperature=1.0, seed=1)))
+    texts = {i: tuple(o.token_id for o in outputs if o.index == i) for i in range(3)}
+    assert len(set(texts.values())) == 3
+    assert [len(t) for t in texts.values()] == [5, 5, 5]
+
+
+def test_an_event_loop_reads_many_streams_at_once(engine):
+    one = engine(max_num_seqs=8)
+
+    async def read(i):
+        return [o.token_id async for o in one.stream([i, 1], SamplingParams(max_tokens=3 + i))]
+
+    async def all_of_them():
+        return await asyncio.gather(*(read(i) for i in range(20)))
+
+    for i, tokens in enumerate(asyncio.run(all_of_them())):
+        assert tuple(tokens) == alone([i, 1], 3 + i)
+
+
+@pytest.mark.parametrize("way", ["break", "close", "with"])
+def test_leaving_a_stream_ends_its_request(engine, way):
+    one = engine(SlowRunner())
+    if way == "with":
+        with one.stream([1], many()) as stream:
+            next(stream)
+    elif way == "close":
+        stream = one.stream([1], many())
+        next(stream)
+        stream.close()
+        assert list(stream) == []
+    else:
+        for _ in one.stream([1], many()):
+            break
+    metrics = settle(one)
+    assert (metrics.num_aborted, metrics.num_finished, metrics.blocks_used) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("way", ["break", "cancel", "with", "timeout"])
+def test_leaving_an_async_stream_ends_its_request(engine, way):
+    runner = SlowRunner()
+    one = engine(runner)
+
+    async def read(begun):
+        async with one.stream([1], many()) as stream:
+            async for _ in stream:
+                begun.set()
+                if way == "with":
+                    return
+
+    async def leave():
+        begun = asyncio.Event()
+        if way == "break":
+            async for _ in one.stream([1], many()):
+                break
+        elif way == "timeout":
+            stream = one.stream([1], many())
+            await anext(stream)
+            runner.gate.clear()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(drain(stream), 0.05)
+            runner.gate.set()
+            assert [o async for o in stream] == []
+        else:
+            task = asyncio.create_task(read(begun))
+            await begun.wait()
+            if way == "cancel":
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(leave())
+    metrics = settle(one)
+    assert (metrics.num_aborted, metrics.num_finished, metrics.blocks_used) == (1, 0, 0)
+
+
+def test_an_event_loop_that_goes_away_does_not_disturb_the_engine(engine):
+    one, kept = engine(SlowRunner()), []
+
+    async def begin():
+        kept.append(one.stream([1], many()))
+        waiting = asyncio.ensure_future(anext(kept[0]))
+        await asyncio.sleep(0)
+        return waiting
+
+    loop = asyncio.new_event_loop()
+    waiting = loop.run_until_complete(begin())
+    waiting.cancel()
+    loop.run_until_complete(asyncio.gather(waiting, return_exceptions=True))
+    loop.close()
+    assert one.generate([[5]], SamplingParams(max_tokens=3))[0].token_ids == alone([5], 3)
+
+
+def test_an_abort_from_another_thread_is_told_to_the_reader(engine):
+    one = engine(SlowRunner())
+    stream = one.stream([1], many(), request_id="mine")
+    next(stream)
+    threading.Thread(target=one.abort, args=("mine",)).start()
+    outputs = list(stream)
+    assert outputs[-1].finish_reason == "abort"
+    assert not one.abort("mine")
+    assert not one.abort("never was")
+
+
+def test_an_id_in_use_is_refused_and_is_free_once_its_end_was_read(engine):
+    one = engine(SlowRunner())
+    stream = one.stream([1], SamplingParams(max_tokens=3), request_id="a")
+    with pytest.raises(RequestError, match="request 'a': a request that has not ended has this id"):
+        one.stream([1], request_id="a")
+    list(stream)
+    assert len(list(one.stream([1], SamplingParams(max_tokens=2), request_id="a"))) == 2
+
+
+def test_any_number_of_requests_is_begun_only_as_there_is_room(engine):
+    one, begun = engine(max_num_seqs=2), []
+
+    def requests():
+        for i in range(60):
+            begun.append(i)
+            yield request(str(i), [i % 50], max_tokens=2)
+
+    most = 0
+    for done, _ in enumerate(one.complete(requests(), max_in_flight=5)):
+        most = max(most, len(begun) - done)
+    assert len(begun) == 60
+    assert most <= 6
+    with pytest.raises(RequestError, match="max_in_flight: 0 must be 1 or more"):
+        next(one.complete([], max_in_flight=0))
+
+
+def test_many_threads_share_one_engine(engine):
+    one, wrong = engine(max_num_seqs=8), []
+
+    def user(i):
+        rng = random.Random(i)
+        for _ in range(6):
+            prompt, tokens = [rng.randrange(50) for _ in range(rng.randint(1, 9))], rng.randint(1, 9)
+            if rng.random() < 0.3:
+                with one.stream(prompt, many()) as stream:
+                    next(stream)
+            elif one.generate([prompt], SamplingParams(max_tokens=tokens))[0].token_ids != alone(prompt, tokens):
+                wrong.append(prompt)
+
+    threads = [threading.Thread(target=user, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert settle(one).blocks_used == 0
+
+
+# Errors and the end
+
+
+def failing(runner, times):
+    """Fail so many steps, then go on."""
+    run, left = runner.run, [times]
+
+    def broken(batch, rows, sampling):
+        if left[0]:
+            left[0] -= 1
+            raise OSError("the device is gone")
+        return run(batch, rows, sampling)
+
+    runner.run = broken
+    return runner
+
+
+def test_an_error_of_the_runner_reaches_its_reader_and_the_engine_goes_on(engine):
+    one = engine(failing(ToyRunner(), 2))
+    for _ in range(2):
+        with pytest.raises(EngineError, match="a step with 1 requests failed: the device is gone") as caught:
+            one.generate([[1]])
+        assert isinstance(caught.value.__cause__, OSError)
+    assert one.generate([[1]], SamplingParams(max_tokens=3))[0].token_ids == alone([1], 3)
+    assert one.metrics().num_failed == 2
+
+
+def test_an_error_reaches_an_async_reader_too(engine):
+    one = engine(failing(ToyRunner(), 1))
+
+    async def read():
+        return [o async for o in one.stream([1])]
+
+    with pytest.raises(EngineError, match="the device is gone"):
+        asyncio.run(read())
+
+
+def test_an_engine_that_fails_again_and_again_says_that_it_has_stopped(engine):
+    runner = SlowRunner()
+    one = engine(failing(runner, 99), max_num_seqs=1)
+    runner.gate.clear()
+    streams = [one.stream([i]) for i in range(5)]
+    runner.gate.set()
+    told = []
+    for stream in streams:
+        with pytest.raises(EngineError) as caught:
+            list(stream)
+        told.append(str(caught.value))
+    assert all("the engine has stopped" in words for words in told[3:])
+    with pytest.raises(EngineError, match=r"the engine has stopped: .*the device is gone; make a new one"):
+        one.generate([[1]])
+
+
+def test_a_defect_of_the_scheduler_reaches_every_reader(engine, monkeypatch):
+    one = engine()
+    monkeypatch.setattr(one._worker.core.scheduler, "schedule", lambda: 1 / 0)
+    with pytest.raises(EngineError, match="the engine has stopped: division by zero"):
+        one.generate([[1], [2]])
+    monkeypatch.undo()
+    one._worker.core.step()
+
+
+def test_closing_ends_what_runs_and_refuses_what_comes(engine):
+    with engine(SlowRunner()) as one:
+        stream = one.stream([1], many())
+        next(stream)
+    assert list(stream)[-1].finish_reason == "abort"
+    with pytest.raises(EngineError, match="the engine is closed; make a new one"):
+        one.generate([[1]])
+    one.close()
+
+
+def test_an_engine_that_nobody_refers_to_ends_its_thread():
+    one = Engine(ToyRunner())
+    one.generate([[1]], SamplingParams(max_tokens=2))
+    thread, gone = one._worker._thread, weakref.ref(one)
+    del one
+    gc.collect()
+    assert gone() is None
+    assert not thread.is_alive()
+
+
+def test_a_stream_keeps_its_engine():
+    stream = Engine(SlowRunner()).stream([1], SamplingParams(max_tokens=5))
+    gc.collect()
+    assert [o.finish_reason for o in stream][-1] == "length"
+
+
+def test_an_engine_without_requests_has_no_thread_and_an_idle_one_takes_no_steps(engine):
+    one = engine()
+    assert one._worker._thread is None
+    one.generate([[1]], SamplingParams(max_tokens=2))
+    steps = settle(one).num_steps
+    time.sleep(0.05)
+    assert one.metrics().num_steps == steps
+
+
+def test_a_program_that_forgets_to_close_still_ends():
+    code = """
+from halve.engine import Engine, SamplingParams
+from tests.engine.toy import StubRunner
+engine = Engine(StubRunner())
+stream = engine.stream([1], SamplingParams(max_tokens=2000))
+next(stream)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("done\n", "")
 
 
 def test_neither_torch_nor_transformers_is_loaded():
     code = "import sys, halve.engine; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_stub_runs_too(engine):
+    assert len(engine(StubRunner()).generate([[1]] * 3, SamplingParams(max_tokens=50))) == 3

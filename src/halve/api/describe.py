@@ -79,8 +79,6 @@ def inspect(model: str | Path) -> ModelFacts:
     with open_checkpoint(resolve(str(model))) as checkpoint:
         plan = read_plan(checkpoint)
         config = load_config(checkpoint, plan)
-        kv_bytes = {"fp32": 4, "bf16": 2}
-        per_token = sum(2 * config.num_kv_heads * config.head_dim * kv_bytes[s.kv_format] for s in config.layers)
         parameters = num_parameters(config)
         return ModelFacts(
             path=str(checkpoint.path),
@@ -96,7 +94,7 @@ def inspect(model: str | Path) -> ModelFacts:
             vocab_size=config.vocab_size,
             context=config.context,
             tied=config.tied,
-            kv_cache_bytes_per_token=per_token,
+            kv_cache_bytes_per_token=config.kv_cache_bytes_per_token,
             licence=checkpoint.licence(),
             bundle=checkpoint.is_bundle,
             verdict=_verdict(checkpoint),

@@ -1,8 +1,9 @@
 """`halve.load(path).generate(...)`: a model on a device, answering prompts through the engine."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from halve.api.bundle import read_plan
@@ -10,7 +11,20 @@ from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.files import read_object
 from halve.core.errors import KernelError, RequestError
 from halve.core.plan import Plan
-from halve.engine import Completion, Engine, EngineConfig, ModelRunner, Request, SamplingParams, StepOutput
+from halve.engine import (
+    Completion,
+    Engine,
+    EngineConfig,
+    ModelRunner,
+    OfflineRun,
+    Prompt,
+    SamplingParams,
+    Stream,
+    blocks_for,
+    blocks_within,
+    run_file,
+)
+from halve.hardware import detect_cpu
 from halve.kernels import native, native_library
 from halve.kernels.ops import Array, Ops, TokenBatch
 from halve.models import Decoder, ModelConfig, load_config, load_decoder
@@ -22,44 +36,92 @@ if TYPE_CHECKING:  # torch loads only where it computes
 log = logging.getLogger("halve")
 
 BLOCK_SIZE = 16  # tokens
-CACHE_TOKENS = 4096  # cached at once by `load`, or one whole context where that is shorter
+CACHE_SHARE = 0.1  # of the machine's memory
 
 
 class Model:
-    """A loaded model. Make one by `halve.load`."""
+    """A loaded model. Make one by `halve.load`.
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, plan: Plan, ops: Ops, decoder: Decoder) -> None:
+    Its engine runs whatever is asked from any thread in one batch over one cache, and starts with the first request.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        plan: Plan,
+        ops: Ops,
+        decoder: Decoder,
+        *,
+        engine_config: EngineConfig | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
         self.path = checkpoint.path
         self.config, self.plan, self.ops, self.decoder = config, plan, ops, decoder
         self.tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
+        self._engine_config = engine_config or EngineConfig()
+        self._num_blocks = cache_blocks(config, self._engine_config, cache_bytes)
+        self._engine: Engine | None = None
+        self._making_engine = Lock()
 
     @property
     def kernels(self) -> dict[str, str]:
         """Which kernel runs each operation and format."""
         return dict(self.ops.kernels)
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Iterable[str] = (),
-    ) -> Completion:
+    @property
+    def engine(self) -> Engine:
+        """The engine behind `generate` and `stream`; its cache is allocated on first use."""
+        with self._making_engine:
+            if self._engine is None:
+                runner = ModelRunner(self.decoder, num_blocks=self._num_blocks, block_size=BLOCK_SIZE)
+                self._engine = Engine(runner, self.tokenizer, self._engine_config, eos_token_ids=self.eos_token_ids)
+            return self._engine
+
+    def generate(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> Completion:
         """Continue a prompt (text, or token ids).
 
-        temperature 0 is greedy. seed makes a sampled text repeatable. stop: strings that end the text and are not
-        part of it. Raises RequestError for a prompt that is empty or longer than the context, or bad parameters.
+        options: fields of `SamplingParams` instead of `sampling`: max_tokens, temperature, top_p, seed, stop (strings
+        that end the text and are not part of it) and so on. Raises RequestError for a prompt that is empty or longer
+        than the context, bad parameters, or n above 1 (take `generate_all`).
         """
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
-        engine = self.engine([prompt], max_tokens)
-        return engine.complete([self.request("0", prompt, sampling)])[0]
+        sampling = _sampling(sampling, options)
+        if sampling.n != 1:
+            raise RequestError(f"n: {sampling.n} answers can't be one completion; use generate_all([prompt], n=...)")
+        return self.engine.generate([prompt], sampling)[0]
 
-    def logits(self, prompt: str | Sequence[int]) -> Array:
+    def generate_all(
+        self,
+        prompts: Iterable[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Continue many prompts together, as `Engine.generate` does; options as for `generate`."""
+        if isinstance(sampling, Sequence) and not options:
+            return self.engine.generate(prompts, sampling)
+        return self.engine.generate(prompts, _sampling(sampling, options))
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> Stream:
+        """The same, step by step as tokens come: by `for`, or by `async for` in an event loop."""
+        return self.engine.stream(prompt, _sampling(sampling, options))
+
+    def run_file(
+        self,
+        source: str | Path,
+        out: str | Path,
+        sampling: SamplingParams | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> OfflineRun:
+        """Answer a file of prompts into a file of answers, in bounded memory, taking up what an earlier run left.
+
+        The lines of both: `halve.engine.offline`. options as for `generate`. Raises as `halve.engine.run_file` does.
+        """
+        return run_file(self.engine, source, out, _sampling(sampling, options), progress=progress)
+
+    def logits(self, prompt: Prompt) -> Array:
         """Next-token logits after every token of a prompt (text, or token ids), float32 [tokens, vocab_size].
 
         Raises RequestError for a prompt that is empty or longer than the context.
@@ -71,39 +133,36 @@ class Model:
             raise RequestError(f"prompt: token ids must lie in 0 to {self.config.vocab_size - 1}")
         return self.ops.to_host(self.decoder.logits(self.decoder.hidden(TokenBatch.whole([ids]))))
 
-    def stream(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Iterator[StepOutput]:
-        """The same, step by step as tokens come."""
-        engine = self.engine([prompt], sampling.max_tokens)
-        yield from engine.generate([self.request("0", prompt, sampling)])
+    def close(self) -> None:
+        """End the engine's thread; what is unfinished ends with reason "abort". Without it, it ends with the model."""
+        with self._making_engine:
+            if self._engine is not None:
+                self._engine.close()
 
-    def request(self, request_id: str, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
-        """A request of this model's tokens."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not ids:
-            raise RequestError(
-                "prompt: it is empty, and this model's tokenizer puts no token in front; give at least one character"
-            )
-        return Request(request_id=request_id, prompt_token_ids=tuple(ids), sampling=sampling)
 
-    def engine(self, prompts: Sequence[str | Sequence[int]], max_tokens: int) -> Engine:
-        """An engine whose cache holds these prompts and their answers, up to the model's context each."""
-        longest = max(len(self.tokenizer.encode(p)) if isinstance(p, str) else len(p) for p in prompts)
-        tokens = min(longest + max(max_tokens, 1), self.config.context)
-        num_blocks = len(prompts) * -(-tokens // BLOCK_SIZE)
-        runner = ModelRunner(self.decoder, num_blocks=num_blocks, block_size=BLOCK_SIZE)
-        return Engine(runner, self.tokenizer, EngineConfig(), eos_token_ids=self.eos_token_ids)
+def _sampling(sampling: Any, options: Mapping[str, Any]) -> SamplingParams:
+    if sampling is None:
+        return SamplingParams.of(**options)
+    if not isinstance(sampling, SamplingParams) or options:
+        raise RequestError("sampling: give SamplingParams, or its fields as keywords, not both")
+    return sampling
 
 
 def load(
     model: str | Path,
     *,
     device: str = "auto",
+    engine: EngineConfig | None = None,
+    cache_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
 
-    device: `auto` (our C++ on CPU), or a torch device such as `cuda`. progress: layers done, layers in all.
-    Raises CheckpointError, ConfigError, TextError naming what is wrong with the files.
+    device: `auto` (our C++ on CPU), or a torch device such as `cuda`. engine: how its engine divides its steps.
+    cache_bytes: memory for keys and values; None is a tenth of the machine's, or less where the engine can't fill it.
+    progress: layers done, layers in all.
+    Raises CheckpointError, ConfigError, TextError naming what is wrong with the files, RequestError for cache_bytes
+    that hold nothing.
     """
     checkpoint = open_checkpoint(resolve(str(model)))
     plan = read_plan(checkpoint)
@@ -112,7 +171,19 @@ def load(
     decoder = load_decoder(checkpoint, config, ops, progress)
     for what, kernel in sorted(ops.kernels.items()):
         log.debug("%s: %s", what, kernel)
-    return Model(checkpoint, config, plan, ops, decoder)
+    return Model(checkpoint, config, plan, ops, decoder, engine_config=engine, cache_bytes=cache_bytes)
+
+
+def cache_blocks(config: ModelConfig, engine: EngineConfig, cache_bytes: int | None) -> int:
+    """Blocks of a model's cache within that memory, and no more than all sequences of the engine can fill.
+
+    Memory is taken as blocks are first written, not before. Raises RequestError when it holds no block.
+    """
+    size = config.kv_cache_bytes_per_token * BLOCK_SIZE
+    most = blocks_for(max_num_seqs=engine.max_num_seqs, context=config.context, block_size=BLOCK_SIZE)
+    return min(
+        most, blocks_within(int(CACHE_SHARE * detect_cpu().memory_bytes) if cache_bytes is None else cache_bytes, size)
+    )
 
 
 def make_ops(device: str, activations: str) -> Ops:

@@ -115,16 +115,9 @@ def _run_once(model: Model, seed: int) -> tuple[float, float]:
     prompt_tokens, decode_tokens = min(PROMPT_TOKENS, half), min(DECODE_TOKENS, max(half - 1, 1))
     prompt = np.random.default_rng(seed).integers(0, model.config.vocab_size, prompt_tokens).tolist()
     sampling = SamplingParams(max_tokens=decode_tokens + 1, ignore_eos=True)
-    engine = model.engine([prompt], sampling.max_tokens)
-    engine.add(model.request("0", prompt, sampling))
     started = time.perf_counter()
-    first, made = 0.0, 0
-    while engine.has_unfinished:
-        made += len(engine.step())
-        if made and not first:
-            first = time.perf_counter()
-    ended = time.perf_counter()
-    return prompt_tokens / (first - started), (made - 1) / (ended - first)
+    times = [time.perf_counter() for _ in model.stream(prompt, sampling)]
+    return prompt_tokens / (times[0] - started), (len(times) - 1) / (times[-1] - times[0])
 
 
 def _speed(times: Sequence[tuple[float, float]]) -> Speed:

@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 
 from halve import __version__
 from halve.cli.screen import ShellProgress, error_console, print_json
-from halve.core.errors import HalveError, TextError
+from halve.core.errors import HalveError, RequestError, TextError
 
 app = typer.Typer(
     name="halve",
@@ -153,31 +153,104 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     max_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 128,
+    min_tokens: Annotated[int, typer.Option(help="Nothing ends the answer before so many tokens.")] = 0,
+    n: Annotated[int, typer.Option("-n", help="Answers to make, each of its own draws.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest's.")] = 0.0,
+    typical_p: Annotated[float, typer.Option(help="Sample among tokens of typical surprise, this much of them.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Off the logit of tokens that the answer has.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time it has them.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides logits of tokens in prompt or answer.")] = 1.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=VALUE", help="Added to a token's logit; may be given again.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Log-probabilities of so many likeliest tokens (--json).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
+    include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep that text in the answer.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
     from halve.api.model import load
-    from halve.engine import Completion, SamplingParams
+    from halve.engine import SamplingParams
 
-    sampling = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
+    sampling = SamplingParams.of(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        n=n,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logit_bias=dict(_bias(words) for words in logit_bias or ()),
+        logprobs=logprobs,
+        seed=seed,
+        stop=stop,
+        include_stop=include_stop,
     )
+    if logprobs is not None and not json:
+        raise RequestError("--logprobs: they are told in JSON only; add --json")
     if prompt == "-":
         prompt = _standard_input()
     with ShellProgress().task("Loading", "layers") as advance:
         loaded = load(model, device=device, progress=advance)
-    outputs = loaded.stream(prompt, sampling)
-    if json:
-        print_json(Completion.from_outputs(list(outputs)))
+    if n == 1 and not json:
+        for output in loaded.stream(prompt, sampling):
+            typer.echo(output.text, nl=False)
+        typer.echo()
         return
-    for output in outputs:
-        typer.echo(output.text, nl=False)
-    typer.echo()
+    answers = loaded.generate_all([prompt], sampling)
+    if json:
+        print_json(answers[0] if n == 1 else {"completions": answers})
+        return
+    for answer in answers:
+        typer.echo(f"[{answer.index + 1}] {answer.text}")
+
+
+@app.command()
+def batch(
+    model: ModelArgument,
+    prompts: Annotated[Path, typer.Argument(help='A .jsonl file: a line is {"id": ..., "prompt": ...}.')],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the answers go; a killed run is taken up there.")],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Continue a file of prompts, in bounded memory; run it again to take up a killed run."""
+    from halve.api.model import load
+    from halve.core.record import to_dict
+    from halve.engine import SamplingParams
+
+    sampling = SamplingParams.of(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with ShellProgress().task("Loading", "layers") as advance:
+        loaded = load(model, device=device, progress=advance)
+    with ShellProgress().task("Answering", "prompts") as advance:
+        done = loaded.run_file(prompts, out, sampling, progress=advance)
+    if json:
+        print_json({**to_dict(done), "out": str(out)})
+        return
+    resumed = f", {done.num_resumed} were there" if done.num_resumed else ""
+    typer.echo(f"{done.num_completed} of {done.num_lines} prompts answered{resumed}, {done.num_errors} refused\n{out}")
+
+
+def _bias(words: str) -> tuple[int, float]:
+    token_id, _, value = words.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        raise RequestError(f"--logit-bias: {words!r} is not ID=VALUE, such as 17=-100") from None
 
 
 @app.command()

@@ -47,3 +47,7 @@ class RequestError(UserError):
 
 class KernelError(HalveError):
     """No kernel runs this operation here."""
+
+
+class EngineError(HalveError):
+    """A step of the engine that failed, or an engine that has stopped."""

@@ -50,9 +50,12 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVCache:
-    """Keys and values are rounded to this format before attention reads them."""
+    """Keys and values are rounded to this format before attention reads them.
 
-    format: Literal["fp32", "bf16"] = "bf16"
+    int8: one bf16 scale a token and head for keys and one for values (`halve.kernels.reference.round_int8`).
+    """
+
+    format: Literal["fp32", "bf16", "int8"] = "bf16"
     version: int = 1
 
 

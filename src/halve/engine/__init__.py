@@ -1,19 +1,30 @@
-"""Engine: many requests share one model. A step is schedule, run, sample over one flat batch of tokens."""
+"""Engine: many requests share one model. A step is schedule, run, commit over one flat batch of tokens."""
 
-from halve.engine.engine import Engine, EngineConfig
-from halve.engine.request import Completion, Request, SamplingParams, StepOutput
-from halve.engine.runner import ModelRunner, Runner, block_bytes, blocks_for, blocks_within
+from halve.engine.config import EngineConfig, EngineMetrics
+from halve.engine.core import EngineCore, StepError
+from halve.engine.engine import Engine, Prompt, Stream
+from halve.engine.offline import OfflineRun, run_file
+from halve.engine.request import Candidate, Completion, Request, SamplingParams, StepOutput, TokenLogprobs
+from halve.engine.runner import ModelRunner, Runner, blocks_for, blocks_within
 
 __all__ = [
+    "Candidate",
     "Completion",
     "Engine",
     "EngineConfig",
+    "EngineCore",
+    "EngineMetrics",
     "ModelRunner",
+    "OfflineRun",
+    "Prompt",
     "Request",
     "Runner",
     "SamplingParams",
+    "StepError",
     "StepOutput",
-    "block_bytes",
+    "Stream",
+    "TokenLogprobs",
     "blocks_for",
     "blocks_within",
+    "run_file",
 ]

@@ -1,71 +1,105 @@
-"""The engine: requests in, tokens out. A step is schedule, run, sample. One thread at a time.
+"""The engine that others call: prompts in, text out, from any thread and any event loop."""
 
-Whatever ends a request, its blocks are back in the pool when the step or the call that ended it returns.
-"""
+import itertools
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
 
-import secrets
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-
-from halve.core.errors import ConfigError, HalveError, RequestError
-from halve.engine.block_pool import BlockPool
-from halve.engine.request import Completion, FinishReason, Request, StepOutput
+from halve.core.errors import RequestError
+from halve.engine.config import EngineConfig, EngineMetrics
+from halve.engine.core import EngineCore
+from halve.engine.request import Completion, Request, SamplingParams, StepOutput
 from halve.engine.runner import Runner
-from halve.engine.sampler import sample
-from halve.engine.scheduler import Chunk, RequestState, Scheduler, flat_batch
-from halve.engine.stop import StopText
-from halve.kernels.ops import Array
+from halve.engine.worker import Mailbox, Worker
 from halve.text import Tokenizer
 
+Prompt = str | Sequence[int]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """How much runs at once.
 
-    max_num_seqs: requests that share a step. max_tokens_per_step: tokens of a step, prompts and decodes together; at
-    least max_num_seqs, so that every running request can get its token. Raises ConfigError.
+class Stream:
+    """The outputs of one request as they come, by `for` in a thread or `async for` in an event loop.
+
+    Whoever leaves early ends the request: by `close`, by leaving its `with` or `async with` block, when its task is
+    cancelled while it waits, or when the stream is no longer referred to.
+    Iterating raises EngineError when the request's step failed or the engine has stopped.
     """
 
-    max_num_seqs: int = 32
-    max_tokens_per_step: int = 512
+    def __init__(self, engine: "Engine", request: Request) -> None:
+        self.request_id = request.request_id
+        self._engine, self._mailbox = engine, Mailbox()  # which lives as long as its streams
+        self._num_unfinished = 0  # what `close` reads, should `submit` raise
+        engine._worker.submit(request, self._mailbox)
+        self._num_unfinished = request.sampling.n
 
-    def __post_init__(self) -> None:
-        if self.max_num_seqs < 1:
-            raise ConfigError(f"engine.max_num_seqs: {self.max_num_seqs} must be 1 or more")
-        if self.max_tokens_per_step < self.max_num_seqs:
-            raise ConfigError(
-                f"engine.max_tokens_per_step: {self.max_tokens_per_step} must be at least max_num_seqs "
-                f"({self.max_num_seqs}), one token for each running request"
-            )
+    def __iter__(self) -> Self:
+        return self
 
+    def __next__(self) -> StepOutput:
+        if not self._num_unfinished:
+            raise StopIteration
+        try:
+            output = self._mailbox.get()
+        except BaseException:
+            self.close()
+            raise
+        return self._counted(output)
 
-class _Answer:
-    """What the engine keeps for an unfinished request beside its place in the schedule: its seed and its text."""
+    def __aiter__(self) -> Self:
+        return self
 
-    def __init__(self, state: RequestState, tokenizer: Tokenizer | None) -> None:
-        params = state.request.sampling
-        self.state = state
-        self.seed = secrets.randbits(64) if params.seed is None else params.seed
-        self._stream = tokenizer.decode_stream() if tokenizer else None
-        self._stop = StopText(params.stop)
+    async def __anext__(self) -> StepOutput:
+        if not self._num_unfinished:
+            raise StopAsyncIteration
+        try:
+            output = await self._mailbox.get_async()
+        except BaseException:  # asyncio.CancelledError too
+            self.close()
+            raise
+        return self._counted(output)
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """Text that is certain after this token, and whether a stop string ended it."""
-        return self._stop.push(self._stream.push(token_id)) if self._stream else ("", False)
+    def close(self) -> None:
+        """End the request, if it has not ended; nothing more comes."""
+        if self._num_unfinished:
+            self._num_unfinished = 0
+            self._engine.abort(self.request_id)
 
-    def end(self) -> tuple[str, bool]:
-        """The text held back, when no token follows, and whether it holds a stop string."""
-        if self._stream is None:
-            return "", False
-        text, stopped = self._stop.push(self._stream.flush())
-        return text + self._stop.flush(), stopped
+    async def aclose(self) -> None:
+        """As `close`, which does not block."""
+        self.close()
+
+    def _counted(self, output: StepOutput) -> StepOutput:
+        self._num_unfinished -= output.finish_reason is not None
+        return output
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class Engine:
-    """Runs many requests over one model.
+    """Runs many requests over one model; every method may be called from any thread.
 
-    tokenizer: makes text of the tokens; without one outputs hold token ids only, and stop strings are refused.
-    eos_token_ids: tokens that end a text, of the model's generation config.
+    A thread of the engine's own computes; it starts with the first request and ends with `close`, with the `with`
+    block, or when the engine is no longer referred to. What is unfinished then ends with reason "abort".
+    runner: the model; no one else may use it. tokenizer: makes text of tokens; without one, prompts are token ids,
+    outputs hold ids only, and stop strings are refused. eos_token_ids: tokens that end a text, of the model's
+    generation config. Raises ConfigError when the configuration asks for what the runner does not do.
     """
 
     def __init__(
@@ -76,152 +110,126 @@ class Engine:
         *,
         eos_token_ids: Collection[int] = (),
     ) -> None:
-        self.runner, self.tokenizer = runner, tokenizer
-        self.config = config or EngineConfig()
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.pool = BlockPool(runner.num_blocks, runner.block_size)
-        self._scheduler = Scheduler(
-            self.pool,
-            context=runner.context,
-            max_num_seqs=self.config.max_num_seqs,
-            max_tokens_per_step=self.config.max_tokens_per_step,
-        )
-        self._answers: dict[str, _Answer] = {}
-        self._aborted: list[StepOutput] = []
+        core = EngineCore(runner, tokenizer, config, eos_token_ids=eos_token_ids)
+        self.config, self.tokenizer = core.config, tokenizer
+        self._worker = Worker(core)
+        self._numbers = itertools.count()
+        self._close = weakref.finalize(self, self._worker.close)
 
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether `step` has anything to do or to tell."""
-        return bool(self._answers or self._aborted)
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+    ) -> list[Completion]:
+        """Continue each prompt (text, or token ids) to its end.
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
-
-        Prompt and max_tokens may exceed the context together: the text then ends at the context with reason
-        "length". Raises RequestError for what can never be served: a prompt that leaves no room in the context, more
-        cache than there is, ids outside the vocabulary, stop strings without a tokenizer, an id that is in use.
+        sampling: of all prompts, or one for each. Returns completions in the order of the prompts, the n answers of
+        one prompt side by side. Raises RequestError for the first prompt that can't be served, EngineError when a step
+        failed; whatever else was begun is then aborted.
         """
-        request_id, params = request.request_id, request.sampling
-        if request_id in self._answers or any(output.request_id == request_id for output in self._aborted):
-            raise RequestError(f"request {request_id!r}: a request whose end is not told yet has this id; take another")
-        for name, ids in (("prompt_token_ids", request.prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
-            if ids and max(ids) >= self.runner.vocab_size:
-                raise RequestError(
-                    f"request {request_id!r}: {name} holds {max(ids)}, the vocabulary ends at "
-                    f"{self.runner.vocab_size - 1}; use the model's own tokenizer"
-                )
-        if params.stop and self.tokenizer is None:
-            raise RequestError(f"request {request_id!r}: stop strings need a tokenizer; use stop_token_ids")
-        self._answers[request_id] = _Answer(self._scheduler.add(request), self.tokenizer)
+        if isinstance(prompts, str):
+            raise RequestError(f"prompts: {prompts!r:.80} is one prompt; give a list of them")
+        prompts = list(prompts)
+        each = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(each) != len(prompts):
+            raise RequestError(f"sampling: {len(each)} for {len(prompts)} prompts; give one, or one for each")
+        requests = (self.request(p, s, priority=priority) for p, s in zip(prompts, each, strict=True))
+        done = {group[0].request_id: group for group in self.complete(requests)}
+        return [completion for _, group in sorted(done.items(), key=_number) for completion in group]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> Stream:
+        """Continue a prompt step by step: `for output in engine.stream(...)`, or `async for`.
+
+        request_id: for `abort`; None makes one. Raises RequestError at once for what can't be served, EngineError when
+        the engine is closed or has stopped.
+        """
+        return Stream(self, self.request(prompt, sampling, priority=priority, request_id=request_id))
+
+    def complete(self, requests: Iterable[Request], *, max_in_flight: int | None = None) -> Iterator[list[Completion]]:
+        """The answers of each request, as requests end; requests are taken up as there is room for them.
+
+        max_in_flight: requests begun and not ended; None is four times max_num_seqs. So any number of requests takes
+        bounded memory, and a stream that comes in between waits for those in flight at most. Raises as `generate` does;
+        leaving the iterator aborts what is in flight.
+        """
+        limit = 4 * self.config.max_num_seqs if max_in_flight is None else max_in_flight
+        if limit < 1:
+            raise RequestError(f"max_in_flight: {limit} must be 1 or more")
+        mailbox, source = Mailbox(), iter(requests)
+        outputs: dict[str, list[list[StepOutput]]] = {}
+        try:
+            while True:
+                for request in itertools.islice(source, limit - len(outputs)):
+                    self._worker.submit(request, mailbox)
+                    outputs[request.request_id] = [[] for _ in range(request.sampling.n)]
+                if not outputs:
+                    return
+                output = mailbox.get()
+                answers = outputs[output.request_id]
+                answers[output.index].append(output)
+                if all(answer and answer[-1].finish_reason for answer in answers):
+                    del outputs[output.request_id]
+                    yield [Completion.from_outputs(answer) for answer in answers]
+        finally:
+            for request_id in outputs:
+                self._worker.abort(request_id)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for a request that can never be served."""
+        self._worker.core.check(request)
 
     def abort(self, request_id: str) -> bool:
-        """End a request now and free its blocks; the next step tells its last output, with reason "abort".
+        """End a request soon; its reader gets last outputs with reason "abort". False when there is none."""
+        return self._worker.abort(request_id)
 
-        Returns whether there was such a request: False when it has just finished, or never was.
-        """
-        answer = self._answers.get(request_id)
-        if answer is None:
-            return False
-        self._remove(request_id)
-        self._aborted.append(self._output(answer, None, answer.end()[0], "abort"))
-        return True
+    def metrics(self) -> EngineMetrics:
+        """Its state after the latest step, and what it has done so far."""
+        return self._worker.metrics
 
-    def step(self) -> list[StepOutput]:
-        """Run one batch. Returns an output for every request that got a token or ended.
+    def close(self) -> None:
+        """Abort what is unfinished and end the engine's thread; later requests are refused."""
+        self._close()
 
-        Whatever the runner or the sampler raises passes through, after all unfinished requests were dropped and
-        their blocks freed; the engine can be used again.
-        """
-        outputs: list[StepOutput] = []
-        try:
-            if chunks := self._scheduler.schedule():
-                logits = self._run(chunks)
-                sampled = [chunk.state for chunk in chunks if chunk.ends_pending]
-                for chunk in chunks:
-                    chunk.state.num_computed += chunk.num_tokens
-                tokens = [self._choose(state, row) for state, row in zip(sampled, logits, strict=True)]
-                outputs = [self._extend(state, token) for state, token in zip(sampled, tokens, strict=True)]
-        except BaseException:
-            for request_id in list(self._answers):
-                self._remove(request_id)
-            raise
-        aborted, self._aborted = self._aborted, []
-        return aborted + outputs
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[StepOutput]:
-        """Add requests and step until they have ended; outputs come as they arise, in no fixed order of requests.
-
-        Requests added elsewhere run along, and their outputs come too. Leaving the iterator early, or an error,
-        ends the requests that it added. Raises as `add` and `step` do.
-        """
-        mine: set[str] = set()
-        try:
-            for request in requests:
-                self.add(request)
-                mine.add(request.request_id)
-            while mine and self.has_unfinished:
-                for output in self.step():
-                    if output.finish_reason is not None:
-                        mine.discard(output.request_id)
-                    yield output
-        finally:
-            for request_id in mine & self._answers.keys():
-                self._remove(request_id)
-            self._aborted = [output for output in self._aborted if output.request_id not in mine]
-
-    def complete(self, requests: Iterable[Request]) -> list[Completion]:
-        """Generate to the end; the completions in the order of the requests."""
-        outputs: dict[str, list[StepOutput]] = {}
-        order = list(requests)
-        for output in self.generate(order):
-            outputs.setdefault(output.request_id, []).append(output)
-        return [Completion.from_outputs(outputs[request.request_id]) for request in order]
-
-    def _run(self, chunks: list[Chunk]) -> Array:
-        batch, rows = flat_batch(chunks, self.pool.block_size)
-        logits = self.runner.run(batch, rows)
-        if logits.shape != (len(rows), self.runner.vocab_size):
-            expected = (len(rows), self.runner.vocab_size)
-            raise HalveError(f"runner: logits have shape {logits.shape}, expected {expected}; its `run` is broken")
-        return logits
-
-    def _choose(self, state: RequestState, logits: Array) -> int:
-        request = state.request
-        return sample(logits, request.sampling, self._answers[request.request_id].seed, state.num_generated)
-
-    def _extend(self, state: RequestState, token_id: int) -> StepOutput:
-        """Give a request its next token, and end it where that ends it."""
-        answer = self._answers[state.request.request_id]
-        state.token_ids.append(token_id)
-        text, reason = "", self._stop_reason(state, token_id)
-        if reason != "stop":  # a token that stops has no part in the text
-            text, stopped = answer.push(token_id)
-            if stopped:
-                self._remove(state.request.request_id)
-                return self._output(answer, token_id, text, "stop")
-        if reason is not None:
-            rest, stopped = answer.end()
-            text, reason = text + rest, "stop" if stopped else reason
-            self._remove(state.request.request_id)
-        return self._output(answer, token_id, text, reason)
-
-    def _stop_reason(self, state: RequestState, token_id: int) -> FinishReason | None:
-        params = state.request.sampling
-        if token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos):
-            return "stop"
-        if state.num_generated >= params.max_tokens or len(state.token_ids) >= self.runner.context:
-            return "length"
-        return None
-
-    def _output(self, answer: _Answer, token_id: int | None, text: str, reason: FinishReason | None) -> StepOutput:
-        return StepOutput(
-            request_id=answer.state.request.request_id,
-            token_id=token_id,
-            text=text,
-            finish_reason=reason,
-            num_prompt_tokens=answer.state.num_prompt_tokens,
+    def request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> Request:
+        """A request of the model's tokens, not yet begun. Raises RequestError for a prompt without tokens."""
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise RequestError("prompt: this engine has no tokenizer; give token ids")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and self.tokenizer else prompt
+        if not len(ids):
+            raise RequestError(
+                "prompt: it is empty, and this model's tokenizer puts no token in front; give at least one character"
+            )
+        return Request(
+            request_id=f"#{next(self._numbers)}" if request_id is None else request_id,
+            prompt_token_ids=tuple(ids),  # type: ignore[arg-type]  # Request checks it
+            sampling=sampling or SamplingParams(),
+            priority=priority,
         )
 
-    def _remove(self, request_id: str) -> None:
-        del self._answers[request_id]
-        self._scheduler.remove(request_id)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _number(numbered: tuple[str, list[Completion]]) -> int:
+    return int(numbered[0].removeprefix("#"))

@@ -1,11 +1,10 @@
-"""The model as the engine sees it: a flat batch in, logits of some rows out. It owns the paged cache."""
+"""The model as the engine sees it: a flat batch in, tokens out. It owns the paged cache."""
 
 from typing import Any, Protocol
 
-import numpy as np
-
 from halve.core.errors import RequestError
 from halve.kernels.ops import Array, TokenBatch
+from halve.kernels.sampling import Sampled, SamplingBatch
 
 
 class Runner(Protocol):
@@ -13,7 +12,7 @@ class Runner(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Logits of a row."""
+        """Token ids are below it."""
 
     @property
     def context(self) -> int:
@@ -27,11 +26,18 @@ class Runner(Protocol):
     def block_size(self) -> int:
         """Tokens of a block."""
 
-    def run(self, batch: TokenBatch, rows: Array) -> Array:
-        """Write the batch's keys and values into the cache; return float32 logits [R, vocab] of rows int32 [R].
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a token's result is the same to the bit whatever else is in the batch, and however it is cut."""
 
-        R may be 0, when a step holds nothing but prompts that it does not finish.
+    def run(self, batch: TokenBatch, rows: Array, sampling: SamplingBatch) -> Sampled:
+        """Write the batch's keys and values into the cache and choose a token for each of rows int32 [R].
+
+        R may be 0, when a step holds nothing but prompts that it does not finish. A row may occur more than once.
         """
+
+    def copy_blocks(self, pairs: Array) -> None:
+        """Copy blocks of the cache, every layer: pairs int32 [n, 2], (from, to); no block is both."""
 
 
 class DecoderConfig(Protocol):
@@ -39,7 +45,7 @@ class DecoderConfig(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Logits of a row."""
+        """Token ids are below it."""
 
     @property
     def context(self) -> int:
@@ -53,11 +59,18 @@ class Decoder(Protocol):
     def config(self) -> DecoderConfig:
         """Its sizes."""
 
+    @property
+    def batch_invariant(self) -> bool:
+        """As `Runner.batch_invariant`."""
+
     def new_cache(self, num_blocks: int, block_size: int) -> Any:
         """An empty paged cache."""
 
-    def step(self, batch: TokenBatch, cache: Any, rows: Array) -> Array:
-        """Run a batch; return float32 logits [R, vocab] of those rows."""
+    def sample(self, batch: TokenBatch, cache: Any, rows: Array, sampling: SamplingBatch) -> Sampled:
+        """Run a batch and choose a token for each of those rows."""
+
+    def copy_blocks(self, cache: Any, pairs: Array) -> None:
+        """Copy blocks of the cache."""
 
 
 class ModelRunner:
@@ -67,16 +80,16 @@ class ModelRunner:
         self.decoder = decoder
         self.vocab_size, self.context = decoder.config.vocab_size, decoder.config.context
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.batch_invariant = decoder.batch_invariant
         self._cache = decoder.new_cache(num_blocks, block_size)
 
-    def run(self, batch: TokenBatch, rows: Array) -> Array:
+    def run(self, batch: TokenBatch, rows: Array, sampling: SamplingBatch) -> Sampled:
         """As `Runner.run`."""
-        return np.asarray(self.decoder.step(batch, self._cache, rows), np.float32)
+        return self.decoder.sample(batch, self._cache, rows, sampling)
 
-
-def block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, element_bytes: int, block_size: int) -> int:
-    """Bytes of one block of the cache: keys and values of block_size tokens in every layer."""
-    return 2 * num_layers * num_kv_heads * head_dim * element_bytes * block_size
+    def copy_blocks(self, pairs: Array) -> None:
+        """As `Runner.copy_blocks`."""
+        self.decoder.copy_blocks(self._cache, pairs)
 
 
 def blocks_within(memory_bytes: int, bytes_per_block: int) -> int:

@@ -1,157 +1,370 @@
-"""Which tokens run in the next step: first come, first served, prefill chunks and decodes in one flat batch.
+"""Which tokens run in the next step. It works on counts alone, so step n + 1 can be planned before step n's tokens are
+on the host: `schedule` counts a sampled token as soon as it is planned, `commit` brings its id.
 
-A request is admitted when the blocks for its prompt and all of its max_tokens are free, so that memory never runs
-out midway; the requests behind it wait, so that none starves. A step runs one token of every request that decodes,
-then fills up to max_tokens_per_step with prompts in order of arrival, the last of them cut into chunks.
-Sources: Orca (OSDI 2022) for batching by iteration, arXiv:2403.02310 for chunked prefill.
+A step holds one token of every sequence that decodes, then chunks of prompts, up to max_tokens_per_step; beside
+decodes at most max_prefill_beside_decode tokens of prompts, since every running answer waits for them.
+
+**Order.** Requests are served by rank: arrival number + priority * overtakes_per_priority, the least first. So a
+request of priority p is overtaken by fewer than (p - q) * overtakes_per_priority later requests of priority q < p,
+however many come: none starves, and a rank never changes, so the queue is a heap. The first in the queue is never
+passed over for one that would fit; what runs ends or is preempted, so its turn comes.
+
+**Memory.** A sequence gets the blocks of its prompt when it is admitted and one more whenever it fills the last. It is
+admitted when those are there and one block is left for each running sequence to grow by. When a sequence needs a block
+and there is none, the running sequence of the highest rank gives up its blocks (itself, if it is the one) and waits
+again, with its tokens kept; they are computed again, but for the full blocks that are still in the prefix cache. The
+sequence of the lowest rank is never preempted, and alone it fits, so every step makes progress.
+
+**Samples.** The n answers of a request share the blocks of its prompt. They split off when it is computed; whoever
+writes into a block that others hold gets a copy first.
+
+Sources: Orca (OSDI 2022) for batching by iteration, arXiv:2403.02310 for chunked prefill, arXiv:2309.06180.
 """
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from array import array
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from operator import attrgetter
+from typing import NamedTuple
 
 from halve.core.errors import RequestError
 from halve.engine.block_pool import BlockPool
 from halve.engine.request import Request
-from halve.kernels.ops import Array, TokenBatch
+from halve.engine.sequence import Key, Sequence, Status
+
+_KEY = attrgetter("key")
 
 
-class RequestState:
-    """A request on its way. num_computed: how many of its tokens have keys and values in the cache."""
+class Chunk(NamedTuple):
+    """`num_tokens` tokens of a sequence from `start` on, to run in one step.
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.token_ids = list(request.prompt_token_ids)  # the prompt, then what was generated
-        self.num_computed = 0
-        self.blocks: tuple[int, ...] = ()
+    sampled: the sequences whose next token comes from its last row: none while tokens are still pending, more than one
+    where a request's samples split off. source: the row of the step before that samples its last token, if that token
+    is still in flight. admission: which stay in the running set it belongs to.
+    """
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def num_generated(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens that have not run yet: 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """The next `num_tokens` pending tokens of a request, to run in this step."""
-
-    state: RequestState
+    sequence: Sequence
+    start: int
     num_tokens: int
+    sampled: tuple[Sequence, ...]
+    source: int
+    admission: int
 
     @property
-    def ends_pending(self) -> bool:
-        """Whether nothing is pending after it, so that the next token is sampled from its last row."""
-        return self.num_tokens == self.state.num_pending
+    def end(self) -> int:
+        """Tokens of the sequence that are computed after it."""
+        return self.start + self.num_tokens
+
+
+@dataclass(slots=True)
+class Step:
+    """What runs at once. copies: block pairs (from, to) to copy before anything is written."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    num_sampled: int = 0
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a token, in the order of the rows."""
+        return [sequence for chunk in self.chunks for sequence in chunk.sampled]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened so far. num_hit_tokens: tokens found in the prefix cache instead of computed."""
+
+    num_steps: int = 0
+    num_computed_tokens: int = 0
+    num_sampled_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_preemptions: int = 0
 
 
 class Scheduler:
-    """Requests that wait and requests that run. Owns no model: a simulator can drive it."""
+    """Sequences that wait and sequences that run. Owns no model: a simulator can drive it."""
 
-    def __init__(self, pool: BlockPool, *, context: int, max_num_seqs: int, max_tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        context: int,
+        max_num_seqs: int,
+        max_tokens_per_step: int,
+        max_prefill_beside_decode: int | None = None,
+        overtakes_per_priority: int = 100,
+    ) -> None:
         self.pool, self.context = pool, context
         self.max_num_seqs, self.max_tokens_per_step = max_num_seqs, max_tokens_per_step
-        self.waiting: deque[RequestState] = deque()
-        self.running: dict[str, RequestState] = {}  # in order of admission
+        self.max_prefill_beside_decode = max_prefill_beside_decode or max_tokens_per_step
+        self.overtakes_per_priority = overtakes_per_priority
+        self.counts = Counts()
+        self._arrivals = 0
+        self._requests: dict[str, list[Sequence]] = {}  # the unfinished sequences of each
+        self._waiting: list[tuple[Key, Sequence]] = []  # a heap; finished ones are dropped when they come up
+        self._num_dead = 0
+        self._running: list[Sequence] = []  # by key
+        self._num_slots = 0
+        self._forks: list[Sequence] = []  # split off in the step that is being planned
+        self._num_in_flight = 0
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any request waits or runs."""
-        return bool(self.waiting or self.running)
+        """Whether any sequence waits or runs."""
+        return bool(self._requests)
 
-    def add(self, request: Request) -> RequestState:
-        """Queue a request. Raises RequestError for one that could never run: too long for the context or the cache."""
-        num_prompt_tokens = len(request.prompt_token_ids)
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self._waiting) - self._num_dead
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    def of_request(self, request_id: str) -> tuple[Sequence, ...]:
+        """The unfinished sequences of a request, none for one that is unknown."""
+        return tuple(self._requests.get(request_id, ()))
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for a request that could never run: too long for the context or the cache, too wide."""
+        name, num_prompt_tokens = f"request {request.request_id!r}", len(request.prompt_token_ids)
         if num_prompt_tokens >= self.context:
             raise RequestError(
-                f"request {request.request_id!r}: the prompt has {num_prompt_tokens} tokens, the context holds "
-                f"{self.context} for prompt and answer together; shorten the prompt"
+                f"{name}: the prompt has {num_prompt_tokens} tokens, the context holds {self.context} for prompt and "
+                "answer together; shorten the prompt"
             )
-        needed = self._most_tokens(request)
+        if request.sampling.n > self.max_num_seqs:
+            raise RequestError(
+                f"{name}: n is {request.sampling.n}, the engine runs {self.max_num_seqs} sequences at once "
+                "(max_num_seqs); ask for fewer, or in several requests"
+            )
+        needed = self._max_tokens(request) - 1  # nothing reads the keys and values of the last token
         if self.pool.blocks_for(needed) > self.pool.num_blocks:
             there = self.pool.num_blocks * self.pool.block_size
             raise RequestError(
-                f"request {request.request_id!r}: prompt and max_tokens need {needed} tokens of cache, there are "
-                f"{there} in all; lower max_tokens, shorten the prompt or give the cache more blocks"
+                f"{name}: prompt and max_tokens need {needed} tokens of cache, there are {there} in all; lower "
+                "max_tokens, shorten the prompt or give the cache more memory"
             )
-        state = RequestState(request)
-        self.waiting.append(state)
-        return state
 
-    def remove(self, request_id: str) -> None:
-        """Forget a request, waiting or running, and free its blocks."""
-        if request_id in self.running:
-            del self.running[request_id]
-            self.pool.free(request_id)
-            return
-        self.waiting = deque(state for state in self.waiting if state.request.request_id != request_id)
+    def add(self, request: Request) -> Sequence:
+        """Queue a request that `check` lets pass."""
+        assert request.request_id not in self._requests
+        self._arrivals += 1
+        rank = self._arrivals + request.priority * self.overtakes_per_priority
+        sequence = Sequence(request, (rank, self._arrivals, 0), self._max_tokens(request))
+        self._requests[request.request_id] = [sequence]
+        heappush(self._waiting, (sequence.key, sequence))
+        return sequence
 
-    def schedule(self) -> list[Chunk]:
-        """What runs next; empty only when no request is unfinished. Admits waiting requests that fit."""
-        budget = self.max_tokens_per_step
-        chunks = [Chunk(state=s, num_tokens=1) for s in self.running.values() if s.num_pending == 1]
-        budget -= len(chunks)
-        for state in [s for s in self.running.values() if s.num_pending > 1]:
-            budget -= self._prefill(state, budget, chunks)
-        while budget > 0 and self._can_admit():
-            state = self.waiting.popleft()
-            request_id = state.request.request_id
-            state.blocks = self.pool.allocate(request_id, self.pool.blocks_for(self._most_tokens(state.request)))
-            self.running[request_id] = state
-            budget -= self._prefill(state, budget, chunks)
-        return chunks
+    def remove(self, sequence: Sequence) -> None:
+        """Forget an unfinished sequence, waiting or running, and free its blocks."""
+        siblings = self._requests[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.request_id]
+        if sequence.status is Status.RUNNING:
+            del self._running[bisect_left(self._running, sequence.key, key=_KEY)]
+            self._let_go(sequence)
+        else:
+            self._num_dead += 1
+        sequence.status = Status.FINISHED
+        if self._num_dead > 16 + len(self._waiting) // 2:
+            self._waiting = [entry for entry in self._waiting if entry[1].status is Status.WAITING]
+            heapify(self._waiting)
+            self._num_dead = 0
 
-    def _prefill(self, state: RequestState, budget: int, chunks: list[Chunk]) -> int:
-        num_tokens = min(state.num_pending, budget)
-        if num_tokens:
-            chunks.append(Chunk(state=state, num_tokens=num_tokens))
+    def schedule(self) -> Step:
+        """Plan the next step. One step before it may still be in flight: `commit` has not told its tokens.
+
+        A step is empty when nothing waits or runs, or when all that could run waits for tokens in flight.
+        """
+        assert self._num_in_flight <= 1, "more than one step is in flight"
+        step, preemptions = Step(), self.counts.num_preemptions
+        self._schedule_decodes(step)
+        room = self.max_tokens_per_step - len(step.chunks)
+        if step.chunks:
+            room = min(room, self.max_prefill_beside_decode)
+        for sequence in self._running:
+            if room and sequence.num_pending > 1:
+                room -= self._append(step, sequence, min(sequence.num_pending, room))
+        if self.counts.num_preemptions == preemptions:
+            self._admit(step, room)
+        for fork in self._forks:
+            insort(self._running, fork, key=_KEY)
+        self._forks.clear()
+        if step.chunks:
+            self._num_in_flight += 1
+            self.counts.num_steps += 1
+        return step
+
+    def commit(self, step: Step, token_ids: SequenceOf[int]) -> list[Sequence]:
+        """Take the tokens of a step that has run, in the order of its rows, one for each of `step.sampled`.
+
+        Returns `step.sampled` again; those that were removed meanwhile (status FINISHED) have got no token. Full blocks
+        go into the prefix cache now that they hold something.
+        """
+        sampled = step.sampled
+        for sequence, token_id in zip(sampled, token_ids, strict=True):
+            if sequence.status is not Status.FINISHED:
+                sequence.token_ids.append(token_id)
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            full = chunk.end // self.pool.block_size
+            if full > sequence.num_published and self._is_current(chunk):
+                names = sequence.hashes(full, self.pool.block_size)
+                for i in range(sequence.num_published, full):
+                    self.pool.publish(sequence.blocks[i], names[i])
+                sequence.num_published = full
+        self._num_in_flight -= 1
+        self.counts.num_sampled_tokens += len(sampled)
+        return sampled
+
+    def discard(self, step: Step) -> set[str]:
+        """End every request that a failed step held; what it has written is not used. Returns their ids."""
+        self._num_in_flight -= 1
+        failed = {chunk.sequence.request.request_id for chunk in step.chunks} & self._requests.keys()
+        for request_id in failed:
+            for sequence in self.of_request(request_id):
+                self.remove(sequence)
+        return failed
+
+    def check_invariants(self) -> None:
+        """Assert that no block is lost and that every count is what it counts."""
+        self.pool.check()
+        held = Counter(block for sequence in self._running for block in sequence.blocks)
+        assert all(self.pool.num_references(block) == held[block] for block in range(self.pool.num_blocks))
+        assert self._running == sorted(self._running, key=_KEY)
+        assert self._num_slots == sum(sequence.num_slots for sequence in self._running) <= self.max_num_seqs
+        waiting = [sequence for _, sequence in self._waiting if sequence.status is Status.WAITING]
+        assert self.num_waiting == len(waiting)
+        assert not any(sequence.blocks for sequence in waiting)
+        unfinished = {id(sequence) for sequences in self._requests.values() for sequence in sequences}
+        assert unfinished == {id(sequence) for sequence in [*waiting, *self._running]}
+
+    def _schedule_decodes(self, step: Step) -> None:
+        """One token of each sequence that decodes, in order of rank; a sequence after it may be preempted for it."""
+        position = 0
+        while position < len(self._running):
+            sequence = self._running[position]
+            position += 1
+            wants = sequence.num_pending == 1 and sequence.num_tokens < sequence.max_tokens
+            if wants and self._make_room(step, sequence):
+                self._append(step, sequence, 1)
+
+    def _make_room(self, step: Step, sequence: Sequence) -> bool:
+        """See that the next token's slot is there and is the sequence's own. False: it was preempted itself."""
+        while True:
+            place = sequence.num_computed // self.pool.block_size
+            grows = place == len(sequence.blocks)
+            if not grows and self.pool.num_references(sequence.blocks[place]) == 1:
+                return True
+            if self.pool.num_available:
+                break
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        block = self.pool.allocate()
+        if grows:
+            sequence.blocks.append(block)
+        else:
+            shared = sequence.blocks[place]
+            step.copies.append((shared, block))
+            sequence.blocks[place] = block
+            self.pool.release([shared])
+        return True
+
+    def _admit(self, step: Step, room: int) -> None:
+        while room > 0 and (sequence := self._first_waiting()):
+            if self._num_slots + sequence.num_slots > self.max_num_seqs or not self._take_blocks(sequence):
+                return
+            heappop(self._waiting)
+            sequence.status = Status.RUNNING
+            sequence.num_admissions += 1
+            self._num_slots += sequence.num_slots
+            insort(self._running, sequence, key=_KEY)
+            room -= self._append(step, sequence, min(sequence.num_pending, room))
+
+    def _first_waiting(self) -> Sequence | None:
+        while self._waiting:
+            sequence = self._waiting[0][1]
+            if sequence.status is Status.WAITING:
+                in_flight = sequence.num_tokens > len(sequence.token_ids)  # preempted before its token was here
+                return None if in_flight else sequence
+            heappop(self._waiting)
+            self._num_dead -= 1
+        return None
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """The blocks of all its tokens: those of a known prefix, and new ones. False, and none, if too few are there.
+
+        At least one token is left to compute, since its logits are needed.
+        """
+        pool = self.pool
+        most = (sequence.num_tokens - 1) // pool.block_size
+        found = pool.find(sequence.hashes(most, pool.block_size))
+        new = pool.blocks_for(sequence.num_tokens) - len(found)
+        if new + len(self._running) > pool.num_available - pool.num_unused(found):
+            return False
+        for block in found:
+            pool.share(block)
+        sequence.blocks.extend(found)
+        sequence.blocks.extend(pool.allocate() for _ in range(new))
+        sequence.num_published = len(found)
+        sequence.num_computed = len(found) * pool.block_size
+        if not sequence.num_admissions:
+            sequence.num_cached_tokens = sequence.num_computed
+        self.counts.num_hit_tokens += sequence.num_computed
+        return True
+
+    def _append(self, step: Step, sequence: Sequence, num_tokens: int) -> int:
+        """Put the next tokens of a sequence into the step; its next token counts from now on."""
+        start, source = sequence.num_computed, sequence.flight_row
+        sequence.num_computed += num_tokens
+        sampled: tuple[Sequence, ...] = ()
+        if sequence.num_computed == sequence.num_tokens:
+            sequence.num_tokens += 1
+            sampled = (sequence, *self._fork(sequence)) if sequence.num_forks else (sequence,)
+            for row, one in enumerate(sampled, start=step.num_sampled):
+                one.flight_row = row
+            step.num_sampled += len(sampled)
+        step.chunks.append(Chunk(sequence, start, num_tokens, sampled, source, sequence.num_admissions))
+        self.counts.num_computed_tokens += num_tokens
         return num_tokens
 
-    def _can_admit(self) -> bool:
-        if not self.waiting or len(self.running) >= self.max_num_seqs:
-            return False
-        return self.pool.blocks_for(self._most_tokens(self.waiting[0].request)) <= self.pool.num_free
+    def _fork(self, sequence: Sequence) -> list[Sequence]:
+        forks = [sequence.fork(index) for index in range(1, sequence.num_slots)]
+        sequence.num_forks = 0
+        for fork in forks:
+            for block in fork.blocks:
+                self.pool.share(block)
+        self._requests[sequence.request.request_id].extend(forks)
+        self._forks.extend(forks)
+        return forks
 
-    def _most_tokens(self, request: Request) -> int:
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a sequence that has just left the running ones back to the queue."""
+        self._let_go(sequence)
+        sequence.status = Status.WAITING
+        sequence.num_computed = sequence.num_published = 0
+        heappush(self._waiting, (sequence.key, sequence))
+        self.counts.num_preemptions += 1
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = array("i")
+        self._num_slots -= sequence.num_slots
+
+    def _is_current(self, chunk: Chunk) -> bool:
+        """Whether the sequence still holds the blocks that the chunk was computed into."""
+        sequence = chunk.sequence
+        return sequence.status is Status.RUNNING and sequence.num_admissions == chunk.admission
+
+    def _max_tokens(self, request: Request) -> int:
         """Prompt and answer at their longest; the context ends an answer earlier than max_tokens."""
         return min(len(request.prompt_token_ids) + request.sampling.max_tokens, self.context)
-
-
-def flat_batch(chunks: Sequence[Chunk], block_size: int) -> tuple[TokenBatch, Array]:
-    """The chunks as one flat batch over the paged cache, and the rows int32 [R] whose logits are wanted.
-
-    Rows are the last token of each chunk that leaves nothing pending, in the order of the chunks.
-    """
-    counts = np.array([chunk.num_tokens for chunk in chunks], np.int32)
-    cu_seqlens = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    ends = [chunk.state.num_computed + chunk.num_tokens for chunk in chunks]
-    block_tables = np.full((len(chunks), -(-max(ends) // block_size)), -1, np.int32)
-    token_ids, positions, slots = [], [], []
-    for i, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
-        start = chunk.state.num_computed
-        blocks = np.array(chunk.state.blocks[: -(-end // block_size)], np.int32)
-        block_tables[i, : len(blocks)] = blocks
-        position = np.arange(start, end, dtype=np.int32)
-        token_ids.append(np.array(chunk.state.token_ids[start:end], np.int32))
-        positions.append(position)
-        slots.append(blocks[position // block_size] * np.int32(block_size) + position % np.int32(block_size))
-    batch = TokenBatch(
-        token_ids=np.concatenate(token_ids),
-        positions=np.concatenate(positions),
-        cu_seqlens=cu_seqlens,
-        slot_mapping=np.concatenate(slots),
-        block_tables=block_tables,
-    )
-    rows = np.array([cu_seqlens[i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.ends_pending], np.int32)
-    return batch, rows

@@ -7,22 +7,25 @@ class StopText:
     """Passes text on up to the first stop string; holds back what may still become one.
 
     The first is the one that is complete first, reading character by character (the longest, if two end together),
-    so where tokens begin and end changes nothing.
+    so where tokens begin and end changes nothing. include: the stop string itself passes too.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Take a piece; return the text that is certain, and whether a stop string ended it."""
+        if not self._stops:
+            return piece, False
         text = self._held + piece
         found = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
         if found:
             end, minus_length = min(found)
             self._held = ""
-            return text[: end + minus_length], True
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+            return text[: end if self._include else end + minus_length], True
+        held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False
 

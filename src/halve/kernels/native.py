@@ -41,11 +41,15 @@ from halve.formats.base import widen
 from halve.hardware import Device, detect_cpu
 from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Choice, Kernel, Spec, choose
-from halve.kernels.native_checks import STORED, KVCache, check_attention, check_batch, floats, int32, within
+from halve.kernels.native_cache import BLOCK_SIZE, KVCache, Step, in_own_blocks
+from halve.kernels.native_checks import check_attention, check_batch, check_copies, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
+from halve.kernels.native_sampling import SamplingWork
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
 from halve.kernels.packed import Allocate, PackedMatrix, pack
 from halve.kernels.products import ROUNDINGS, Codes, InputLayout, PrepareRecord, product_record, rows_of
+from halve.kernels.sampling import Sampled, SamplingBatch
+from halve.kernels.sampling import check as check_sampling
 
 log = logging.getLogger("halve.kernels")
 
@@ -61,7 +65,6 @@ class Isa:
     number: int
     features: tuple[str, ...]
     tiles: bool = True  # int8 activations meet integer codes as integers
-
 
     def float_error_steps(self, in_features: int) -> int:
         """Roundings on the longest path of a float product's sum, bias and scale included: see the top of this file."""
@@ -169,33 +172,45 @@ def _pairwise(name: str, isa: Isa, x: Array, y: Array, *, threads: int) -> Array
     return out
 
 
-def _rounded(name: str, dtype: type[np.generic], isa: Isa, x: Array, *, threads: int) -> Array:
-    out = np.empty(x.shape, dtype)
-    _call(name, isa, x, out, x.size, threads)
+def _round_bf16(isa: Isa, x: Array, *, threads: int) -> Array:
+    out = np.empty_like(x)
+    _call("round_bf16", isa, x, out, x.size, threads)
     return out
+
+
+def _kv_write(isa: Isa, cache: KVCache, step: Step, k: Array, v: Array, *, threads: int) -> None:
+    _call("kv_write", isa, cache.address, step.address, k, v, threads)
+
+
+def _copy_blocks(isa: Isa, cache: KVCache, pairs: Array, *, threads: int) -> None:
+    _call("copy_blocks", isa, cache.address, pairs, len(pairs), threads)
 
 
 def _attention(
-    isa: Isa, q: Array, k: Array, v: Array, *, batch: TokenBatch, spec: AttentionSpec, sinks: Array | None, threads: int
+    isa: Isa, cache: KVCache, step: Step, q: Array, *, spec: AttentionSpec, sinks: Array | None, threads: int
 ) -> Array:
-    """Keys and values as stored: the cache's [B, P, G, D] where the batch has block tables, else [T, G * D]."""
-    tables = batch.block_tables
     out = np.empty_like(q)
-    widest, block_size = (0, 1) if tables is None else (tables.shape[1], k.shape[1])
-    sizes = (len(q), batch.num_sequences, widest, block_size, spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    settings = (spec.window or 0, spec.kv_format == "bf16", threads)
-    _call("attention", isa, q, k, v, batch.positions, batch.cu_seqlens, tables, sinks, out, *sizes, *settings)
+    scratch = np.empty(library().halve_attention_scratch(cache.address, step.address, spec.num_heads), np.uint8)
+    settings = (spec.num_heads, spec.window or 0, threads)
+    _call("attention", isa, cache.address, step.address, q, sinks, out, scratch, *settings)
     return out
 
 
-_PLAIN: Mapping[str, Callable[..., Array]] = {
+def _sample(isa: Isa, logits: Array, batch: SamplingBatch, *, threads: int) -> Sampled:
+    work = SamplingWork(logits, batch, threads)
+    _call("sample", isa, work.address, threads)
+    return work.result()
+
+
+_PLAIN: Mapping[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "rope": _rope,
+    "kv_write": _kv_write,
+    "copy_blocks": _copy_blocks,
     "attention": _attention,
     "add": partial(_pairwise, "add"),
     "silu_mul": partial(_pairwise, "silu_mul"),
-    "to_bf16": partial(_rounded, "to_bf16", np.uint16),
-    "round_bf16": partial(_rounded, "round_bf16", np.float32),
+    "round_bf16": _round_bf16,
 }
 
 
@@ -217,7 +232,7 @@ def _rows(op: str) -> list[Kernel]:
             name=f"native_{isa.name}",
             op=op,
             refusal=partial(_refusal, isa, None, ACTIVATIONS),
-            run=partial(_PLAIN[op], isa),
+            run=partial(_sample if op == "sample" else _PLAIN[op], isa),
         )
         for isa in ISAS
     ]
@@ -244,7 +259,7 @@ def _format_rows(op: str, accepted: Format) -> list[Kernel]:
 
 TABLE: list[Kernel] = [
     *(row for op in ("linear", "embed") for accepted in FORMATS.values() for row in _format_rows(op, accepted)),
-    *(row for op in _PLAIN for row in _rows(op)),
+    *(row for op in (*_PLAIN, "sample") for row in _rows(op)),
 ]
 
 
@@ -279,6 +294,7 @@ class NativeOps:
     """
 
     name = "native"
+    batch_invariant = True  # each row of a product and each query is summed by itself, in an order of its own
 
     def __init__(
         self, device: Device | None = None, *, activations: str = "fp32", num_threads: int | None = None
@@ -298,10 +314,11 @@ class NativeOps:
         if (strength := team.halve_grow_team(self.num_threads)) < self.num_threads:
             log.warning("the system gave %d of %d threads; products run on those", strength, self.num_threads)
         self.kernels: dict[str, str] = {}
-        self._last_batch: tuple[Any, TokenBatch] | None = None
-        self._run: dict[str, Callable[..., Array]] = {
+        self._last_batch: tuple[Any, Step, int] | None = None
+        self._run: dict[str, Callable[..., Any]] = {
             op: partial(self._choose(op).run, threads=self.num_threads) for op in _PLAIN
         }
+        self._sample: Callable[..., Sampled] = partial(self._choose("sample").run, threads=self.num_threads)
 
     def _choose(self, op: str) -> Kernel:
         return self._chosen(op, choose(_rows(op), self.device, Spec(op=op)))
@@ -363,7 +380,7 @@ class NativeOps:
     def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
         """Each row over its root mean square, times gain."""
         x = floats("x", x, (None, None))
-        return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)
+        return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)  # type: ignore[no-any-return]
 
     def project(self, linear: Linear, x: Array) -> Array:
         """round(x) @ weight.T + bias; the error bounds are at the top of this file."""
@@ -376,7 +393,7 @@ class NativeOps:
         if head_dim < 2 or head_dim % 2 or x.shape[1] % head_dim:
             raise KernelError(f"rope: head_dim {head_dim} must be even and divide the width {x.shape[1]}")
         angles = (len(x), head_dim // 2)
-        return self._run["rope"](x, floats("cos", cos, angles), floats("sin", sin, angles), head_dim=head_dim)
+        return self._run["rope"](x, floats("cos", cos, angles), floats("sin", sin, angles), head_dim=head_dim)  # type: ignore[no-any-return]
 
     def attention(
         self,
@@ -397,41 +414,51 @@ class NativeOps:
         k = floats("k", k, (batch.num_tokens, spec.num_kv_heads * spec.head_dim))
         v = floats("v", v, k.shape)
         sinks = None if sinks is None else floats("sinks", sinks, (spec.num_heads,))
-        batch = self._checked(batch, spec, cache)
-        if spec.kv_format == "bf16":
-            k, v = self._run["to_bf16"](k), self._run["to_bf16"](v)
-        if cache is not None:
-            shape = (-1, spec.num_kv_heads, spec.head_dim)
-            cache.k.reshape(shape)[batch.slot_mapping] = k.reshape(shape)
-            cache.v.reshape(shape)[batch.slot_mapping] = v.reshape(shape)
-            k, v = cache.k, cache.v
-        return self._run["attention"](q, k, v, batch=batch, spec=spec, sinks=sinks)
+        step, own_blocks = self._checked(batch, spec, cache)
+        if cache is None:
+            cache = KVCache(own_blocks, BLOCK_SIZE, spec)
+        self._run["kv_write"](cache, step, k, v)
+        return self._run["attention"](cache, step, q, spec=spec, sinks=sinks)  # type: ignore[no-any-return]
 
-    def _checked(self, batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> TokenBatch:
-        """`check_batch`, once for all layers of a step: by the batch's bytes, not by which object it is."""
+    def _checked(self, batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> tuple[Step, int]:
+        """`check_batch`, once for all layers of a step: by the batch's bytes, not by which object it is.
+
+        Without a cache: the step over blocks of its own, and how many.
+        """
         arrays = (batch.positions, batch.cu_seqlens, batch.slot_mapping, batch.block_tables)
         seen = [None if a is None else (a.dtype.str, a.shape, a.tobytes()) for a in arrays]
-        key = (seen, spec, cache and (cache.k.dtype, cache.k.shape))
+        key = (seen, spec, cache and cache.kind)
         if self._last_batch is None or self._last_batch[0] != key:
-            self._last_batch = key, check_batch(batch, spec, cache)
-        return self._last_batch[1]
+            checked, own_blocks = check_batch(batch, spec, cache), 0
+            if cache is None:
+                checked, own_blocks = in_own_blocks(checked)
+            self._last_batch = key, Step(checked), own_blocks
+        return self._last_batch[1:]
 
     def silu_mul(self, gate: Array, up: Array) -> Array:
         """silu(gate) * up."""
         gate = floats("gate", gate, (None, None))
-        return self._run["silu_mul"](gate, floats("up", up, gate.shape))
+        return self._run["silu_mul"](gate, floats("up", up, gate.shape))  # type: ignore[no-any-return]
 
     def add(self, x: Array, y: Array) -> Array:
         """Sum of two buffers."""
         x = floats("x", x, (None, None))
-        return self._run["add"](x, floats("y", y, x.shape))
+        return self._run["add"](x, floats("y", y, x.shape))  # type: ignore[no-any-return]
 
     def take_rows(self, x: Array, rows: Array) -> Array:
         """The rows of x, in that order."""
         return x[np.asarray(rows, np.intp)]
 
+    def sample(self, logits: Array, batch: SamplingBatch) -> Sampled:
+        """A token for every row; how close to the definition: csrc/sampling.h."""
+        check_sampling(logits, batch)
+        return self._sample(logits, batch)
+
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> KVCache:
-        """Keys and values [B, P, G, D] in the spec's format, zero."""
+        """Blocks of keys and values in the spec's format, zero."""
         check_attention(spec)
-        shape, dtype = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim), STORED[spec.kv_format]
-        return KVCache(np.zeros(shape, dtype), np.zeros(shape, dtype))
+        return KVCache(num_blocks, block_size, spec)
+
+    def copy_blocks(self, cache: KVCache, pairs: Array) -> None:
+        """Copy whole blocks. Raises KernelError, before anything is written, for pairs that are not so."""
+        self._run["copy_blocks"](cache, check_copies(pairs, cache.num_blocks))

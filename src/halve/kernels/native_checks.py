@@ -1,24 +1,14 @@
 """What must hold before an array's address goes to C++: types, shapes, and every index inside its buffer."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from halve.core.errors import KernelError
-from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+from halve.kernels.native_cache import KVCache
+from halve.kernels.ops import KV_FORMATS, Array, AttentionSpec, TokenBatch
 
 MAX_HEAD_DIM = 1024
-STORED: Mapping[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}  # bf16 as its bits
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KVCache:
-    """One layer's keys and values [B, P, G, D], float32, or uint16 bits of bf16."""
-
-    k: Array
-    v: Array
 
 
 def check_attention(spec: AttentionSpec) -> None:
@@ -29,8 +19,8 @@ def check_attention(spec: AttentionSpec) -> None:
         raise KernelError(f"attention: head_dim {spec.head_dim} is not between 1 and {MAX_HEAD_DIM}")
     if spec.window is not None and spec.window < 1:
         raise KernelError(f"attention: window {spec.window} must be 1 or more, or None to see everything before")
-    if spec.kv_format not in STORED:
-        raise KernelError(f"attention: kv_format {spec.kv_format!r} is not one of {list(STORED)}")
+    if spec.kv_format not in KV_FORMATS:
+        raise KernelError(f"attention: kv_format {spec.kv_format!r} is not one of {list(KV_FORMATS)}")
 
 
 def check_batch(batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> TokenBatch:
@@ -53,9 +43,10 @@ def check_batch(batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -
         if first.any():
             raise KernelError(f"without a cache sequences start at position 0, got {first.tolist()}; give a cache")
         return TokenBatch(token_ids=batch.token_ids, positions=positions, cu_seqlens=ends)
-    num_blocks, block_size = cache.k.shape[:2]
-    if cache.k.dtype != STORED[spec.kv_format] or cache.k.shape[2:] != (spec.num_kv_heads, spec.head_dim):
-        raise KernelError(f"the cache holds {cache.k.dtype} {cache.k.shape}; make one with kv_cache for {spec}")
+    num_blocks, block_size = cache.num_blocks, cache.block_size
+    if (cache.kv_format, cache.num_kv_heads, cache.head_dim) != (spec.kv_format, spec.num_kv_heads, spec.head_dim):
+        held = f"{cache.num_kv_heads} heads of {cache.head_dim} in {cache.kv_format}"
+        raise KernelError(f"the cache holds {held}; make one with kv_cache for {spec}")
     if batch.slot_mapping is None or batch.block_tables is None:
         raise KernelError("a batch over a cache needs slot_mapping and block_tables; allocate blocks for it first")
     slots = int32("slot_mapping", batch.slot_mapping, (tokens,)).copy()
@@ -77,6 +68,16 @@ def _blocks_read(tables: Array, oldest: Array, last: Array, block_size: int) -> 
     column = np.arange(wide.shape[1])
     read = (column >= (oldest // block_size)[:, None]) & (column <= (last // block_size)[:, None])
     return wide[read]
+
+
+def check_copies(pairs: Array, num_blocks: int) -> Array:
+    """A copy of [N, 2] blocks, from and to. Raises KernelError for one that is outside or is written and read or twice."""
+    pairs = int32("pairs", pairs, (None, 2)).copy()
+    within("block", pairs, num_blocks, "copy blocks that were allocated")
+    written = pairs[:, 1]
+    if len(np.unique(written)) < len(written) or np.isin(written, pairs[:, 0]).any():
+        raise KernelError(f"blocks {written.tolist()} are written twice, or read too; copy them one step after another")
+    return pairs
 
 
 def within(what: str, values: Array, end: int, way_out: str) -> None:

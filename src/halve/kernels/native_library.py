@@ -10,7 +10,7 @@ from typing import Any
 
 from halve.core.errors import KernelError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY = "libhalve_kernels.so"
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -27,10 +27,16 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "rope": [_I32, _P, _P, _P, _P, _I64, _I64, _I64, _I32],
     "add": [_I32, _P, _P, _P, _I64, _I32],
     "silu_mul": [_I32, _P, _P, _P, _I64, _I32],
-    "to_bf16": [_I32, _P, _P, _I64, _I32],
     "round_bf16": [_I32, _P, _P, _I64, _I32],
-    "attention": [_I32, *[_P] * 8, *[_I64] * 8, _I32, _I32],
+    "kv_block_bytes": [_P],
+    "kv_write": [_I32, _P, _P, _P, _P, _I32],
+    "copy_blocks": [_I32, _P, _P, _I64, _I32],
+    "attention_scratch": [_P, _P, _I64],
+    "attention": [_I32, *[_P] * 6, _I64, _I64, _I32],
+    "sampling_kib": [_I64],
+    "sample": [_I32, _P, _I32],
 }
+_SIZES = ("plan_packing", "kv_block_bytes", "attention_scratch")  # what returns a number of bytes, int64
 
 
 def available() -> str | None:
@@ -75,5 +81,5 @@ def open_library(path: Path) -> Any:
         raise KernelError(f"{path} has interface version {version}, this halve needs {ABI_VERSION}; {way_out}")
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, f"halve_{name}")
-        function.argtypes, function.restype = arguments, _I64 if name == "plan_packing" else _I32
+        function.argtypes, function.restype = arguments, _I64 if name in _SIZES else _I32
     return library

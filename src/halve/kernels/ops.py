@@ -14,9 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from halve.formats import Weight
+from halve.kernels.sampling import Sampled, SamplingBatch
 
 Buffer = Any
 Array = np.ndarray[Any, np.dtype[Any]]
+
+KV_FORMATS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # formats of the cache -> bytes of an element
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +64,8 @@ class AttentionSpec:
     """What one layer's attention computes. Source: arXiv:1706.03762; grouped queries arXiv:2305.13245.
 
     window: a token sees itself and the `window - 1` before it; None sees all before it.
-    kv_format: keys and values are rounded to it (`fp32`, `bf16`) before they are read, cached or not.
+    kv_format: keys and values are rounded to it (`KV_FORMATS`) before they are read, cached or not. int8 has a scale
+    for each token and head (`reference.round_int8`).
     """
 
     num_heads: int
@@ -71,10 +75,24 @@ class AttentionSpec:
     kv_format: str = "bf16"
 
 
+def kv_block_bytes(spec: AttentionSpec, block_size: int) -> int:
+    """Bytes of one block of one layer's paged cache: keys and values of block_size tokens, and their scales.
+
+    The C++ rounds each head up to 64 bytes (csrc/kv_layout.h).
+    """
+    element, pair = KV_FORMATS[spec.kv_format], 1 if spec.kv_format == "fp32" else 2
+    keys = -(-spec.head_dim // pair) * pair * block_size
+    values = -(-block_size // pair) * pair * spec.head_dim
+    scales = 2 * 2 * block_size if spec.kv_format == "int8" else 0
+    head = (keys + values) * element + scales
+    return spec.num_kv_heads * -(-head // 64) * 64
+
+
 class Ops(Protocol):
     """Operations on one device. Every function returns a new buffer; only `attention` writes (into the cache)."""
 
     name: str
+    batch_invariant: bool  # a token's result is the same to the bit whatever else is in the batch
 
     @property
     def kernels(self) -> Mapping[str, str]:
@@ -133,5 +151,11 @@ class Ops(Protocol):
     def take_rows(self, x: Buffer, rows: Array) -> Buffer:
         """x[rows]."""
 
+    def sample(self, logits: Buffer, batch: SamplingBatch) -> Sampled:
+        """Choose a token for every row of logits [R, vocab]. Defined by `halve.kernels.sampling`; raises as it does."""
+
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> Any:
-        """An empty paged cache of one layer: keys and values [B, P, G, D] in the spec's format."""
+        """An empty paged cache of one layer: keys and values of B blocks of P tokens in the spec's format."""
+
+    def copy_blocks(self, cache: Any, pairs: Array) -> None:
+        """Copy whole blocks of one layer's cache: pairs int32 [N, 2], from and to; no block is both."""

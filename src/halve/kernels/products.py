@@ -136,9 +136,7 @@ def product_record(
 ) -> ProductRecord:
     """A product of x with up to MAX_MEMBERS matrices; outputs are (address, floats from one row to the next)."""
     assert len(matrices) <= MAX_MEMBERS
-    record = ProductRecord(
-        x=x, rows=rows, members=len(matrices), add=add, gated=gated, rounding=ROUNDINGS[rounding]
-    )
+    record = ProductRecord(x=x, rows=rows, members=len(matrices), add=add, gated=gated, rounding=ROUNDINGS[rounding])
     for i, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
         record.weight[i] = matrix.address
         record.bias[i] = None if bias is None else bias.ctypes.data

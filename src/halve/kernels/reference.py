@@ -19,12 +19,29 @@ from halve.formats.base import BF16, FP8
 from halve.hardware import Device, detect_cpu
 from halve.kernels.dispatch import Kernel, Spec, choose
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+from halve.kernels.sampling import Sampled, SamplingBatch, sample
+
+SMALLEST_SCALE = 2.0**-126  # of int8: the smallest normal float; one below it is 0
+
+
+def round_int8(x: Tensor) -> Tensor:
+    """Round float32 [..., D] to int8 with one bf16 scale for each D, and widen it again.
+
+    scale = absmax / 127 rounded to bf16, 0 below 2^-126; code = x / scale to nearest even. Error of an element: at most
+    scale / 2, and absmax where the scale is 0.
+    """
+    scale = (x.abs().amax(-1, keepdim=True) / 127).to(torch.bfloat16).to(torch.float32)
+    scale = torch.where(scale < SMALLEST_SCALE, 0.0, scale)
+    codes = (x / torch.where(scale == 0, 1.0, scale)).round().clamp(-127, 127)
+    return codes * scale
+
 
 ROUND: Mapping[str, Callable[[Tensor], Tensor]] = {
     "fp32": lambda x: x,
     "bf16": lambda x: x.to(torch.bfloat16).to(torch.float32),
+    "int8": round_int8,
 }
-STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # what int8 stands for, exactly
 QUERY_CHUNK = 256  # queries whose scores are held at once where torch's fused attention does not apply
 
 
@@ -103,6 +120,7 @@ class TorchOps:
     """`Ops` on a torch device; buffers are float32 tensors. See `halve.kernels.ops.Ops` for each operation."""
 
     name = "torch"
+    batch_invariant = False  # its matrix products choose another order of summing for another number of rows
 
     def __init__(self, device: str = "cpu", *, activations: str = "fp32", widened: bool = False) -> None:
         """Compute on a torch device.
@@ -176,8 +194,7 @@ class TorchOps:
     ) -> Tensor:
         """Causal softmax attention over whole sequences or a paged cache."""
         q_THD = q.view(len(q), spec.num_heads, spec.head_dim)
-        k_TGD = ROUND[spec.kv_format](k).view(len(k), spec.num_kv_heads, spec.head_dim)
-        v_TGD = ROUND[spec.kv_format](v).view(len(v), spec.num_kv_heads, spec.head_dim)
+        k_TGD, v_TGD = (ROUND[spec.kv_format](x.view(len(x), spec.num_kv_heads, spec.head_dim)) for x in (k, v))
         if cache is not None:
             slots = self._index(batch.slot_mapping)
             for stored, new in zip(cache, (k_TGD, v_TGD), strict=True):
@@ -213,11 +230,20 @@ class TorchOps:
         """x[rows]."""
         return x[self._index(rows)]
 
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+        """A token for every row, by the definition, on the host."""
+        return sample(self.to_host(logits), batch)
+
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Keys and values [B, P, G, D] in the spec's format."""
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         keys, values = (torch.zeros(shape, dtype=STORED[spec.kv_format], device=self.torch_device) for _ in "kv")
         return keys, values
+
+    def copy_blocks(self, cache: tuple[Tensor, Tensor], pairs: Array) -> None:
+        """Copy whole blocks."""
+        for stored in cache:
+            stored[self._index(pairs[:, 1])] = stored[self._index(pairs[:, 0])]
 
     def _index(self, values: Array | None) -> Tensor:
         assert values is not None, "a batch over a cache has slot_mapping and block_tables"

@@ -114,6 +114,12 @@ class ModelConfig:
         """Layers of the decoder."""
         return len(self.layers)
 
+    @property
+    def kv_cache_bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token in all layers."""
+        widths = {"fp32": 4 * self.head_dim, "bf16": 2 * self.head_dim, "int8": self.head_dim + 2}  # int8: a scale
+        return sum(2 * self.num_kv_heads * widths[layer.kv_format] for layer in self.layers)
+
     def with_kv_format(self, kv_format: str) -> "ModelConfig":
         """The same model with every layer's cache in `kv_format`."""
         return replace(self, layers=tuple(replace(layer, kv_format=kv_format) for layer in self.layers))

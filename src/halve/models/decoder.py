@@ -11,6 +11,7 @@ import numpy as np
 from halve.core.errors import ConfigError
 from halve.formats import Weight
 from halve.kernels.ops import Array, AttentionSpec, Buffer, Ops, TokenBatch
+from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models.config import ModelConfig
 from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, head_group, layer_groups, layer_norms, sinks_name
 from halve.models.rope import RopeTable
@@ -136,7 +137,22 @@ class Decoder:
         (out,) = self.head(hidden)
         return out
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a token's result is the same to the bit whatever else is in the batch."""
+        return self.ops.batch_invariant
+
     def step(self, batch: TokenBatch, cache: Sequence[Any], rows: Array) -> Array:
         """Run one step over the cache and return float32 logits of the given rows of the batch, [R, vocab]."""
         hidden = self.ops.take_rows(self.hidden(batch, cache), np.asarray(rows))
         return self.ops.to_host(self.logits(hidden))
+
+    def sample(self, batch: TokenBatch, cache: Sequence[Any], rows: Array, sampling: SamplingBatch) -> Sampled:
+        """Run one step over the cache and choose a token for each of the given rows int32 [R] of the batch."""
+        hidden = self.ops.take_rows(self.hidden(batch, cache), np.asarray(rows))
+        return self.ops.sample(self.logits(hidden), sampling)
+
+    def copy_blocks(self, cache: Sequence[Any], pairs: Array) -> None:
+        """Copy blocks of the cache in every layer: pairs int32 [n, 2], (from, to)."""
+        for layer in cache:
+            self.ops.copy_blocks(layer, pairs)

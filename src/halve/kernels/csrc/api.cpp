@@ -1,6 +1,8 @@
 // The C interface that halve.kernels.native calls through ctypes: addresses and counts, nothing allocated, nothing
 // thrown. Shapes, element types and indices were checked by the caller. Functions of an instruction set return 0, or
 // 1 when it was not compiled into this library.
+#include "attention_units.h"
+#include "kv_layout.h"
 #include "pool.h"
 #include "rows.h"
 
@@ -126,24 +128,52 @@ HALVE_API int32_t halve_silu_mul(int32_t isa, const float* gate, const float* up
     return spread(isa, &Rows::silu_mul, {gate, up, out, size}, chunks(size), size, threads);
 }
 
-HALVE_API int32_t halve_to_bf16(int32_t isa, const float* x, uint16_t* out, int64_t size, int32_t threads) {
-    return spread(isa, &Rows::to_bf16, {x, nullptr, out, size}, chunks(size), size, threads);
-}
-
 HALVE_API int32_t halve_round_bf16(int32_t isa, const float* x, float* out, int64_t size, int32_t threads) {
     return spread(isa, &Rows::round_bf16, {x, nullptr, out, size}, chunks(size), size, threads);
 }
 
-HALVE_API int32_t halve_attention(int32_t isa, const float* q, const void* k, const void* v, const int32_t* positions,
-                                  const int32_t* cu_seqlens, const int32_t* block_tables, const float* sinks,
-                                  float* out, int64_t num_tokens, int64_t num_sequences, int64_t widest,
-                                  int64_t block_size, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                                  int64_t window, int32_t bf16, int32_t threads) {
-    const Attention work = {
-        q,      k,          v,         positions,    cu_seqlens, block_tables, sinks, out, num_sequences,
-        widest, block_size, num_heads, num_kv_heads, head_dim,   window,       bf16};
+HALVE_API int64_t halve_kv_block_bytes(const KvCache* cache) { return kv_block_bytes(*cache); }
+
+HALVE_API int32_t halve_kv_write(int32_t isa, const KvCache* cache, const StepBatch* batch, const float* k,
+                                 const float* v, int32_t threads) {
+    const int64_t width = cache->num_kv_heads * cache->head_dim;
+    const KvWrite work = {k, v, width, width, nullptr, nullptr, cache, batch};
+    return spread(isa, &Rows::kv_write, work, kv_write_units(work), batch->num_tokens * width, threads);
+}
+
+HALVE_API int32_t halve_copy_blocks(int32_t isa, const KvCache* cache, const int32_t* pairs, int64_t num_pairs,
+                                    int32_t threads) {
+    const int64_t cost = num_pairs * cache->block_size * cache->num_kv_heads * cache->head_dim;
+    return spread(isa, &Rows::copy_block, {cache, pairs}, num_pairs, cost, threads);
+}
+
+HALVE_API int64_t halve_attention_scratch(const KvCache* cache, const StepBatch* batch, int64_t num_heads) {
+    Attention work = {};
+    work.cache = cache;
+    work.batch = batch;
+    work.num_heads = num_heads;
+    return attention_scratch_bytes(work);
+}
+
+HALVE_API int32_t halve_attention(int32_t isa, const KvCache* cache, const StepBatch* batch, const float* q,
+                                  const float* sinks, float* out, float* scratch, int64_t num_heads, int64_t window,
+                                  int32_t threads) {
+    const int64_t width = num_heads * cache->head_dim;
+    const Attention work = {q, width, nullptr, nullptr, cache, batch, sinks, out, width, num_heads, window, scratch};
     int64_t seen = 0;
-    for (int64_t t = 0; t < num_tokens; ++t) seen += positions[t] + 1;
-    const int64_t cost = seen * num_heads * head_dim;
-    return spread(isa, &Rows::attention, work, num_tokens * head_blocks(work), cost, threads);
+    for (int64_t t = 0; t < batch->num_tokens; ++t) seen += batch->positions[t] + 1;
+    const int32_t absent = spread(isa, &Rows::attention, work, attention_units(work), seen * width, threads);
+    const int64_t sums = attention_combine_units(work);
+    return absent || !sums ? absent
+                           : spread(isa, &Rows::attention_combine, work, sums, batch->num_tokens * width, threads);
+}
+
+// Scratch that `halve_sample` needs for each thread, in KiB.
+HALVE_API int32_t halve_sampling_kib(int64_t vocab) {
+    return static_cast<int32_t>((sampling_bytes(vocab) + 1023) / 1024);
+}
+
+HALVE_API int32_t halve_sample(int32_t isa, const Sampling* work, int32_t threads) {
+    const int64_t shares = work->rows < threads ? work->rows : threads;
+    return spread(isa, &Rows::sample, *work, shares, work->rows * work->vocab, threads);
 }

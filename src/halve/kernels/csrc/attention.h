@@ -1,141 +1,206 @@
-// Causal softmax attention of one token and a few query heads of one key-value head.
+// Causal softmax attention over the paged cache. Source: online softmax, arXiv:1805.02867; tiles, arXiv:2205.14135.
 //
-// Online softmax (arXiv:1805.02867): positions come kPositions at a time; when the highest score so far rises, what
-// was summed before is scaled down. A token's result depends on its own position and window alone.
+// A row is one query head of one token. Its positions are taken in segments of kSegment that start at multiples of
+// kSegment; sums over segments are added up within splits of kSplit positions, and those in order. Every sum has a
+// score that it is relative to (the highest of its positions), so that two of them can be added at any time. Whether
+// a row stands alone or in a tile of 64, and whether one thread takes all splits or many threads one each, the row
+// goes through the same operations in the same order: its bits depend on its own query, position, keys and values.
+//
+// Scores are in powers of two: the query is scaled by log2(e) / sqrt(D) before anything else.
 #pragma once
 
-#include "lanes.h"
-#include "rows.h"
+#include "attention_exact.h"
+#include "attention_fast.h"
+#include "attention_sums.h"
+#include "attention_units.h"
+#include "kv_cache.h"
 
 namespace halve {
 namespace {
 
-constexpr int64_t kPositions = 64;                 // whose scores are held at once
-constexpr int64_t kHeadStride = kMaxHeadDim + 16;  // rows apart on different cache lines
-constexpr int64_t kRead = 4;                       // whose keys or values are
+constexpr float kLog2e = 1.44269504088896341f;
 
-// Where the keys and values of one sequence lie.
-struct Places {
-    const Attention* a;
-    const int32_t* blocks;  // of this sequence, or null
-    int64_t first;          // row of position 0 where there are no blocks
-    int64_t head;           // key-value head
+// The queries of one unit: tokens of one sequence, query heads of one key-value head, and the splits it sums.
+struct Tile {
+    const Attention& a;
+    Shares shares;
+    int64_t sequence, token, tokens;     // the first token in the batch, and how many
+    int64_t kv_head, first_head, heads;  //
+    int64_t first, last;                 // positions of the first and the last token
+    int64_t split, end_split;
 
-    int64_t element(int64_t position) const {
-        const int64_t size = a->block_size;
-        const int64_t row = blocks ? blocks[position / size] * size + position % size : first + position;
-        return (row * a->num_kv_heads + head) * a->head_dim;
-    }
-
-    // The rows of n positions as floats, and zeros up to kRead.
-    void read(const void* stored, int64_t position, int64_t n, float (*out)[kHeadStride]) const {
-        for (int64_t j = 0; j < n; ++j) read_one(stored, position + j, out[j]);
-        for (int64_t j = n; j < kRead; ++j) memset(out[j], 0, static_cast<size_t>(a->head_dim) * sizeof(float));
-    }
-
-    void read_one(const void* stored, int64_t position, float* __restrict out) const {
-        const int64_t at = element(position);
-        if (a->bf16) {
-            const uint16_t* p = static_cast<const uint16_t*>(stored) + at;
-            for (int64_t i = 0; i < a->head_dim; ++i) out[i] = from_bf16(p[i]);
-        } else {
-            memcpy(out, static_cast<const float*>(stored) + at, static_cast<size_t>(a->head_dim) * sizeof(float));
-        }
-    }
+    // The first position that a token at `own` sees.
+    int64_t oldest(int64_t own) const { return a.window && own >= a.window ? own - a.window + 1 : 0; }
+    // How many splits it sees.
+    int64_t num_splits(int64_t own) const { return own / kSplit - oldest(own) / kSplit + 1; }
 };
 
-// The last sequence that starts at or before the token; empty ones before it own nothing.
-inline int64_t sequence_of(const Attention& a, int64_t token) {
-    int64_t low = 0, high = a.num_sequences;
+// The last sequence whose tiles start at or before a tile.
+inline int64_t sequence_of(const StepBatch& b, int64_t tokens, int64_t tile) {
+    int64_t low = 0, high = b.num_sequences;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
-        (a.cu_seqlens[middle] <= token ? low : high) = middle;
+        (b.cu_seqlens[middle] / tokens + middle <= tile ? low : high) = middle;
     }
     return low;
 }
 
-// Sums of one query head over the positions so far: values [width] weighted by e^(score - highest), and the weights.
-struct Running {
-    float highest;
-    float weights;
+// Later tokens first, since they see most; kv heads next to each other, since they lie so in a block.
+inline Tile tile_of(const Attention& a, int64_t unit) {
+    const StepBatch& b = *a.batch;
+    const Shares s = shares_of(a);
+    const int64_t group = a.num_heads / a.cache->num_kv_heads;
+    const int64_t head_block = unit % s.head_blocks, above = unit / s.head_blocks;
+    Tile t = {a, s, 0, 0, 0, above % a.cache->num_kv_heads, 0, 0, 0, -1, 0, 0};
+    t.first_head = t.kv_head * group + head_block * s.heads;
+    t.heads = smaller(s.heads, group - head_block * s.heads);
+    const int64_t split = above / a.cache->num_kv_heads % s.splits;
+    const int64_t tile = s.tiles - 1 - above / a.cache->num_kv_heads / s.splits;
+    t.sequence = sequence_of(b, s.tokens, tile);
+    const int64_t begin = b.cu_seqlens[t.sequence], end = b.cu_seqlens[t.sequence + 1];
+    t.token = begin + (tile - begin / s.tokens - t.sequence) * s.tokens;
+    t.tokens = smaller(s.tokens, end - t.token);
+    if (t.tokens <= 0) return t;
+    t.first = b.positions[t.token];
+    t.last = t.first + t.tokens - 1;
+    t.split = s.splits > 1 ? split : t.oldest(t.first) / kSplit;
+    t.end_split = s.splits > 1 ? split + 1 : t.last / kSplit + 1;
+    return t;
+}
+
+// Where the sums of (token, head, split) go between attention and attention_combine.
+inline float* partial_of(const Attention& a, int64_t splits, int64_t token, int64_t head, int64_t split) {
+    return a.scratch + ((token * a.num_heads + head) * splits + split) * partial_floats(a.cache->head_dim);
+}
+
+// What a row starts from: a sink is a score whose value is zero.
+inline Sums start(const Attention& a, int64_t head, float* values) {
+    memset(values, 0, static_cast<size_t>(row_width(a.cache->head_dim)) * sizeof(float));
+    return a.sinks ? Sums{a.sinks[head] * kLog2e, 1.0f} : Sums{kLowest, 0.0f};
+}
+
+inline void finish(const Attention& a, int64_t token, int64_t head, const Sums& sums, const float* values) {
+    float* out = a.out + token * a.out_stride + head * a.cache->head_dim;
+    for (int64_t i = 0; i < a.cache->head_dim; ++i) out[i] = values[i] / sums.weights;
+}
+
+// Sums of the rows of a tile, token by token and in it head by head.
+struct Rows64 {
+    Sums sums[kQueryRows];
+    alignas(64) float values[kQueryValues];
 };
 
-// Turn n scores into weights relative to the highest so far, and scale down what was summed before.
-inline void take(Running& r, float* scores, int64_t n, float* values, int64_t width) {
-    float highest = r.highest;
-    for (int64_t j = 0; j < n; ++j) highest = scores[j] > highest ? scores[j] : highest;
-    for (int64_t j = n; j < round_up(n); ++j) scores[j] = -__builtin_inff();
-    const float fade = exp(broadcast(r.highest - highest))[0];
-    Lanes added = {};
-    for (int64_t j = 0; j < n; j += kLanes) {
-        const Lanes weights = exp(load(scores + j) - highest);
-        store(scores + j, weights);
-        added += weights;
-    }
-    for (int64_t i = 0; i < width; i += kLanes) store(values + i, load(values + i) * fade);
-    r.weights = r.weights * fade + sum(added);
-    r.highest = highest;
-}
-
-inline void score(const float* q, const float (*rows)[kHeadStride], int64_t width, float* scores) {
-    Lanes products[kRead] = {};
-    for (int64_t i = 0; i < width; i += kLanes) {
-        const Lanes asked = load(q + i);
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < kRead; ++j) products[j] += asked * load(rows[j] + i);
-    }
-    const Four four = sums(products);
-    memcpy(scores, &four, sizeof four);
-}
-
-inline void gather(float* values, const float (*rows)[kHeadStride], int64_t width, const float* weights) {
-    for (int64_t i = 0; i < width; i += kLanes) {
-        Lanes total = load(values + i);
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < kRead; ++j) total += load(rows[j] + i) * weights[j];
-        store(values + i, total);
+template <class Kernel>
+void ask(const Tile& t, Kernel& kernel) {
+    const Attention& a = t.a;
+    const int64_t dim = a.cache->head_dim;
+    const float scale = kLog2e / __builtin_sqrtf(static_cast<float>(dim));
+    alignas(64) float query[kMaxHeadDim + 16];
+    for (int64_t row = 0; row < t.tokens * t.heads; ++row) {
+        const int64_t token = t.token + row / t.heads, head = t.first_head + row % t.heads, angles = token * (dim / 2);
+        rotate(a.q + token * a.q_stride + head * dim, a.cos ? a.cos + angles : nullptr,
+               a.cos ? a.sin + angles : nullptr, dim, query);
+        for (int64_t i = 0; i < dim; ++i) query[i] *= scale;
+        kernel.ask(row, query);
     }
 }
 
-void attention(const Attention& a, int64_t block) {
-    const int64_t per_token = head_blocks(a), token = block / per_token, part = block % per_token;
-    const int64_t group = a.num_heads / a.num_kv_heads, parts = per_token / a.num_kv_heads;
-    const int64_t in_group = part % parts * kHeadsTogether, kv_head = part / parts;
-    const int64_t first_head = kv_head * group + in_group, heads = least(kHeadsTogether, group - in_group);
-    const int64_t sequence = sequence_of(a, token), dim = a.head_dim, width = round_up(dim);
-    const Places places = {&a, a.block_tables ? a.block_tables + sequence * a.widest : nullptr, a.cu_seqlens[sequence],
-                           kv_head};
-
-    alignas(64) float q[kHeadsTogether][kHeadStride], values[kHeadsTogether][kHeadStride], rows[kRead][kHeadStride];
-    alignas(64) float scores[kHeadsTogether][kPositions];
-    Running running[kHeadsTogether];
-    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
-    for (float* row : rows) memset(row, 0, static_cast<size_t>(width) * sizeof(float));
-    for (int64_t h = 0; h < heads; ++h) {
-        const float* asked = a.q + (token * a.num_heads + first_head + h) * dim;
-        for (int64_t i = 0; i < width; ++i) q[h][i] = i < dim ? asked[i] * scale : 0.0f;
-        memset(values[h], 0, static_cast<size_t>(width) * sizeof(float));
-        // A sink is a score whose value is zero.
-        running[h] = a.sinks ? Running{a.sinks[first_head + h], 1.0f} : Running{-__builtin_inff(), 0.0f};
+// Add the positions [begin, end) of one split to the rows that see them.
+template <class Kernel>
+void add_split(const Tile& t, Kernel& kernel, int64_t begin, int64_t end, Rows64& part) {
+    const int64_t width = row_width(t.a.cache->head_dim), rows = t.tokens * t.heads;
+    for (int64_t row = 0; row < rows; ++row) part.sums[row] = {kLowest, 0.0f};
+    memset(part.values, 0, static_cast<size_t>(rows * width) * sizeof(float));
+    for (int64_t at = begin / kSegment * kSegment; at < end; at += kSegment) {
+        kernel.open(at, at > begin ? at : begin, smaller(at + kSegment, end), end);
+        const bool whole = at + kSegment <= t.first + 1 && at >= t.oldest(t.last);
+        for (int64_t row = 0; row < rows;) {
+            const int64_t own = t.first + row / t.heads, left = whole ? rows - row : t.heads - row % t.heads;
+            const int64_t n = smaller(Kernel::kRowsTogether, left);
+            const int64_t oldest = t.oldest(own);
+            const int64_t low = whole || oldest < at ? 0 : oldest - at;
+            const int64_t high = whole ? kSegment : smaller(kSegment, own + 1 - at);
+            if (low < high) kernel.add(row, n, low, high, part.sums + row, part.values + row * width);
+            row += n;
+        }
     }
+}
 
-    const int64_t own = a.positions[token];
+template <class Kernel>
+void attend(const Tile& t) {
+    const Attention& a = t.a;
+    const int64_t width = row_width(a.cache->head_dim), rows = t.tokens * t.heads;
+    const Places places = {a, layout_of(*a.cache), a.batch->block_tables + t.sequence * a.batch->widest, t.kv_head};
+    Kernel kernel(places, rows);
+    Rows64 total, part;
+    ask(t, kernel);
+    for (int64_t row = 0; row < rows; ++row) {
+        total.sums[row] = start(a, t.first_head + row % t.heads, total.values + row * width);
+    }
+    for (int64_t split = t.split; split < t.end_split; ++split) {
+        const int64_t oldest = t.oldest(t.first);
+        const int64_t begin = split * kSplit > oldest ? split * kSplit : oldest;
+        const int64_t end = smaller((split + 1) * kSplit, t.last + 1);
+        if (begin >= end) continue;
+        add_split(t, kernel, begin, end, part);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t token = t.token + row / t.heads, head = t.first_head + row % t.heads;
+            const int64_t own = t.first + row / t.heads;
+            const float* values = part.values + row * width;
+            if (own / kSplit < split || t.oldest(own) / kSplit > split) continue;
+            if (t.shares.splits > 1 && t.num_splits(own) > 1) {
+                float* partial = partial_of(a, t.shares.splits, token, head, split);
+                memcpy(partial, &part.sums[row], sizeof(Sums));
+                memcpy(partial + 16, values, static_cast<size_t>(width) * sizeof(float));
+            } else {
+                add_sums(total.sums[row], total.values + row * width, part.sums[row], values, width);
+            }
+        }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t own = t.first + row / t.heads;
+        const bool here = t.shares.splits == 1 || (t.num_splits(own) == 1 && own / kSplit == t.split);
+        if (!here) continue;
+        finish(a, t.token + row / t.heads, t.first_head + row % t.heads, total.sums[row], total.values + row * width);
+    }
+}
+
+void attention(const Attention& a, int64_t unit) {
+    const Tile t = tile_of(a, unit);
+    if (t.tokens <= 0 || t.split * kSplit > t.last || t.end_split * kSplit <= t.oldest(t.first)) return;
+#if defined(HALVE_PAIR_PRODUCTS)
+    const KvCache& c = *a.cache;
+    if (c.block_size == kFastBlock && c.head_dim % 16 == 0 && c.head_dim <= kFastHeadDim) {
+        switch (static_cast<KvFormat>(c.format)) {
+            case KvFormat::kFloat32:
+                return attend<FloatKernel<float>>(t);
+            case KvFormat::kBfloat16:
+                return attend<FloatKernel<uint16_t>>(t);
+            case KvFormat::kInt8:
+                return attend<IntKernel>(t);
+        }
+    }
+#endif
+    attend<ExactKernel>(t);
+}
+
+void attention_combine(const Attention& a, int64_t unit) {
+    const int64_t dim = a.cache->head_dim, width = row_width(dim), group = a.num_heads / a.cache->num_kv_heads;
+    const int64_t token = unit / a.cache->num_kv_heads, own = a.batch->positions[token];
     const int64_t oldest = a.window && own >= a.window ? own - a.window + 1 : 0;
-    for (int64_t at = oldest; at <= own; at += kPositions) {
-        const int64_t n = least(kPositions, own + 1 - at);
-        for (int64_t j = 0; j < n; j += kRead) {
-            places.read(a.k, at + j, least(kRead, n - j), rows);
-            for (int64_t h = 0; h < heads; ++h) score(q[h], rows, width, scores[h] + j);
+    const int64_t splits = shares_of(a).splits;
+    if (own / kSplit == oldest / kSplit) return;
+    alignas(64) float values[kMaxHeadDim];
+    for (int64_t h = 0; h < group; ++h) {
+        const int64_t head = unit % a.cache->num_kv_heads * group + h;
+        Sums total = start(a, head, values);
+        for (int64_t split = oldest / kSplit; split <= own / kSplit; ++split) {
+            const float* partial = partial_of(a, splits, token, head, split);
+            Sums sums;
+            memcpy(&sums, partial, sizeof sums);
+            add_sums(total, values, sums, partial + 16, width);
         }
-        for (int64_t h = 0; h < heads; ++h) take(running[h], scores[h], n, values[h], width);
-        for (int64_t j = 0; j < n; j += kRead) {
-            places.read(a.v, at + j, least(kRead, n - j), rows);
-            for (int64_t h = 0; h < heads; ++h) gather(values[h], rows, width, scores[h] + j);
-        }
-    }
-    for (int64_t h = 0; h < heads; ++h) {
-        float* out = a.out + (token * a.num_heads + first_head + h) * dim;
-        for (int64_t i = 0; i < dim; ++i) out[i] = values[h][i] / running[h].weights;
+        finish(a, token, head, total, values);
     }
 }
 

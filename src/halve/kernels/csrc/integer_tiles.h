@@ -139,7 +139,7 @@ inline Vec quad_of(const uint8_t* at) {
 // Sums of one run for a tile of `rows` rows and kTileVecs vectors of outputs, and what becomes of them. `raw`: the
 // weight has one scale a row, so that runs are added up as integers.
 template <int rows, bool raw>
-struct Tile {
+struct RunSums {
     Vec sum[rows][kTileVecs];
 
     inline void begin(const int32_t* starts, int64_t stride) {
@@ -192,7 +192,7 @@ HALVE_HOT void hot_tile(const Panel& p, int output, float* sums) {
     const uint8_t* ahead = p.ahead;
     const int64_t row_bytes = p.row_bytes;
     for (int run = 0; run < p.runs; ++run) {
-        Tile<rows, raw> tile;
+        RunSums<rows, raw> tile;
         if (raw) {
             tile.begin(nullptr, 0);
         } else {

@@ -28,7 +28,7 @@ inline float inverse_root(const float* __restrict x, int64_t width, float eps) {
 }
 
 // The largest magnitude; NaN where the row holds one or an infinity.
-inline float largest(const float* x, int64_t width) {
+inline float row_absmax(const float* x, int64_t width) {
     Lanes most = {}, broken = {};
     int64_t i = 0;
     for (; i + kLanes <= width; i += kLanes) {
@@ -52,7 +52,7 @@ inline void write_start(const Activations& out, int32_t* starts, int64_t run, in
 
 // Codes of a row, with zeros up to code_stride, and where the sums of its runs begin.
 inline void to_int8(const float* __restrict x, int64_t width, const Activations& out, int64_t row) {
-    const float absmax = largest(x, width);
+    const float absmax = row_absmax(x, width);
     const bool some = absmax >= kSmallest;
     const float inverse = some ? 127.0f / absmax : 0.0f;
     out.scale[row] = some ? absmax / 127.0f : absmax == absmax ? 0.0f : absmax;
@@ -98,7 +98,7 @@ inline void to_int8(const float* __restrict x, int64_t width, const Activations&
 
 // The same rounding where products take floats: each value becomes its code times its scale.
 inline void round_int8(const float* x, float* y, int64_t width) {
-    const float absmax = largest(x, width);
+    const float absmax = row_absmax(x, width);
     const bool some = absmax >= kSmallest;
     const float inverse = some ? 127.0f / absmax : 0.0f;
     const float scale = some ? absmax / 127.0f : absmax == absmax ? 0.0f : absmax;

@@ -5,6 +5,7 @@
 #include "lanes.h"
 #include "prepare.h"
 #include "product.h"
+#include "sampling.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "weights are stored with the low byte first");
 
@@ -21,16 +22,10 @@ void rms_norm(const Norm& a, int64_t row) {
 void embed(const Embed& a, int64_t token) { embed_row(*a.table, a.ids[token], a.y + token * a.table->in_features); }
 
 void rope(const Rope& a, int64_t token) {
-    const int64_t half = a.head_dim / 2;
-    const float* __restrict cos = a.cos + token * half;
-    const float* __restrict sin = a.sin + token * half;
+    const int64_t angles = token * (a.head_dim / 2);
     for (int64_t h = 0; h < a.heads; ++h) {
-        const float* __restrict x = a.x + (token * a.heads + h) * a.head_dim;
-        float* __restrict y = a.y + (token * a.heads + h) * a.head_dim;
-        for (int64_t i = 0; i < half; ++i) {
-            y[i] = x[i] * cos[i] - x[i + half] * sin[i];
-            y[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
-        }
+        const int64_t at = (token * a.heads + h) * a.head_dim;
+        rotate(a.x + at, a.cos + angles, a.sin + angles, a.head_dim, a.y + at);
     }
 }
 
@@ -42,28 +37,22 @@ struct Range {
 
 void add(const Elementwise& a, int64_t block) {
     const Range range(a, block);
-    float* __restrict out = static_cast<float*>(a.out);
+    float* __restrict out = a.out;
     for (int64_t i = range.begin; i < range.end; ++i) out[i] = a.x[i] + a.y[i];
 }
 
 void silu_mul(const Elementwise& a, int64_t block) {
     const Range range(a, block);
-    float* out = static_cast<float*>(a.out);
+    float* out = a.out;
     int64_t i = range.begin;
     for (; i + kLanes <= range.end; i += kLanes) store(out + i, silu(load(a.x + i)) * load(a.y + i));
     const int64_t left = range.end - i;
     if (left) store(out + i, silu(load(a.x + i, left)) * load(a.y + i, left), left);
 }
 
-void to_bf16(const Elementwise& a, int64_t block) {
-    const Range range(a, block);
-    uint16_t* __restrict out = static_cast<uint16_t*>(a.out);
-    for (int64_t i = range.begin; i < range.end; ++i) out[i] = to_bf16(a.x[i]);
-}
-
 void round_bf16(const Elementwise& a, int64_t block) {
     const Range range(a, block);
-    float* __restrict out = static_cast<float*>(a.out);
+    float* __restrict out = a.out;
     for (int64_t i = range.begin; i < range.end; ++i) out[i] = from_bf16(to_bf16(a.x[i]));
 }
 
@@ -72,7 +61,9 @@ void round_bf16(const Elementwise& a, int64_t block) {
 #define HALVE_JOIN_(a, b) a##b
 #define HALVE_JOIN(a, b) HALVE_JOIN_(a, b)
 
-const Rows HALVE_JOIN(rows_, HALVE_ISA) = {prepare,  product, embed,   rms_norm,   rope,     add,
-                                           silu_mul, to_bf16, round_bf16, attention};
+const Rows HALVE_JOIN(rows_, HALVE_ISA) = {
+    prepare,    product,  embed,     rms_norm,          rope,       add,   silu_mul,
+    round_bf16, kv_write, attention, attention_combine, copy_block, sample,
+};
 
 }  // namespace halve

@@ -1,0 +1,273 @@
+"""The engine in one thread: requests in, tokens out. A step is schedule, run, commit.
+
+Whatever ends a request, its blocks are back in the pool when the call that ended it returns. `halve.engine.Engine` puts
+a thread around it.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from halve.core.errors import ConfigError, EngineError, HalveError, RequestError
+from halve.engine.batch import block_copies, sampling_batch, token_batch
+from halve.engine.block_pool import BlockPool
+from halve.engine.config import EngineConfig, EngineMetrics
+from halve.engine.request import Candidate, FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
+from halve.engine.runner import Runner
+from halve.engine.scheduler import Scheduler, Step
+from halve.engine.sequence import Sequence, Status
+from halve.engine.stop import StopText
+from halve.kernels.sampling import Sampled
+from halve.text import Tokenizer
+
+
+class StepError(EngineError):
+    """A step that failed; its cause is what the runner raised. request_ids: the requests that ended with it."""
+
+    def __init__(self, message: str, request_ids: Collection[str]) -> None:
+        super().__init__(message)
+        self.request_ids = frozenset(request_ids)
+
+
+class _AnswerText:
+    """The text of one answer as its tokens come."""
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+        self._stream = tokenizer.decode_stream() if tokenizer else None
+        self._stop = StopText(params.stop, include=params.include_stop)
+
+    def push(self, token_id: int, *, may_stop: bool) -> tuple[str, bool]:
+        """Text that is certain after this token, and whether a stop string ended it."""
+        if self._stream is None:
+            return "", False
+        piece = self._stream.push(token_id)
+        return self._stop.push(piece) if may_stop else (piece, False)
+
+    def end(self) -> tuple[str, bool]:
+        """The text held back, when no token follows, and whether it holds a stop string."""
+        if self._stream is None:
+            return "", False
+        text, stopped = self._stop.push(self._stream.flush())
+        return text + self._stop.flush(), stopped
+
+
+class EngineCore:
+    """Runs many requests over one model, step by step.
+
+    tokenizer: makes text of the tokens; without one outputs hold token ids only, and stop strings are refused.
+    eos_token_ids: tokens that end a text, of the model's generation config.
+    Raises ConfigError when the configuration asks for what the runner does not do.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        *,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self.runner, self.tokenizer = runner, tokenizer
+        self.config = config or EngineConfig()
+        if self.config.deterministic and not runner.batch_invariant:
+            raise ConfigError(
+                "engine.deterministic: this model runs on kernels whose results depend on what else is in the batch; "
+                "load it with device 'cpu' and the C++ kernels, or do without deterministic"
+            )
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.scheduler = Scheduler(
+            BlockPool(runner.num_blocks, runner.block_size),
+            context=runner.context,
+            max_num_seqs=self.config.max_num_seqs,
+            max_tokens_per_step=self.config.max_tokens_per_step,
+            max_prefill_beside_decode=self.config.max_prefill_beside_decode,
+            overtakes_per_priority=self.config.overtakes_per_priority,
+        )
+        self._texts: dict[Sequence, _AnswerText] = {}
+        self._aborted: list[StepOutput] = []
+        self._num_finished = self._num_aborted = self._num_failed = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return self.scheduler.has_unfinished or bool(self._aborted)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for what can never be served; reads only what never changes, so any thread may call it.
+
+        That is a prompt that leaves no room in the context, more cache than there is, ids outside the vocabulary, stop
+        strings without a tokenizer. Prompt and max_tokens may exceed the context together: the text then ends at the
+        context with reason "length".
+        """
+        name, params = f"request {request.request_id!r}", request.sampling
+        for what, ids in (
+            ("prompt_token_ids", request.prompt_token_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", tuple(params.logit_bias)),
+        ):
+            if ids and max(ids) >= self.runner.vocab_size:
+                raise RequestError(
+                    f"{name}: {what} holds {max(ids)}, the vocabulary ends at {self.runner.vocab_size - 1}; use the "
+                    "model's own tokenizer"
+                )
+        if params.stop and self.tokenizer is None:
+            raise RequestError(f"{name}: stop strings need a tokenizer; use stop_token_ids")
+        if params.min_tokens and len(self.eos_token_ids.union(params.stop_token_ids)) >= self.runner.vocab_size:
+            raise RequestError(f"{name}: min_tokens forbids every token, since all of them end the text; set it to 0")
+        self.scheduler.check(request)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError as `check` does, and for an id that is in use."""
+        request_id = request.request_id
+        if self.scheduler.of_request(request_id) or any(o.request_id == request_id for o in self._aborted):
+            raise RequestError(f"request {request_id!r}: a request whose end is not told yet has this id; take another")
+        self.check(request)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now and free its blocks; the next step tells the last output of each unfinished answer.
+
+        Returns whether there was such a request: False when it has just finished, or never was.
+        """
+        sequences = self.scheduler.of_request(request_id)
+        for sequence in sequences:
+            text = self._texts[sequence].end()[0] if sequence in self._texts else ""
+            for index in range(sequence.index, sequence.index + sequence.num_slots):
+                self._aborted.append(_output(sequence, None, text, "abort", index=index))
+                self._num_aborted += 1
+            self._remove(sequence)
+        return bool(sequences)
+
+    def step(self) -> list[StepOutput]:
+        """Run one batch. Returns an output for every answer that got a token or ended.
+
+        Raises StepError when the runner fails: the requests of this step have then ended and their blocks are free;
+        those that wait are not touched, and the engine can go on.
+        """
+        step = self.scheduler.schedule()
+        outputs = []
+        if step.chunks:
+            try:
+                sampled = self._run(step)
+            except Exception as error:
+                self._fail(step, error)
+            except BaseException:
+                self._discard(step)
+                raise
+            outputs = self._commit(step, sampled)
+        told, self._aborted = self._aborted, []
+        return told + outputs
+
+    def metrics(self) -> EngineMetrics:
+        """What it holds and what it has done."""
+        scheduler, pool, counts = self.scheduler, self.scheduler.pool, self.scheduler.counts
+        return EngineMetrics(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            blocks_free=pool.num_free,
+            blocks_cached=pool.num_cached,
+            blocks_used=pool.num_used,
+            num_steps=counts.num_steps,
+            num_computed_tokens=counts.num_computed_tokens,
+            num_sampled_tokens=counts.num_sampled_tokens,
+            num_hit_tokens=counts.num_hit_tokens,
+            num_preemptions=counts.num_preemptions,
+            num_finished=self._num_finished,
+            num_aborted=self._num_aborted,
+            num_failed=self._num_failed,
+        )
+
+    def check_invariants(self) -> None:
+        """Assert that no block is lost, and that nothing is kept for a request that has ended."""
+        self.scheduler.check_invariants()
+        assert all(sequence.status is not Status.FINISHED for sequence in self._texts)
+
+    def _run(self, step: Step) -> Sampled:
+        batch, rows = token_batch(step, self.runner.block_size)
+        for pairs in block_copies(step):
+            self.runner.copy_blocks(pairs)
+        sampled = self.runner.run(batch, rows, sampling_batch(step, self.eos_token_ids))
+        ids = sampled.token_ids
+        if ids.shape != rows.shape or (len(ids) and not 0 <= ids.min() <= ids.max() < self.runner.vocab_size):
+            raise HalveError(
+                f"runner: token ids {ids.shape} for {len(rows)} rows, or outside the vocabulary; its `run` is broken"
+            )
+        return sampled
+
+    def _commit(self, step: Step, sampled: Sampled) -> list[StepOutput]:
+        token_ids = sampled.token_ids.tolist()
+        sequences = self.scheduler.commit(step, token_ids)
+        return [self._extend(sequence, token_ids[row], sampled, row) for row, sequence in enumerate(sequences)]
+
+    def _extend(self, sequence: Sequence, token_id: int, sampled: Sampled, row: int) -> StepOutput:
+        """Tell a token, and end the answer where that ends it."""
+        params = sequence.request.sampling
+        text = self._texts.get(sequence)
+        if text is None:
+            text = self._texts[sequence] = _AnswerText(params, self.tokenizer)
+        logprobs = None if params.logprobs is None else _logprobs(sampled, row)
+        reason, piece, stopped = self._stop_reason(sequence, token_id), "", False
+        if reason != "stop" or params.include_stop:  # else a token that stops has no part in the text
+            piece, stopped = text.push(token_id, may_stop=sequence.num_generated > params.min_tokens)
+        if reason is not None and not stopped:
+            rest, stopped = text.end()
+            piece += rest
+        if stopped:
+            reason = "stop"
+        if reason is not None:
+            self._num_finished += 1
+            self._remove(sequence)
+        return _output(sequence, token_id, piece, reason, logprobs=logprobs)
+
+    def _stop_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        params = sequence.request.sampling
+        if token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos):
+            return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.max_tokens else None
+
+    def _fail(self, step: Step, error: Exception) -> None:
+        request_ids = self._discard(step)
+        what = str(error) or type(error).__name__
+        raise StepError(f"a step with {len(request_ids)} requests failed: {what}", request_ids) from error
+
+    def _discard(self, step: Step) -> set[str]:
+        request_ids = self.scheduler.discard(step)
+        for sequence in [s for s in self._texts if s.request.request_id in request_ids]:
+            del self._texts[sequence]
+        self._num_failed += len(request_ids)
+        return request_ids
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._texts.pop(sequence, None)
+        self.scheduler.remove(sequence)
+
+
+def _output(
+    sequence: Sequence,
+    token_id: int | None,
+    text: str,
+    reason: FinishReason | None,
+    *,
+    index: int | None = None,
+    logprobs: TokenLogprobs | None = None,
+) -> StepOutput:
+    return StepOutput(
+        request_id=sequence.request.request_id,
+        token_id=token_id,
+        text=text,
+        finish_reason=reason,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        index=sequence.index if index is None else index,
+        logprobs=logprobs,
+        num_cached_tokens=sequence.num_cached_tokens,
+    )
+
+
+def _logprobs(sampled: Sampled, row: int) -> TokenLogprobs:
+    """Of one row; tokens that cannot come (probability 0) are not among the likeliest."""
+    top = zip(sampled.top_ids[row].tolist(), sampled.top_logprobs[row].tolist(), strict=True)
+    return TokenLogprobs(
+        token_id=int(sampled.token_ids[row]),
+        logprob=float(sampled.logprobs[row]),
+        top=tuple(Candidate(token_id=i, logprob=value) for i, value in top if i >= 0 and value > -np.inf),
+    )
