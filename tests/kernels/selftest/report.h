@@ -83,19 +83,6 @@ class Random {
     uint64_t state_;
 };
 
-inline uint16_t bf16_of(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-inline float bf16_value(uint16_t half) {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 // One function for each entry of the table of rows.
 void check_prepare(Report& report);
 void check_product(Report& report);
@@ -103,6 +90,8 @@ void check_embed(Report& report);
 void check_rms_norm(Report& report);
 void check_rope(Report& report);
 void check_elementwise(Report& report);
-void check_attention(Report& report);
+void check_attention(Report& report);  // and kv_write, attention_combine
+void check_copy_block(Report& report);
+void check_sample(Report& report);
 
 }  // namespace halve
