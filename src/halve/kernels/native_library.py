@@ -10,7 +10,7 @@ from typing import Any
 
 from halve.core.errors import KernelError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY = "libhalve_kernels.so"
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -18,11 +18,13 @@ _SIGNATURES: Mapping[str, list[Any]] = {
     "abi_version": [],
     "isas": [],
     "grow_team": [_I32],
+    "pin_team": [_P, _I64],
     "plan_packing": [_P, _P],
     "pack": [_P, _P, _P, _I32],
     "ceiling": [_I32, _P, _I64, _I32],
     "prepare": [_I32, _P, _I64, _I32],
     "product": [_I32, _P, _I32],
+    "grouped": [_I32, _P, _I64, _I32],
     "embed": [_I32, _P, _P, _P, _I64, _I32],
     "rms_norm": [_I32, _P, _P, _P, _I64, _I64, _F32, _I32],
     "rope": [_I32, _P, _P, _P, _P, _I64, _I64, _I64, _I32],

@@ -29,6 +29,9 @@ HALVE_API int32_t halve_isas() {
 
 HALVE_API int32_t halve_grow_team(int32_t threads) { return grow_team(threads); }
 
+// Worker i of the team runs on cores[i % count]; count 0: wherever the system likes. 1 where that can't be had.
+HALVE_API int32_t halve_pin_team(const int32_t* cores, int64_t count) { return pin_team(cores, count); }
+
 // Fill in what a packed matrix is, all but its address; returns its bytes.
 HALVE_API int64_t halve_plan_packing(const Stored* from, Packed* to) { return plan_packing(*from, to); }
 
@@ -54,6 +57,13 @@ HALVE_API int32_t halve_prepare(int32_t isa, const Prepare* work, int64_t rows, 
 
 HALVE_API int32_t halve_product(int32_t isa, const Product* work, int32_t threads) {
     return spread(isa, &Rows::product, *work, product_units(*work), product_cost(*work), threads);
+}
+
+HALVE_API int32_t halve_grouped(int32_t isa, const Product* experts, int64_t count, int32_t threads) {
+    const Grouped work = {experts, count};
+    int64_t cost = 0;
+    for (int64_t e = 0; e < count; ++e) cost += product_cost(experts[e]);
+    return spread(isa, &Rows::grouped, work, grouped_units(work), cost, threads);
 }
 
 HALVE_API int32_t halve_embed(int32_t isa, const Packed* table, const int32_t* ids, float* y, int64_t tokens,

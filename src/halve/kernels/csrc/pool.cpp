@@ -23,6 +23,7 @@ namespace {
 constexpr int kSpins = 2000;  // pauses before sleep: some 30 to 90 microseconds
 constexpr uint64_t kSeat = 1u << 16;
 constexpr int kMostSeats = 0x7fff;
+constexpr int kMostPinned = 1024;  // workers, and cores that they may be pinned to
 
 constexpr uint64_t generation(uint64_t gate) { return gate >> 32; }
 constexpr uint64_t seats(uint64_t gate) { return gate >> 16 & 0xffff; }
@@ -51,7 +52,10 @@ struct Team {
     alignas(64) std::atomic<int> sleepers{0};
     std::mutex sleep;
     std::condition_variable wake;
-    Job job{};  // written only while the gate is closed and nobody is inside
+    pthread_t threads[kMostPinned];  // of the workers, written while `growing` is held, as what follows
+    int32_t cores[kMostPinned];
+    int num_cores = 0;  // 0: not pinned
+    Job job{};          // written only while the gate is closed and nobody is inside
 
     void work() {
         for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < job.blocks;) {
@@ -114,6 +118,23 @@ void* serve(void* of) {
     return nullptr;
 }
 
+// Whether the worker now runs where it should.
+bool pin(int worker) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (team->num_cores) {
+        CPU_SET(team->cores[worker % team->num_cores], &set);
+    } else if (sched_getaffinity(0, sizeof set, &set)) {
+        return false;
+    }
+    return pthread_setaffinity_np(team->threads[worker], sizeof set, &set) == 0;
+#else
+    (void)worker;
+    return false;
+#endif
+}
+
 bool start_worker() {
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
@@ -122,8 +143,13 @@ bool start_worker() {
     sigset_t all, before;  // signals are for the threads of the interpreter
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
+    const int worker = team->workers.load();
     pthread_t thread;
     const bool started = pthread_create(&thread, &attributes, serve, team) == 0;
+    if (started && worker < kMostPinned) {
+        team->threads[worker] = thread;
+        if (team->num_cores) pin(worker);
+    }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_attr_destroy(&attributes);
     return started;
@@ -145,6 +171,17 @@ int grow_team(int threads) {
         while (team->workers.load() < wanted && start_worker()) team->workers.fetch_add(1);
     }
     return team->workers.load() + 1;
+}
+
+int pin_team(const int32_t* cores, int64_t count) {
+    if (count < 0 || count > kMostPinned) return 1;
+    std::lock_guard<std::mutex> lock(team->growing);
+    for (int64_t i = 0; i < count; ++i) team->cores[i] = cores[i];
+    team->num_cores = static_cast<int>(count);
+    bool all = true;
+    const int workers = team->workers.load();
+    for (int i = 0; i < workers && i < kMostPinned; ++i) all = pin(i) && all;
+    return all ? 0 : 1;
 }
 
 void run(void (*task)(const void*, int64_t), const void* context, int64_t blocks, int threads) {

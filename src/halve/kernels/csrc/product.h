@@ -63,6 +63,12 @@ void product(const Product& p, int64_t unit) {
     }
 }
 
+void grouped(const Grouped& g, int64_t unit) {
+    const Product* expert = g.experts;
+    while (unit >= product_units(*expert)) unit -= product_units(*expert++);
+    product(*expert, unit);
+}
+
 void reduce(const Reduce& a, int64_t row) {
     const Best* best = a.best + row * a.blocks;
     Best most = kNoBest;

@@ -89,6 +89,19 @@ inline int64_t product_cost(const Product& p) {
     return cost;
 }
 
+// Products of rows that were sorted by expert: each expert's own rows with its own matrices, in one go, so that a step
+// reads every active expert's weights once and no thread waits for another expert's rows.
+struct Grouped {
+    const Product* experts;
+    int64_t count;
+};
+
+inline int64_t grouped_units(const Grouped& g) {
+    int64_t units = 0;
+    for (int64_t e = 0; e < g.count; ++e) units += product_units(g.experts[e]);
+    return units;
+}
+
 // The best of each row's blocks.
 struct Reduce {
     const Best* best;  // [T, blocks]

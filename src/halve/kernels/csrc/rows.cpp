@@ -63,8 +63,8 @@ void round_bf16(const Elementwise& a, int64_t block) {
 #define HALVE_JOIN(a, b) HALVE_JOIN_(a, b)
 
 const Rows HALVE_JOIN(rows_, HALVE_ISA) = {
-    prepare,  product,    reduce,   embed,     rms_norm,          rope,       add,
-    silu_mul, round_bf16, kv_write, attention, attention_combine, copy_block, sample,
+    prepare,  product,   grouped,           reduce,     embed,  rms_norm, rope, add, silu_mul, round_bf16,
+    kv_write, attention, attention_combine, copy_block, sample,
 };
 
 }  // namespace halve

@@ -11,7 +11,7 @@
 namespace halve {
 
 // Bumped whenever a record or a signature below changes; native.py refuses a library of another version.
-constexpr int32_t kAbiVersion = 5;
+constexpr int32_t kAbiVersion = 6;
 
 constexpr int64_t kElements = 4096;  // elements of an elementwise operation that are handed out together
 constexpr int64_t kMaxHeadDim = 1024;
@@ -151,6 +151,7 @@ inline int64_t sampling_bytes(int64_t vocab) {
 struct Rows {
     void (*prepare)(const Prepare&, int64_t row);
     void (*product)(const Product&, int64_t unit);
+    void (*grouped)(const Grouped&, int64_t unit);
     void (*reduce)(const Reduce&, int64_t row);
     void (*embed)(const Embed&, int64_t token);      //
     void (*rms_norm)(const Norm&, int64_t row);      //

@@ -1,0 +1,65 @@
+"""Products of tokens that were sorted by expert: each expert's rows with its own matrix, in one call."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+
+from halve.core.errors import KernelError
+from halve.kernels.native import Linear, NativeOps
+from halve.kernels.native_checks import floats, int32
+from halve.kernels.native_library import library
+from halve.kernels.ops import Array
+from halve.kernels.products import (
+    ROUNDINGS,
+    ActivationsRecord,
+    InputLayout,
+    PrepareRecord,
+    ProductRecord,
+    product_record,
+)
+
+
+def project_groups(ops: NativeOps, experts: Sequence[Linear], x: Array, offsets: Array) -> Array:
+    """y[r] = x[r] @ expert(r).weight.T + bias: expert e owns rows offsets[e]:offsets[e + 1].
+
+    x: float32 [T, in]. offsets: int32 [experts + 1], rising from 0 to T. Returns float32 [T, out]. Every expert that
+    has rows reads its weights once; a row's result is the bits that `ops.project` gives. Raises KernelError for offsets
+    that do not fit, and for experts of different shapes or formats.
+    """
+    if not experts or len({(e.layout, e.matrix.out_features) for e in experts}) != 1:
+        raise KernelError("experts of one product must be there and share shape and format; project them one by one")
+    layout, out_features = experts[0].layout, experts[0].matrix.out_features
+    x = floats("x", x, (None, layout.width))
+    offsets = int32("offsets", offsets, (len(experts) + 1,))
+    if offsets[0] != 0 or offsets[-1] != len(x) or (np.diff(offsets) < 0).any():
+        raise KernelError(f"offsets {offsets.tolist()} must rise from 0 to the {len(x)} rows of x")
+    inputs, arrays = layout.allocate(max(len(x), 1))
+    prepare = PrepareRecord(
+        x=x.ctypes.data, out=inputs, x_stride=layout.width, width=layout.width, rounding=ROUNDINGS[layout.rounding]
+    )
+    library().halve_prepare(ops.isa.number, ctypes.addressof(prepare), len(x), ops.num_threads)
+    y = np.empty((len(x), out_features), np.float32)
+    active = [e for e in range(len(experts)) if offsets[e] < offsets[e + 1]]
+    records = (ProductRecord * max(len(active), 1))()
+    for i, e in enumerate(active):
+        first, rows = int(offsets[e]), int(offsets[e + 1] - offsets[e])
+        records[i] = product_record(
+            _from_row(inputs, layout, first),
+            [experts[e].matrix],
+            [experts[e].bias],
+            [(y.ctypes.data + 4 * first * out_features, out_features)],
+            rounding=layout.rounding,
+            rows=rows,
+        )
+    library().halve_grouped(ops.isa.number, ctypes.addressof(records), len(active), ops.num_threads)
+    del arrays  # lived until here
+    return y
+
+
+def _from_row(inputs: ActivationsRecord, layout: InputLayout, row: int) -> ActivationsRecord:
+    """The same rows from one of them on."""
+    moved = ActivationsRecord.from_buffer_copy(inputs)
+    for name, row_bytes in layout.parts().items():
+        setattr(moved, name, getattr(inputs, name) + row * row_bytes)
+    return moved
