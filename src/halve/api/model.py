@@ -13,7 +13,7 @@ from halve.core.plan import Plan
 from halve.engine import Completion, Engine, EngineConfig, ModelRunner, Request, SamplingParams, StepOutput
 from halve.kernels import native, native_library
 from halve.kernels.ops import Array, Ops, TokenBatch
-from halve.models import Decoder, ModelConfig, load_config, load_decoder
+from halve.models import Decoder, ReadySource, load_config, load_decoder
 from halve.text import Tokenizer
 
 if TYPE_CHECKING:  # torch loads only where it computes
@@ -28,10 +28,10 @@ CACHE_TOKENS = 4096  # cached at once by `load`, or one whole context where that
 class Model:
     """A loaded model. Make one by `halve.load`."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, plan: Plan, ops: Ops, decoder: Decoder) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, ops: Ops, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.path = checkpoint.path
-        self.config, self.plan, self.ops, self.decoder = config, plan, ops, decoder
-        self.tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+        self.config, self.plan, self.ops, self.decoder = decoder.config, plan, ops, decoder
+        self.tokenizer = tokenizer
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
 
     @property
@@ -98,21 +98,31 @@ def load(
     model: str | Path,
     *,
     device: str = "auto",
+    keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
 
-    device: `auto` (our C++ on CPU), or a torch device such as `cuda`. progress: layers done, layers in all.
+    device: `auto` (our C++ on CPU), or a torch device such as `cuda`. keep: whether compressed weights, once packed
+    for the C++ kernels, are kept on disk for the next start (`halve.models.ready` says where) and read from there.
+    progress: layers done, layers in all.
     Raises CheckpointError, ConfigError, TextError naming what is wrong with the files.
     """
     checkpoint = open_checkpoint(resolve(str(model)))
     plan = read_plan(checkpoint)
     config = load_config(checkpoint, plan)
     ops = make_ops(device, plan.activations.format)
-    decoder = load_decoder(checkpoint, config, ops, progress)
+    if isinstance(ops, native.NativeOps):
+        # Threads read the weights while this one reads the tokenizer, which takes as long.
+        with ReadySource(checkpoint, ops, keep=keep) as source:
+            tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+            decoder = Decoder(config, ops, source, progress)
+    else:
+        tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+        decoder = load_decoder(checkpoint, config, ops, progress)
     for what, kernel in sorted(ops.kernels.items()):
         log.debug("%s: %s", what, kernel)
-    return Model(checkpoint, config, plan, ops, decoder)
+    return Model(checkpoint, plan, ops, decoder, tokenizer)
 
 
 def make_ops(device: str, activations: str) -> Ops:

@@ -33,12 +33,13 @@ from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Kernel, Spec, choose
 from halve.kernels.native_checks import STORED, KVCache, check_attention, check_batch, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
-from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+from halve.kernels.ops import Array, AttentionSpec, Packed, TokenBatch
 
 log = logging.getLogger("halve.kernels")
 
 MAX_THREADS = 1024
 ACTIVATIONS = ("fp32", "bf16")
+LAYOUT_VERSION = 1  # raised by whatever changes a byte of what `NativeOps.pack` makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Matrix:
     stored in 8 bits, else unpacked once). fp8: widened to float32 once, four bytes a weight; it has no row of its own.
     """
 
-    def __init__(self, weight: Weight, bias: Array | None = None) -> None:
+    def __init__(self, weight: Weight | Packed, bias: Array | None = None) -> None:
         if len(weight.shape) != 2 or 0 in weight.shape:
             raise KernelError(
                 f"a product needs a matrix [out, in], got shape {weight.shape}; take one expert at a time"
@@ -96,11 +97,7 @@ class Matrix:
         if bias is not None and bias.shape != (self.out_features,):
             raise KernelError(f"bias has shape {bias.shape}; a matrix {weight.shape} needs ({self.out_features},)")
         self.bias = None if bias is None else _vector(bias)
-        kind, codes = _stored(weight)
-        self.codes = np.require(codes, requirements=["C", "A"])
-        self.scale = None
-        if weight.scale is not None and kind in (_KIND_INT4, _KIND_INT8):
-            self.scale = np.require(weight.scale, requirements=["C", "A"])
+        kind, self.codes, self.scale = _unpacked(weight) if isinstance(weight, Packed) else _stored(weight)
         self.record = _MatrixRecord(
             self.out_features,
             self.in_features,
@@ -112,15 +109,51 @@ class Matrix:
         self.address = ctypes.addressof(self.record)
 
 
-def _stored(weight: Weight) -> tuple[int, Array]:
-    if weight.format.kind == "int":
-        return (_KIND_INT4, weight.codes) if weight.format.bits == 4 else (_KIND_INT8, weight.unpacked_codes())
-    match weight.format.name:
-        case "fp16":
-            return _KIND_FLOAT16, weight.codes
-        case "bf16":
-            return _KIND_BF16, weight.codes
-    return _KIND_FLOAT32, weight.dequantize() if weight.format.scaled else weight.codes
+def _kind(fmt: Format) -> int:
+    if fmt.kind == "int":
+        return _KIND_INT4 if fmt.bits == 4 else _KIND_INT8
+    return {"fp16": _KIND_FLOAT16, "bf16": _KIND_BF16}.get(fmt.name, _KIND_FLOAT32)
+
+
+def _stored(weight: Weight) -> tuple[int, Array, Array | None]:
+    """Kind, codes and scales as the rows take them, views where nothing is converted."""
+    kind, codes, scale = _kind(weight.format), weight.codes, weight.scale
+    if kind == _KIND_INT8:
+        codes = weight.unpacked_codes()
+    elif kind == _KIND_FLOAT32 and weight.format.scaled:
+        codes, scale = weight.dequantize(), None
+    codes = np.require(codes, requirements=["C", "A"])
+    return kind, codes, None if scale is None else np.require(scale, requirements=["C", "A"])
+
+
+def _layout(fmt: Format, shape: tuple[int, ...]) -> tuple[dict[str, int], int]:
+    """The record and the bytes of a packed matrix: codes, then scales on the next multiple of 64."""
+    kind = _kind(fmt)
+    width = {_KIND_FLOAT32: 32, _KIND_FLOAT16: 16, _KIND_BF16: 16, _KIND_INT4: 4, _KIND_INT8: 8}[kind]
+    row_bytes = -(-shape[1] * width // 32) * 4 if kind == _KIND_INT4 else shape[1] * width // 8
+    codes_bytes = shape[0] * row_bytes
+    scale_at = -(-codes_bytes // 64) * 64
+    scale_bytes = math.prod(fmt.scale_shape(shape)) * 2 if kind in (_KIND_INT4, _KIND_INT8) else 0
+    record = {"kind": kind, "out": shape[0], "in": shape[1], "codes_bytes": codes_bytes, "scale_at": scale_at}
+    return record, scale_at + scale_bytes if scale_bytes else codes_bytes
+
+
+def _unpacked(packed: Packed) -> tuple[int, Array, Array | None]:
+    if reason := _packed_refusal(packed):
+        raise KernelError(f"a packed {packed.format.name} matrix {packed.shape}: {reason}; pack the weight again")
+    codes, scale = packed.blob[: packed.record["codes_bytes"]], packed.blob[packed.record["scale_at"] :]
+    return packed.record["kind"], codes, scale if scale.size else None
+
+
+def _packed_refusal(packed: Packed) -> str | None:
+    if len(packed.shape) != 2 or packed.format.refusal(packed.shape[-1]):
+        return f"no matrix of format {packed.format.name}"
+    record, size = _layout(packed.format, packed.shape)
+    if dict(packed.record) != record:
+        return f"its record is {dict(packed.record)}, expected {record}"
+    if packed.blob.dtype != np.uint8 or packed.blob.shape != (size,) or packed.blob.ctypes.data % 64:
+        return f"its blob is {packed.blob.dtype} {packed.blob.shape}, expected {size} bytes on a multiple of 64"
+    return None
 
 
 def _vector(values: Array) -> Array:
@@ -284,11 +317,31 @@ class NativeOps:
             self.kernels[key] = choice.kernel.name
         return choice.kernel
 
-    def linear(self, weight: Weight, bias: Array | None = None) -> tuple[Kernel, Matrix]:
+    @property
+    def layout(self) -> str:
+        """The layout of `pack`: its version, and the instruction set that it is for."""
+        best = next(isa for isa in ISAS if self.device.features.issuperset(isa.features))
+        return f"native{LAYOUT_VERSION}-{best.name}"
+
+    def pack(self, weight: Weight, take: Callable[[int], Array]) -> Packed:
+        """Copy a matrix [out, in] into memory from `take` (bytes -> uint8, 64-byte aligned) as the rows read it."""
+        _, codes, scale = _stored(weight)
+        record, size = _layout(weight.format, weight.shape)
+        blob = take(size)
+        blob[: record["codes_bytes"]] = codes.reshape(-1).view(np.uint8)
+        if scale is not None:
+            blob[record["scale_at"] :] = scale.reshape(-1).view(np.uint8)
+        return Packed(format=weight.format, shape=(weight.shape[0], weight.shape[1]), record=record, blob=blob)
+
+    def refusal(self, packed: Packed) -> str | None:
+        """Why this is not what `pack` makes, or None. Every size is checked, so that no row reads outside the blob."""
+        return _packed_refusal(packed)
+
+    def linear(self, weight: Weight | Packed, bias: Array | None = None) -> tuple[Kernel, Matrix]:
         """Prepare a matrix [out, in] for `project`."""
         return self._choose("linear", weight.format), Matrix(weight, bias)
 
-    def table(self, weight: Weight) -> tuple[Kernel, Matrix]:
+    def table(self, weight: Weight | Packed) -> tuple[Kernel, Matrix]:
         """Prepare an embedding table [vocab, hidden] for `embed`."""
         return self._choose("embed", weight.format), Matrix(weight)
 

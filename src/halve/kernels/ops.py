@@ -7,13 +7,13 @@ tensor for one, a numpy array for the other. Float buffers are float32 [rows, fe
 Shapes: T tokens of a step, S sequences, H query heads, G key-value heads, D head size, B blocks, P tokens a block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from halve.formats import Weight
+from halve.formats import Format, Weight
 
 Buffer = Any
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -71,6 +71,19 @@ class AttentionSpec:
     kv_format: str = "bf16"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Packed:
+    """A matrix [out, in] in the layout of the kernels that packed it, ready to run from where it lies.
+
+    record: whole numbers by which the kernels know the layout. blob: uint8, on a multiple of 64 bytes.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    record: Mapping[str, int]
+    blob: Array
+
+
 class Ops(Protocol):
     """Operations on one device. Every function returns a new buffer; only `attention` writes (into the cache)."""
 
@@ -80,11 +93,14 @@ class Ops(Protocol):
     def kernels(self) -> Mapping[str, str]:
         """Operation and format -> the kernel that was chosen, for logs and reports."""
 
-    def linear(self, weight: Weight, bias: Array | None = None) -> Any:
-        """Prepare a matrix [out, in] for `project`; the kernel is chosen here, once."""
+    def linear(self, weight: Weight | Packed, bias: Array | None = None) -> Any:
+        """Prepare a matrix [out, in] for `project`; the kernel is chosen here, once.
 
-    def table(self, weight: Weight) -> Any:
-        """Prepare an embedding table [vocab, hidden] for `embed`."""
+        A `Packed` of these Ops is run from where it lies; KernelError for one that they did not pack.
+        """
+
+    def table(self, weight: Weight | Packed) -> Any:
+        """Prepare an embedding table [vocab, hidden] for `embed`; a `Packed` as for `linear`."""
 
     def vector(self, values: Array) -> Buffer:
         """Bring a float vector (norm gain, bias, sinks) to the device as float32."""
@@ -135,3 +151,17 @@ class Ops(Protocol):
 
     def kv_cache(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> Any:
         """An empty paged cache of one layer: keys and values [B, P, G, D] in the spec's format."""
+
+
+class PackingOps(Ops, Protocol):
+    """Ops that put matrices into a layout of their own before they run, so that it is worth keeping on disk."""
+
+    @property
+    def layout(self) -> str:
+        """The layout's name and version, and what of this machine it depends on; fit for the name of a file."""
+
+    def pack(self, weight: Weight, take: Callable[[int], Array]) -> Packed:
+        """Pack a matrix into memory from `take`, which gives uint8 [bytes] on a multiple of 64 bytes, zeroed."""
+
+    def refusal(self, packed: Packed) -> str | None:
+        """Why this is no matrix that these Ops packed, or None: record and blob are what `pack` makes, in size."""

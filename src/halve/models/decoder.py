@@ -10,7 +10,7 @@ import numpy as np
 
 from halve.core.errors import ConfigError
 from halve.formats import Weight
-from halve.kernels.ops import Array, AttentionSpec, Buffer, Ops, TokenBatch
+from halve.kernels.ops import Array, AttentionSpec, Buffer, Ops, Packed, TokenBatch
 from halve.models.config import ModelConfig
 from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, head_group, layer_groups, layer_norms, sinks_name
 from halve.models.rope import RopeTable
@@ -22,8 +22,8 @@ Hook = Callable[[FusedGroup, Buffer, list[Buffer]], list[Buffer]]
 class WeightSource(Protocol):
     """Where a decoder takes its weights from: a checkpoint, or a checkpoint with some weights changed."""
 
-    def weight(self, module: str, shape: tuple[int, int]) -> Weight:
-        """The matrix of a module."""
+    def weight(self, module: str, shape: tuple[int, int]) -> Weight | Packed:
+        """The matrix of a module: as stored, or packed already for the Ops of the decoder."""
 
     def vector(self, name: str, shape: tuple[int]) -> Array:
         """A norm gain or a bias, float32."""
