@@ -23,6 +23,7 @@ log = logging.getLogger("halve.kernels")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 HUGE_PAGE = 2 * 2**20
 CHUNK_BYTES = 64 * 2**20
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class Arena:
@@ -59,7 +60,8 @@ class Arena:
         """A new chunk that starts on a huge page, whole huge pages long."""
         size_bytes = -(-size_bytes // HUGE_PAGE) * HUGE_PAGE
         try:
-            mapped = mmap.mmap(-1, size_bytes + HUGE_PAGE)  # what alignment leaves over is never touched
+            # What alignment leaves over is never touched. Private: shared memory has other rules for huge pages.
+            mapped = mmap.mmap(-1, size_bytes + HUGE_PAGE, **_PRIVATE)
         except (OSError, OverflowError) as error:
             raise KernelError(
                 f"the weights need {format_bytes(size_bytes)} more memory and the system refuses it: {error}; "

@@ -20,7 +20,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -200,11 +200,11 @@ def _worth_keeping(checkpoint: Checkpoint) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether a file that belongs under its name lies there; its blobs are not looked at."""
     try:
-        read_index(path)
+        return read_index(path).key == path.name
     except CheckpointError:
         return False
-    return True
 
 
 @contextmanager
