@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halve import __version__
 from halve.api.bundle import read_plan
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.files import read_object
@@ -114,7 +115,7 @@ def load(
     ops = make_ops(device, plan.activations.format)
     if isinstance(ops, native.NativeOps):
         # Threads read the weights while this one reads the tokenizer, which takes as long.
-        with ReadySource(checkpoint, ops, keep=keep) as source:
+        with ReadySource(checkpoint, ops, version=__version__, keep=keep) as source:
             tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
             decoder = Decoder(config, ops, source, progress)
     else:

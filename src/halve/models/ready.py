@@ -26,7 +26,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from halve import __version__
 from halve.checkpoint import Checkpoint
 from halve.checkpoint.packed import PackedWriter, Reading, read_index
 from halve.core.errors import CheckpointError
@@ -49,15 +48,15 @@ class ReadySource:
 
     Reading begins when it is made, in threads. A matrix that the file lacks or holds damaged is packed from the
     checkpoint, and then the whole file is written anew.
-    keep: whether to look for a file and to write one.
+    version: this Halve's; files of another are not read. keep: whether to look for a file and to write one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ops: PackingOps, *, keep: bool = True) -> None:
+    def __init__(self, checkpoint: Checkpoint, ops: PackingOps, *, version: str, keep: bool = True) -> None:
         self.checkpoint, self.ops = checkpoint, ops
         self._arena = Arena()
         self._packed: dict[str, Packed] = {}
         self._places = places(checkpoint) if keep and _worth_keeping(checkpoint) else []
-        self._name = f"{ops.layout}.{fingerprint(checkpoint)}{SUFFIX}" if self._places else ""
+        self._name = f"{ops.layout}.{fingerprint(checkpoint, version)}{SUFFIX}" if self._places else ""
         self._reading = self._open()
         self._complete = self._reading is not None  # no matrix had to be packed
 
@@ -180,9 +179,9 @@ def _user_cache() -> Path | None:
     return None
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """24 hex digits that change with the content of a checkpoint and this Halve; see the top for what they cover."""
-    digest = hashlib.sha256(json.dumps([__version__, checkpoint.config], sort_keys=True).encode())
+def fingerprint(checkpoint: Checkpoint, version: str) -> str:
+    """24 hex digits that change with the content of a checkpoint and Halve's version; see the top for what they cover."""
+    digest = hashlib.sha256(json.dumps([version, checkpoint.config], sort_keys=True).encode())
     for path in checkpoint.reader.files:
         with path.open("rb", buffering=0) as file:
             state = os.fstat(file.fileno())

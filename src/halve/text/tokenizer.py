@@ -115,7 +115,7 @@ class Tokenizer:
         messages: objects with a `role` and what the template reads (`content`, `tool_calls`, ...), as JSON values.
         tools: JSON schemas. variables: further names that the template reads (`enable_thinking`).
         Raises TextError when there is no template, messages are not of that form, or the template fails, refuses
-        the messages (`raise_exception`) or exceeds its budget (`halve.text.chat`).
+        the messages (`raise_exception`) or exceeds its budget (`halve.text.sandbox`).
         """
         return self._templates.render(
             messages,
