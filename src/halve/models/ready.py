@@ -180,7 +180,7 @@ def _user_cache() -> Path | None:
 
 
 def fingerprint(checkpoint: Checkpoint, version: str) -> str:
-    """24 hex digits that change with the content of a checkpoint and Halve's version; see the top for what they cover."""
+    """24 hex digits that change with a checkpoint's content and Halve's version; the top says what they cover."""
     digest = hashlib.sha256(json.dumps([version, checkpoint.config], sort_keys=True).encode())
     for path in checkpoint.reader.files:
         with path.open("rb", buffering=0) as file:
