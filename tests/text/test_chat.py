@@ -270,8 +270,8 @@ def test_a_failing_template_is_named_with_its_reason(checkpoint, template):
     ],
 )  # fmt: skip
 def test_a_template_that_would_run_or_grow_for_ever_is_stopped(checkpoint, monkeypatch, template, limit):
-    monkeypatch.setattr("halve.text.chat.MAX_STEPS", 20_000)
-    monkeypatch.setattr("halve.text.chat.MAX_CHARS", 1_000_000)
+    monkeypatch.setattr("halve.text.sandbox.MAX_STEPS", 20_000)
+    monkeypatch.setattr("halve.text.sandbox.MAX_CHARS", 1_000_000)
     with pytest.raises(TextError, match=rf"config.json: the chat template (was stopped|fails).*({limit})"):
         render(checkpoint, template)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from halve import __version__
 from halve.api.bundle import read_plan
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.files import read_object
@@ -27,7 +28,7 @@ from halve.engine import (
 from halve.hardware import detect_cpu
 from halve.kernels import native, native_library
 from halve.kernels.ops import Array, Ops, TokenBatch
-from halve.models import Decoder, ModelConfig, load_config, load_decoder
+from halve.models import Decoder, ModelConfig, ReadySource, load_config, load_decoder
 from halve.text import Tokenizer
 
 if TYPE_CHECKING:  # torch loads only where it computes
@@ -48,20 +49,20 @@ class Model:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: ModelConfig,
         plan: Plan,
         ops: Ops,
         decoder: Decoder,
+        tokenizer: Tokenizer,
         *,
         engine_config: EngineConfig | None = None,
         cache_bytes: int | None = None,
     ) -> None:
         self.path = checkpoint.path
-        self.config, self.plan, self.ops, self.decoder = config, plan, ops, decoder
-        self.tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+        self.config, self.plan, self.ops, self.decoder = decoder.config, plan, ops, decoder
+        self.tokenizer = tokenizer
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
         self._engine_config = engine_config or EngineConfig()
-        self._num_blocks = cache_blocks(config, self._engine_config, cache_bytes)
+        self._num_blocks = cache_blocks(self.config, self._engine_config, cache_bytes)
         self._engine: Engine | None = None
         self._making_engine = Lock()
 
@@ -154,13 +155,15 @@ def load(
     device: str = "auto",
     engine: EngineConfig | None = None,
     cache_bytes: int | None = None,
+    keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
 
     device: `auto` (our C++ on CPU), or a torch device such as `cuda`. engine: how its engine divides its steps.
     cache_bytes: memory for keys and values; None is a tenth of the machine's, or less where the engine can't fill it.
-    progress: layers done, layers in all.
+    keep: whether compressed weights, once packed for the C++ kernels, are kept on disk for the next start
+    (`halve.models.ready` says where) and read from there. progress: layers done, layers in all.
     Raises CheckpointError, ConfigError, TextError naming what is wrong with the files, RequestError for cache_bytes
     that hold nothing.
     """
@@ -168,10 +171,17 @@ def load(
     plan = read_plan(checkpoint)
     config = load_config(checkpoint, plan)
     ops = make_ops(device, plan.activations.format)
-    decoder = load_decoder(checkpoint, config, ops, progress)
+    if isinstance(ops, native.NativeOps):
+        # Threads read the weights while this one reads the tokenizer, which takes as long.
+        with ReadySource(checkpoint, ops, version=__version__, keep=keep) as source:
+            tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+            decoder = Decoder(config, ops, source, progress)
+    else:
+        tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+        decoder = load_decoder(checkpoint, config, ops, progress)
     for what, kernel in sorted(ops.kernels.items()):
         log.debug("%s: %s", what, kernel)
-    return Model(checkpoint, config, plan, ops, decoder, engine_config=engine, cache_bytes=cache_bytes)
+    return Model(checkpoint, plan, ops, decoder, tokenizer, engine_config=engine, cache_bytes=cache_bytes)
 
 
 def cache_blocks(config: ModelConfig, engine: EngineConfig, cache_bytes: int | None) -> int:

@@ -61,7 +61,7 @@ def run_trial(
     reference: the smaller model by the reference kernels. documents: token ids; their beginnings are the prompts.
     Raises KernelError when the kernels that will serve the smaller model disagree with the reference.
     """
-    models = [load(path, device=device) for path in (original, smaller)]
+    models = [load(path, device=device, keep=False) for path in (original, smaller)]
     speeds = _speeds(models, progress)
     with progress.task("Sampling", "answers") as advance:
         answers = []

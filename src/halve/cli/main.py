@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 
 from halve import __version__
-from halve.cli.screen import ShellProgress, error_console, print_json
+from halve.cli.screen import ShellProgress, error_console, print_json, talks_to_terminal
 from halve.core.errors import HalveError, RequestError, TextError
 
 app = typer.Typer(
@@ -51,7 +50,9 @@ def options(
     ] = False,
 ) -> None:
     handler: logging.Handler = logging.StreamHandler()
-    if error_console().is_terminal:  # elsewhere one message is one line, not cut to a terminal's width
+    if talks_to_terminal():  # elsewhere one message is one line, not cut to a terminal's width
+        from rich.logging import RichHandler
+
         handler = RichHandler(console=error_console(), show_time=False, show_path=False, show_level=verbose)
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], format="%(message)s")
     if not verbose:

@@ -45,8 +45,8 @@ from halve.kernels.native_cache import BLOCK_SIZE, KVCache, Step, attention_reco
 from halve.kernels.native_checks import check_attention, check_batch, check_copies, floats, int32, within
 from halve.kernels.native_library import LIBRARY, available, library
 from halve.kernels.native_sampling import SamplingWork
-from halve.kernels.ops import Array, AttentionSpec, TokenBatch
-from halve.kernels.packed import Allocate, PackedMatrix, pack
+from halve.kernels.ops import Allocate, Array, AttentionSpec, Packed, TokenBatch
+from halve.kernels.packed import LAYOUT_VERSION, PackedMatrix, adopt, pack, packing_refusal
 from halve.kernels.products import ROUNDINGS, Codes, InputLayout, PrepareRecord, product_record, rows_of
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.kernels.sampling import check as check_sampling
@@ -252,7 +252,6 @@ def _format_rows(op: str, accepted: Format) -> list[Kernel]:
             op=op,
             refusal=partial(_refusal, isa, accepted, activations),
             run=partial(_project if op == "linear" else _embed, isa),
-            prepare=pack,
         )
         for kind, activations in kinds
         for isa in ISAS
@@ -335,32 +334,34 @@ class NativeOps:
             self.kernels[key] = choice.kernel.name
         return choice.kernel
 
-    def pack(self, weight: Weight, allocate: Allocate | None = None) -> PackedMatrix:
+    @property
+    def layout(self) -> str:
+        """The layout of `pack`, the same on every machine."""
+        return f"native{LAYOUT_VERSION}"
+
+    def pack(self, weight: Weight, allocate: Allocate | None = None) -> Packed:
         """Bring a matrix into the kernels' layout; `linear` and `table` take the result in the weight's place."""
         return pack(weight, allocate, self.num_threads)
 
-    def linear(self, weight: Weight, bias: Array | None = None) -> Linear:
+    def refusal(self, packed: Packed) -> str | None:
+        """Why this is not what `pack` makes, or None. Every size is checked, so that no row reads outside the blob."""
+        return packing_refusal(packed)
+
+    def _matrix(self, weight: Weight | Packed) -> PackedMatrix:
+        return adopt(weight if isinstance(weight, Packed) else self.pack(weight))
+
+    def linear(self, weight: Weight | Packed, bias: Array | None = None) -> Linear:
         """Prepare a matrix [out, in] for `project`."""
-        return self.linear_packed(self.pack(weight), weight.format, bias)
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise KernelError(f"bias has shape {bias.shape}; a matrix {weight.shape} needs ({weight.shape[0]},)")
+        activations = activations_for(weight.format, self.activations)
+        kernel = self._choose_format("linear", weight.format, activations)
+        vector = None if bias is None else _vector(bias)
+        return Linear(kernel, self.isa, weight.format, self._matrix(weight), vector, activations)
 
-    def linear_packed(self, matrix: PackedMatrix, fmt: Format, bias: Array | None = None) -> Linear:
-        """The same for a matrix of format `fmt` that is packed already."""
-        if bias is not None and bias.shape != (matrix.out_features,):
-            raise KernelError(
-                f"bias has shape {bias.shape}; a matrix ({matrix.out_features}, {matrix.in_features}) needs "
-                f"({matrix.out_features},)"
-            )
-        activations = activations_for(fmt, self.activations)
-        kernel = self._choose_format("linear", fmt, activations)
-        return Linear(kernel, self.isa, fmt, matrix, None if bias is None else _vector(bias), activations)
-
-    def table(self, weight: Weight) -> tuple[Kernel, PackedMatrix]:
+    def table(self, weight: Weight | Packed) -> tuple[Kernel, PackedMatrix]:
         """Prepare an embedding table [vocab, hidden] for `embed`."""
-        return self.table_packed(self.pack(weight), weight.format)
-
-    def table_packed(self, matrix: PackedMatrix, fmt: Format) -> tuple[Kernel, PackedMatrix]:
-        """The same for a table of format `fmt` that is packed already."""
-        return self._choose_format("embed", fmt), matrix
+        return self._choose_format("embed", weight.format), self._matrix(weight)
 
     def vector(self, values: Array) -> Array:
         """A float32 copy."""

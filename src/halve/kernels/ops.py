@@ -7,17 +7,19 @@ tensor for one, a numpy array for the other. Float buffers are float32 [rows, fe
 Shapes: T tokens of a step, S sequences, H query heads, G key-value heads, D head size, B blocks, P tokens a block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from halve.formats import Weight
+from halve.formats import Format, Weight
 from halve.kernels.sampling import Sampled, SamplingBatch
 
 Buffer = Any
 Array = np.ndarray[Any, np.dtype[Any]]
+# Memory for a packed matrix: uint8 [bytes], on a multiple of 64 bytes.
+Allocate = Callable[[int], Array]
 
 KV_FORMATS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # formats of the cache -> bytes of an element
 
@@ -88,6 +90,20 @@ def kv_block_bytes(spec: AttentionSpec, block_size: int) -> int:
     return spec.num_kv_heads * -(-head // 64) * 64
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Packed:
+    """A matrix [out, in] in the layout of the kernels that packed it, ready to run from where it lies.
+
+    record: whole numbers by which the kernels know the layout. blob: uint8, on a multiple of 64 bytes.
+    Safe to share between threads and Ops; nothing writes to it.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    record: Mapping[str, int]
+    blob: Array
+
+
 class Ops(Protocol):
     """Operations on one device. Every function returns a new buffer; only `attention` writes (into the cache)."""
 
@@ -98,11 +114,14 @@ class Ops(Protocol):
     def kernels(self) -> Mapping[str, str]:
         """Operation and format -> the kernel that was chosen, for logs and reports."""
 
-    def linear(self, weight: Weight, bias: Array | None = None) -> Any:
-        """Prepare a matrix [out, in] for `project`; the kernel is chosen here, once."""
+    def linear(self, weight: Weight | Packed, bias: Array | None = None) -> Any:
+        """Prepare a matrix [out, in] for `project`; the kernel is chosen here, once.
 
-    def table(self, weight: Weight) -> Any:
-        """Prepare an embedding table [vocab, hidden] for `embed`."""
+        A `Packed` of these Ops is run from where it lies; KernelError for one that they did not pack.
+        """
+
+    def table(self, weight: Weight | Packed) -> Any:
+        """Prepare an embedding table [vocab, hidden] for `embed`; a `Packed` as for `linear`."""
 
     def vector(self, values: Array) -> Buffer:
         """Bring a float vector (norm gain, bias, sinks) to the device as float32."""
@@ -159,3 +178,17 @@ class Ops(Protocol):
 
     def copy_blocks(self, cache: Any, pairs: Array) -> None:
         """Copy whole blocks of one layer's cache: pairs int32 [N, 2], from and to; no block is both."""
+
+
+class PackingOps(Ops, Protocol):
+    """Ops that put matrices into a layout of their own before they run, so that it is worth keeping on disk."""
+
+    @property
+    def layout(self) -> str:
+        """The layout's name and version; fit for the name of a file. Where it differs, nothing can be taken over."""
+
+    def pack(self, weight: Weight, allocate: Allocate | None = None) -> Packed:
+        """Pack a matrix [out, in]. allocate: gives the memory, instead of some of its own."""
+
+    def refusal(self, packed: Packed) -> str | None:
+        """Why this is no matrix that these Ops packed, or None: record and blob are what `pack` makes, in size."""

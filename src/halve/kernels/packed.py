@@ -5,26 +5,23 @@ a weight once, and a cache of packed weights serves every machine.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from halve.core.errors import KernelError
-from halve.formats import Weight
+from halve.formats import Format, Weight
 from halve.formats.base import BF16
 from halve.kernels.native_library import library
-from halve.kernels.ops import Array
+from halve.kernels.ops import Allocate, Array, Packed
 
-LAYOUT_VERSION = 1  # bumped with csrc/packing.h: a cache of another version is made anew
+LAYOUT_VERSION = 1  # raised by whatever changes a byte of what `pack` makes: a cache of another version is made anew
 ALIGNMENT = 64  # bytes, of a packed matrix
 BLOCK = 64  # outputs
 _KINDS = {"bf16": 1, "fp16": 2, "fp32": 3, "fp8": 4}  # `StoredKind`; 0 is integers
 _SCALES: Mapping[np.dtype[Any], int] = {BF16: 1, np.dtype(np.float16): 2, np.dtype(np.float32): 3}
-
-# Memory for a packed matrix: uint8 [bytes], aligned to ALIGNMENT.
-Allocate = Callable[[int], Array]
 
 
 class StoredRecord(ctypes.Structure):
@@ -92,28 +89,8 @@ class PackedMatrix:
         """Where C++ finds the record."""
         return ctypes.addressof(self.record)
 
-    def header(self) -> dict[str, int]:
-        """All of the record but the address of the data, for a cache."""
-        return {name: int(getattr(self.record, name)) for name, _ in PackedRecord._fields_ if name != "data"}
 
-    @classmethod
-    def adopt(cls, header: Mapping[str, int], data: Array) -> "PackedMatrix":
-        """A matrix whose packed bytes exist already. Raises KernelError when header and data do not fit."""
-        names = {name for name, _ in PackedRecord._fields_} - {"data"}
-        if header.keys() != names:
-            raise KernelError(f"packed matrix: its header has the keys {sorted(header)}, expected {sorted(names)}")
-        record = PackedRecord(**header)
-        expected = int(record.block_bytes) * -(-int(record.out_features) // BLOCK)
-        if data.dtype != np.uint8 or data.shape != (expected,) or data.ctypes.data % ALIGNMENT:
-            raise KernelError(
-                f"packed matrix: {data.dtype} {data.shape} at {data.ctypes.data:#x}; its header needs {expected} bytes "
-                f"of uint8, aligned to {ALIGNMENT}"
-            )
-        record.data = data.ctypes.data
-        return cls(record, data)
-
-
-def pack(weight: Weight, allocate: Allocate | None = None, num_threads: int = 1) -> PackedMatrix:
+def pack(weight: Weight, allocate: Allocate | None = None, num_threads: int = 1) -> Packed:
     """Bring a stored matrix [out, in] into the kernels' layout; what its bits mean does not change.
 
     fp8 becomes bf16, which holds its values exactly. Scales stay in bf16, or become float32. allocate: gives the
@@ -121,24 +98,67 @@ def pack(weight: Weight, allocate: Allocate | None = None, num_threads: int = 1)
     """
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise KernelError(f"a product needs a matrix [out, in], got shape {weight.shape}; take one expert at a time")
+    shape = (weight.shape[0], weight.shape[1])
     codes = np.require(weight.codes, requirements=["C", "A"])
     scale = None if weight.scale is None else np.require(weight.scale, requirements=["C", "A"])
-    is_integer = weight.format.kind == "int"
-    stored = StoredRecord(
-        *weight.shape,
-        weight.format.group_size or 0,
-        codes.ctypes.data,
-        None if scale is None else scale.ctypes.data,
-        0 if is_integer else _KINDS[weight.format.name],
-        weight.format.bits if is_integer else 0,
-        0 if scale is None else _SCALES[scale.dtype],
+    stored = _stored(weight.format, shape, 0 if scale is None else _SCALES[scale.dtype])
+    stored.codes, stored.scale = codes.ctypes.data, None if scale is None else scale.ctypes.data
+    record, size = _plan(stored)
+    blob = (allocate or aligned_bytes)(size)
+    library().halve_pack(ctypes.addressof(stored), ctypes.addressof(record), blob.ctypes.data, num_threads)
+    return Packed(format=weight.format, shape=shape, record=_numbers(record), blob=blob)
+
+
+def adopt(packed: Packed) -> PackedMatrix:
+    """What C++ takes, over the blob as it lies. Raises KernelError for what `pack` does not make."""
+    if reason := packing_refusal(packed):
+        raise KernelError(f"a packed {packed.format.name} matrix {packed.shape}: {reason}; pack the weight again")
+    return PackedMatrix(PackedRecord(**packed.record, data=packed.blob.ctypes.data), packed.blob)
+
+
+def packing_refusal(packed: Packed) -> str | None:
+    """Why this is not what `pack` makes of a matrix of that format and shape, or None.
+
+    Record and size are planned anew and compared, so that C++ never reads outside the blob, wherever it came from.
+    """
+    fmt, shape, blob = packed.format, packed.shape, packed.blob
+    if len(shape) != 2 or min(shape) < 1 or fmt.refusal(shape[1]):
+        return f"no matrix of format {fmt.name}"
+    # No weight takes less than 2 bits: beyond this the plan's 64-bit numbers might not hold.
+    if shape[0] * shape[1] > 4 * blob.size:
+        return f"its blob of {blob.size} bytes is too small for a matrix {shape}"
+    planned = [_plan(_stored(fmt, shape, kind)) for kind in (_SCALES.values() if fmt.scaled else [0])]
+    size = next((size for record, size in planned if _numbers(record) == dict(packed.record)), None)
+    if size is None:
+        return f"its record is {dict(packed.record)}, expected {_numbers(planned[0][0])}"
+    if blob.dtype != np.uint8 or blob.shape != (size,) or blob.ctypes.data % ALIGNMENT:
+        return f"its blob is {blob.dtype} {blob.shape}, expected {size} bytes on a multiple of {ALIGNMENT}"
+    return None
+
+
+def _stored(fmt: Format, shape: tuple[int, int], scale_kind: int) -> StoredRecord:
+    """A matrix [out, in] without its arrays, to plan by: of scales the plan asks only whether there is an address."""
+    is_integer = fmt.kind == "int"
+    return StoredRecord(
+        out_features=shape[0],
+        in_features=shape[1],
+        group=fmt.group_size or 0,
+        scale=ALIGNMENT if fmt.scaled else None,
+        kind=0 if is_integer else _KINDS[fmt.name],
+        bits=fmt.bits if is_integer else 0,
+        scale_kind=scale_kind,
     )
+
+
+def _plan(stored: StoredRecord) -> tuple[PackedRecord, int]:
+    """The record of its packed form, without an address, and the bytes that it takes."""
     record = PackedRecord()
-    size = int(library().halve_plan_packing(ctypes.addressof(stored), ctypes.addressof(record)))
-    data = (allocate or aligned_bytes)(size)
-    library().halve_pack(ctypes.addressof(stored), ctypes.addressof(record), data.ctypes.data, num_threads)
-    record.data = data.ctypes.data
-    return PackedMatrix(record, data)
+    return record, int(library().halve_plan_packing(ctypes.addressof(stored), ctypes.addressof(record)))
+
+
+def _numbers(record: PackedRecord) -> dict[str, int]:
+    """All of a record but the address."""
+    return {name: int(getattr(record, name)) for name, _ in PackedRecord._fields_ if name != "data"}
 
 
 def aligned_bytes(size: int) -> Array:

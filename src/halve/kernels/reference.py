@@ -18,7 +18,7 @@ from halve.formats import Weight
 from halve.formats.base import BF16, FP8
 from halve.hardware import Device, detect_cpu
 from halve.kernels.dispatch import Kernel, Spec, choose
-from halve.kernels.ops import Array, AttentionSpec, TokenBatch
+from halve.kernels.ops import Array, AttentionSpec, Packed, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch, sample
 
 SMALLEST_SCALE = 2.0**-126  # of int8: the smallest normal float; one below it is 0
@@ -136,15 +136,17 @@ class TorchOps:
         self.round_input = ROUND[activations]
         self.kernels: dict[str, str] = {}
 
-    def linear(self, weight: Weight, bias: Array | None = None) -> tuple[Kernel, Matrix]:
+    def linear(self, weight: Weight | Packed, bias: Array | None = None) -> tuple[Kernel, Matrix]:
         """Prepare a matrix [out, in] for `project`."""
         return self._prepare("linear", weight, None if bias is None else self.vector(bias))
 
-    def table(self, weight: Weight) -> tuple[Kernel, Matrix]:
+    def table(self, weight: Weight | Packed) -> tuple[Kernel, Matrix]:
         """Prepare an embedding table [vocab, hidden] for `embed`."""
         return self._prepare("embed", weight)
 
-    def _prepare(self, op: str, weight: Weight, bias: Tensor | None = None) -> tuple[Kernel, Matrix]:
+    def _prepare(self, op: str, weight: Weight | Packed, bias: Tensor | None = None) -> tuple[Kernel, Matrix]:
+        if isinstance(weight, Packed):
+            raise KernelError("a matrix packed for other kernels can't run on torch; give the weight as stored")
         kernel = choose(TABLE, self.device, Spec(op=op, format=weight.format, activations=self.activations)).kernel
         self.kernels[f"{op} {weight.format.name}"] = kernel.name
         assert kernel.prepare is not None

@@ -3,12 +3,14 @@
 from halve.models.config import LayerSpec, ModelConfig, read_config
 from halve.models.decoder import Decoder, WeightSource
 from halve.models.load import CheckpointSource, load_config, load_decoder, stored_formats
+from halve.models.ready import ReadySource
 
 __all__ = [
     "CheckpointSource",
     "Decoder",
     "LayerSpec",
     "ModelConfig",
+    "ReadySource",
     "WeightSource",
     "load_config",
     "load_decoder",

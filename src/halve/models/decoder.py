@@ -11,7 +11,7 @@ import numpy as np
 from halve.core.errors import ConfigError
 from halve.formats import Weight
 from halve.kernels.native import NativeOps
-from halve.kernels.ops import Array, AttentionSpec, Buffer, Ops, TokenBatch
+from halve.kernels.ops import Array, AttentionSpec, Buffer, Ops, Packed, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models.compiled import CompiledSteps
 from halve.models.config import ModelConfig
@@ -25,8 +25,8 @@ Hook = Callable[[FusedGroup, Buffer, list[Buffer]], list[Buffer]]
 class WeightSource(Protocol):
     """Where a decoder takes its weights from: a checkpoint, or a checkpoint with some weights changed."""
 
-    def weight(self, module: str, shape: tuple[int, int]) -> Weight:
-        """The matrix of a module."""
+    def weight(self, module: str, shape: tuple[int, int]) -> Weight | Packed:
+        """The matrix of a module: as stored, or packed already for the Ops of the decoder."""
 
     def vector(self, name: str, shape: tuple[int]) -> Array:
         """A norm gain or a bias, float32."""

@@ -7,6 +7,7 @@ Source of the rules: transformers 5, `tokenization_utils_tokenizers.py`.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +22,13 @@ Message = Mapping[str, Any]
 class Tokenizer:
     """Text to token ids and back, for one checkpoint. Made by `from_directory`.
 
-    vocab_size: one more than the largest id, added tokens included. bos_token_id, eos_token_id: None where the
-    checkpoint names no such token. special_token_ids: ids that `decode` leaves out. chat_template: the default
-    template's source, or None.
+    bos_token_id, eos_token_id: None where the checkpoint names no such token. special_token_ids: ids that `decode`
+    leaves out. chat_template: the default template's source, or None.
     """
 
     def __init__(self, backend: Any, config: Mapping[str, Any], templates: ChatTemplates, path: Path, num_ids: int):
         self._backend, self._path, self._templates = backend, path, templates
         self._named = {name: _content(token) for name, token in config.items() if _is_named_token(name, token)}
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.special_token_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self.bos_token_id: int | None = self._id_of("bos_token")
         self.eos_token_id: int | None = self._id_of("eos_token")
@@ -37,8 +36,13 @@ class Tokenizer:
         if self._add_bos and self.bos_token_id is None:
             file = path / "tokenizer_config.json"
             raise TextError(f"{file}: add_bos_token is true, but there is no bos_token; name it or set it to false")
-        self._num_ids = max(self.vocab_size, num_ids)
+        self._num_ids = num_ids or self.vocab_size
         self._decodes_byte_tokens = b'"ByteFallback"' in (backend.decoder.__getstate__() if backend.decoder else b"")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id. Found when first asked for: a quarter of a second for 128,000 tokens."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @classmethod
     def from_directory(cls, path: Path, *, vocab_size: int | None = None) -> "Tokenizer":
@@ -111,7 +115,7 @@ class Tokenizer:
         messages: objects with a `role` and what the template reads (`content`, `tool_calls`, ...), as JSON values.
         tools: JSON schemas. variables: further names that the template reads (`enable_thinking`).
         Raises TextError when there is no template, messages are not of that form, or the template fails, refuses
-        the messages (`raise_exception`) or exceeds its budget (`halve.text.chat`).
+        the messages (`raise_exception`) or exceeds its budget (`halve.text.sandbox`).
         """
         return self._templates.render(
             messages,
@@ -268,6 +272,13 @@ def _add_tokens(backend: Any, config: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_vocabulary(backend: Any, vocab_size: int, path: Path) -> None:
+    """Refuse ids beyond the model's table, by count: the ids of a tokenizer's own vocabulary leave no gaps.
+
+    Where one does, the engine refuses the id that it meets.
+    """
+    added = max(backend.get_added_tokens_decoder(), default=-1)
+    if added < vocab_size and backend.get_vocab_size(with_added_tokens=True) <= vocab_size:
+        return
     vocabulary = backend.get_vocab(with_added_tokens=True)
     beyond = sorted((i, token) for token, i in vocabulary.items() if i >= vocab_size)
     if beyond:
