@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 from math import log1p
-from typing import Literal
 
 from halve.core.certificate import Answer, Measured, Quality
+from halve.core.plan import ActivationFormat
 
 # How far a logit moves when float32 sums run in another order on another machine, by the format of the activations.
 # A rounding to bf16 that falls to the other side is a thousand times the difference that caused it: with weights off
@@ -43,7 +43,7 @@ def answer(quality: Quality, limit: float | None) -> Answer:
     return "contradicted" if quality.ppl_ratio.low > 1 + limit else "inconclusive"
 
 
-def differences(recorded: Quality, again: Quality, *, activations: Literal["fp32", "bf16"] = "fp32") -> list[str]:
+def differences(recorded: Quality, again: Quality, *, activations: ActivationFormat = "fp32") -> list[str]:
     """One line for each figure that does not reproduce; none when all do.
 
     activations: as the plan of the smaller model has them. Counts, confidence and the set of tasks must be equal;
