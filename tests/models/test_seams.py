@@ -202,10 +202,9 @@ def test_a_cache_holds_its_layers_own_format(ops):
     config, tensors = make(tuple(replace(FP32, kv_format=f) for f in ("bf16", "fp32")))
     first, second = Decoder(config, ops, Arrays(tensors)).new_cache(3, 4)
     sizes = [
-        [part.nbytes for part in (entry if isinstance(entry, tuple) else (entry.k, entry.v))]
-        for entry in (first, second)
+        sum(part.nbytes for part in (entry if isinstance(entry, tuple) else (entry.data,))) for entry in (first, second)
     ]
-    assert sizes == [[3 * 4 * KV_HEADS * DIM * size] * 2 for size in (2, 4)]
+    assert sizes == [3 * 4 * KV_HEADS * DIM * 2 * size for size in (2, 4)]
 
 
 class Integers(Arrays):
