@@ -57,7 +57,6 @@ def test_the_caches_format_is_what_the_engine_keeps_and_reads(bundle):
     for name, model in models.items():
         expected = LAYERS * 2 * KV_HEADS * per_head[name]
         assert model.config.kv_cache_bytes_per_token == expected
-        assert halve.inspect(model.path).kv_cache_bytes_per_token == expected
         held = sum(layer.data.nbytes for layer in model.decoder.new_cache(3, BLOCK))
         assert held == 3 * BLOCK * expected
     logits = {name: model.logits(PROMPT) for name, model in models.items()}
@@ -111,6 +110,7 @@ def test_the_command_of_the_certificate_says_what_was_rounded_and_the_plan_holds
     assert "--activations bf16 --kv-cache int8" in made.certificate.inputs.command
     plan = halve.load(out).plan
     assert (plan.activations.format, plan.kv_cache.format) == ("bf16", "int8")
+    assert halve.inspect(out).kv_cache_bytes_per_token == LAYERS * 2 * KV_HEADS * (DIM + 2)
     assert halve.verify(out, against=tiny).differences == ()
     assert "rounded to 8-bit integers, one 16-bit scale for each token and head" in made.report.read_text()
 

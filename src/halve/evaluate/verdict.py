@@ -73,11 +73,12 @@ def differences(recorded: Quality, again: Quality, *, activations: ActivationFor
 
 # How far a figure of this value may move; means over tokens by four standard errors.
 # KL is of second order in the logits: noise e changes a token's KL by about sqrt(2 KL) e + e^2. A quantile can move
-# as much as one token does, a mean by e / sqrt(tokens) of that. nll moves by e a token.
+# as much as one token does, a mean by that / sqrt(tokens): what noise adds to every KL it has added to the recorded one
+# as well, and only the rest differs. nll moves by e a token.
 # A flip comes or goes when two logits lie within e of each other, for 0.6 e of the tokens (measured on tiny-en: noise
 # of 0.23 at 4 bits flips 0.13, noise of 0.013 at 8 bits flips 0.008); two more tokens for a short text.
 _TOLERANCES: dict[str, Callable[[float, int, float], float]] = {
-    "kl_mean": lambda noise, num_tokens, value: 4 * (2 * value) ** 0.5 * noise / num_tokens**0.5 + noise**2,
+    "kl_mean": lambda noise, num_tokens, value: 4 * ((2 * value) ** 0.5 * noise + noise**2) / num_tokens**0.5,
     "kl_p99": lambda noise, num_tokens, value: (2 * value) ** 0.5 * noise + noise**2,
     "flip_rate": lambda noise, num_tokens, value: 4 * (0.6 * noise / num_tokens) ** 0.5 + 2 / num_tokens,
     "ppl_ratio": lambda noise, num_tokens, value: value * 4 * noise / num_tokens**0.5,
