@@ -6,7 +6,7 @@ import pytest
 
 from halve.compress import resolve, uniform_plan
 from halve.core.errors import FormatError, PlanError
-from halve.core.plan import Plan, WeightRule, Weights
+from halve.core.plan import Activations, KVCache, Plan, WeightRule, Weights
 from halve.formats import FORMATS
 from halve.models import LayerSpec, ModelConfig
 from halve.models.config import Rope
@@ -33,6 +33,7 @@ TIED = replace(CONFIG, tied=True)
 def plan(*rules, portable=False):
     return Plan(
         portable=portable,
+        kv_cache=KVCache(format="fp32" if portable else "bf16"),
         weights=Weights(
             rules=tuple(WeightRule(pattern=r[0], format=r[1], method=r[2] if len(r) > 2 else None) for r in rules)
         ),
@@ -142,7 +143,48 @@ def test_a_plain_format_needs_no_method():
     assert {(a.format.name, a.method) for a in found.values()} == {("fp16", None)}
 
 
-@pytest.mark.parametrize(("portable", "kv_format"), [(True, "fp32"), (False, "bf16")])
-def test_a_portable_plan_rounds_the_cache_nowhere_so_that_logits_can_be_compared(portable, kv_format):
-    made = uniform_plan(CONFIG, FORMATS["int8"], "rtn", portable=portable, source_bits=16)
-    assert made.kv_cache.format == kv_format
+@pytest.mark.parametrize(
+    ("name", "portable", "activations", "kv_format"),
+    [
+        ("int4-g32", False, "int8", "bf16"),
+        ("int8", False, "int8", "bf16"),
+        ("fp8", False, "fp32", "bf16"),
+        ("int4-g32", True, "fp32", "fp32"),
+        ("fp8", True, "fp32", "fp32"),
+    ],
+)
+def test_by_default_integer_weights_meet_int8_and_a_portable_plan_rounds_nothing(
+    name, portable, activations, kv_format
+):
+    made = uniform_plan(CONFIG, FORMATS[name], "rtn", portable=portable, source_bits=16)
+    assert (made.activations.format, made.kv_cache.format) == (activations, kv_format)
+    resolve(made, CONFIG)
+
+
+@pytest.mark.parametrize("activations", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_cache", ["fp32", "bf16", "int8"])
+def test_a_native_plan_rounds_activations_and_cache_as_asked(activations, kv_cache):
+    made = uniform_plan(
+        CONFIG, FORMATS["int8"], "rtn", portable=False, source_bits=16, activations=activations, kv_cache=kv_cache
+    )
+    assert (made.activations.format, made.kv_cache.format) == (activations, kv_cache)
+    resolve(made, CONFIG)
+
+
+@pytest.mark.parametrize("chosen", ["bf16", "int8"])
+@pytest.mark.parametrize("what", ["activations", "kv_cache"])
+def test_a_portable_plan_that_rounds_activations_or_cache_is_refused(what, chosen):
+    made = uniform_plan(CONFIG, FORMATS["int8"], "rtn", portable=True, source_bits=16, **{what: chosen})
+    message = rf"{what} {chosen}: a portable plan computes in float32, .*; leave out --portable, or take {what} fp32"
+    with pytest.raises(PlanError, match=message):
+        resolve(made, CONFIG)
+
+
+def test_int8_activations_that_would_meet_floats_alone_are_refused():
+    made = uniform_plan(CONFIG, FORMATS["fp8"], "rtn", portable=False, source_bits=16, activations="int8")
+    with pytest.raises(
+        PlanError, match=r"activations int8: they meet integer weights only, .* floats \(fp8\); take fp32"
+    ):
+        resolve(made, CONFIG)
+    mixed = replace(plan(("lm_head", "int8", "rtn"), ("*", "fp8", "rtn")), activations=Activations(format="int8"))
+    assert len(resolve(mixed, CONFIG)) == len(list(modules(CONFIG)))

@@ -133,5 +133,10 @@ def test_noise_of_float32_reproduces_and_a_change_of_the_weights_does_not():
         assert differences(recorded, figures(noise_seed)) == []
     assert differences(recorded, figures(1, noise=6e-3), activations="bf16") == []
     assert differences(recorded, figures(1, noise=6e-3)) != []
+    rounded = figures(noise=4e-2)
+    for noise_seed in range(1, 4):
+        assert differences(rounded, figures(noise_seed, noise=4e-2), activations="int8") == []
+    unlike = differences(rounded, figures(1, change=0.3, noise=4e-2), activations="int8")
+    assert {"kl_mean", "ppl_ratio"} & {line.split(".")[0] for line in unlike}
     names = {line.split(".")[0] for line in differences(recorded, figures(change=0.21))}
     assert {"kl_mean", "ppl_ratio"} <= names

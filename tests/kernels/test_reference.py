@@ -4,12 +4,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from halve.core.errors import KernelError
+from halve.core.errors import ConfigError, KernelError
 from halve.formats import FORMATS, Weight, pack_codes
+from halve.formats.activations import int8_rows
 from halve.formats.base import BF16
 from halve.kernels.ops import AttentionSpec, TokenBatch
-from halve.kernels.reference import QUERY_CHUNK, TorchOps, round_int8, torch_device
+from halve.kernels.reference import QUERY_CHUNK, TorchOps, round_kv_int8, round_rows_int8, torch_device
 
 ATOL = 2e-5  # of float32 sums of at most a few hundred products of size one
 
@@ -69,6 +72,60 @@ def test_bf16_activations_round_the_input_and_nothing_else():
     weight, x = make_weight("fp32", (7, 64)), normal(3, 64, seed=1)
     out = ops.to_host(ops.project(ops.linear(weight), ops.from_host(x)))
     np.testing.assert_allclose(out, bf16(x) @ weight.codes.astype(np.float64).T, atol=ATOL)
+
+
+def rows_of_every_kind():
+    """Rows of very different sizes, of ties, zeros, subnormal numbers, and with NaN or infinity."""
+    x = normal(12, 64, seed=2) * np.float32(10.0) ** np.arange(-6, 6, dtype=np.float32)[:, None]
+    ties = (np.arange(64, dtype=np.float32) - 32) / 2
+    ties[0] = 127
+    kinds = [ties, np.zeros(64), np.full(64, 1e-40), np.full(64, 9e-37), np.full(64, 2e-36), np.full(64, 3e38)]
+    x = np.vstack([x, *kinds, *normal(3, 64, seed=3)]).astype(np.float32)
+    x[-3, 5], x[-2, 6], x[-1, 7] = np.nan, np.inf, -np.inf
+    return x
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_int8_activations_are_to_the_bit_what_their_definition_says(with_gradient):
+    x = rows_of_every_kind()
+    codes, scale = int8_rows(x)
+    rounded = round_rows_int8(torch.tensor(x, requires_grad=with_gradient)).detach().numpy()
+    expected = codes * scale[:, None]
+    assert expected.dtype == rounded.dtype == np.float32
+    np.testing.assert_array_equal(rounded, expected)
+    assert np.isnan(rounded[-3:]).all()
+    assert np.isfinite(rounded[:-3]).all()
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(-30, 30), st.integers(0, 2**32 - 1))
+def test_int8_activations_of_any_shape_and_size_are_what_their_definition_says(rows, width, power, seed):
+    x = np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32) * np.float32(2.0**power)
+    codes, scale = int8_rows(x)
+    np.testing.assert_array_equal(round_rows_int8(torch.tensor(x)).numpy(), codes * scale[:, None])
+
+
+def test_int8_activations_meet_integer_weights_and_leave_floats_alone():
+    ops, exact, x = TorchOps(activations="int8"), TorchOps(), normal(3, 64, seed=1)
+    codes, scale = int8_rows(x)
+    rounded = codes * scale[:, None]
+    for name, taken in [("int8", rounded), ("int4-g32", rounded), ("fp8", x), ("bf16", x), ("fp32", x)]:
+        weight = make_weight(name, (7, 64))
+        out = ops.project(ops.linear(weight), ops.from_host(x))
+        torch.testing.assert_close(out, exact.project(exact.linear(weight), exact.from_host(taken)), rtol=0, atol=0)
+
+
+def test_int8_keys_have_a_scale_of_16_bits_for_each_head_and_int8_activations_one_of_32_for_each_row():
+    x = torch.from_numpy(normal(4, 64, seed=4))
+    keys, rows = round_kv_int8(x.view(4, 2, 32)), round_rows_int8(x)
+    scales = x.view(4, 2, 32).abs().amax(-1, keepdim=True) / 127
+    codes = keys / scales.to(torch.bfloat16).float()
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+    assert not torch.equal(keys.view(4, 64), rows)
+
+
+def test_activations_that_do_not_exist_are_refused():
+    with pytest.raises(ConfigError, match=r"activations: 'int4' is not one of \['fp32', 'bf16', 'int8'\]"):
+        TorchOps(activations="int4")
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
@@ -178,11 +235,11 @@ def test_a_cache_is_stored_in_its_format(ops, kv_format, dtype):
 def test_int8_rounds_to_127_steps_of_a_bf16_scale_with_ties_to_even():
     x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.6], [0.0] * 5, [1e-41] * 5, [-3e38, 1.0, 0.0, 0.0, 0.0]])
     expected = [[127, 0, 2, -2, -127], [0] * 5, [0] * 5]
-    rounded = round_int8(x)
+    rounded = round_kv_int8(x)
     assert rounded[:3].tolist() == expected
     step = float(np.float32(3e38 / 127).astype(ml_dtypes.bfloat16))
     np.testing.assert_allclose(rounded[3].tolist(), [-round(3e38 / step) * step, 0, 0, 0, 0], rtol=1e-7)
-    assert torch.isnan(round_int8(torch.tensor([1.0, torch.nan]))).any()
+    assert torch.isnan(round_kv_int8(torch.tensor([1.0, torch.nan]))).any()
 
 
 def test_blocks_are_copied_whole(ops):
@@ -245,7 +302,7 @@ DIFFERENTIABLE = {
 }
 
 
-@pytest.mark.parametrize("activations", ["fp32", "bf16"])
+@pytest.mark.parametrize("activations", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_gradient_reaches_every_input(name, activations):
     make, shapes = DIFFERENTIABLE[name]

@@ -11,6 +11,7 @@ import pytest
 
 from halve.core.errors import ConfigError
 from halve.formats import FORMATS, Weight
+from halve.formats.activations import int8_rows
 from halve.kernels import native
 from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
@@ -215,26 +216,64 @@ def test_a_cache_holds_its_layers_own_format(ops):
     assert sizes == [2 * 3 * 4 * KV_HEADS * DIM * size for size in (2, 4)]
 
 
-ROUNDING = [lambda: TorchOps(activations="bf16")]
-if native.available() is None:
-    ROUNDING.append(lambda: native.NativeOps(activations="bf16"))
+class Integers(Arrays):
+    """The same arrays rounded to int8 with a scale a row, and what they stand for then."""
+
+    def __init__(self, tensors):
+        self.weights = {name: self._rounded(values) for name, values in tensors.items() if values.ndim == 2}
+        super().__init__({**tensors, **{name: w.dequantize() for name, w in self.weights.items()}})
+
+    @staticmethod
+    def _rounded(values):
+        scale = (np.abs(values).max(axis=1, keepdims=True) / 127).astype(ml_dtypes.bfloat16)
+        codes = np.clip(np.rint(values / scale.astype(np.float32)), -128, 127).astype(np.int8)
+        return Weight(format=FORMATS["int8"], shape=values.shape, codes=codes, scale=scale)
+
+    def weight(self, module, shape):
+        return self.weights[f"{module}.weight"]
 
 
-@pytest.mark.parametrize("make_ops", ROUNDING, ids=["torch", "native"][: len(ROUNDING)])
-def test_bf16_activations_round_the_input_of_every_projection(make_ops):
+def int8(x):
+    codes, scale = int8_rows(np.asarray(x, np.float32))
+    return codes * scale[:, None].astype(np.float64)
+
+
+def torch_ops(activations):
+    return TorchOps(activations=activations)
+
+
+def native_ops(activations):
+    return native.NativeOps(activations=activations)
+
+
+ROUNDING = [torch_ops] + ([native_ops] if native.available() is None else [])
+
+
+@pytest.mark.parametrize("make_ops", ROUNDING)
+@pytest.mark.parametrize(("activations", "rounded"), [("bf16", bf16), ("int8", int8)])
+def test_rounded_activations_are_the_input_of_every_projection(activations, rounded, make_ops):
     config, tensors = make((FP32, FP32))
-    logits = whole(Decoder(config, make_ops(), Arrays(tensors)))
-    expected = expected_logits(config, tensors, TOKENS, rounded=bf16)
-    exact = expected_logits(config, tensors, TOKENS)
-    # An input within float32 rounding of the middle of two bf16 values may fall either way, which others then carry on.
-    assert np.median(np.abs(logits - expected)) < np.median(np.abs(exact - expected)) / 4
+    source = Integers(tensors)
+    decoder = Decoder(config, make_ops(activations), source)
+    expected = expected_logits(config, source.tensors, TOKENS, rounded=rounded)
+    exact = expected_logits(config, source.tensors, TOKENS)
+    # An input within float32 rounding of the middle of two values may fall either way, which others then carry on.
+    for logits in (whole(decoder), in_steps(decoder)):
+        assert np.median(np.abs(logits - expected)) < np.median(np.abs(exact - expected)) / 4
+
+
+def test_int8_activations_leave_the_input_of_float_weights_as_it_is():
+    config, tensors = make((FP32, FP32))
+    for make_ops in ROUNDING:
+        logits = whole(Decoder(config, make_ops("int8"), Arrays(tensors)))
+        np.testing.assert_allclose(logits, expected_logits(config, tensors, TOKENS), atol=1e-4)
 
 
 def test_a_single_projection_with_bf16_activations_is_exactly_that_of_the_rounded_input():
     weight = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     x = np.random.default_rng(1).normal(size=(3, 32)).astype(np.float32)
     for make_ops in ROUNDING:
-        ops = make_ops()
+        ops = make_ops("bf16")
         linear = ops.linear(Weight(format=FORMATS["fp32"], shape=(5, 32), codes=weight))
         out = ops.to_host(ops.project(linear, ops.from_host(x)))
         np.testing.assert_allclose(out, bf16(x) @ weight.T.astype(np.float64), atol=1e-5)

@@ -161,9 +161,13 @@ def test_a_plan_is_said_in_sentences() -> None:
     assert "All weights keep the format of the checkpoint." in said
     assert "opens in transformers" in said
     assert "cache" in said
-    small = " ".join(words.plan_sentences(Plan(kv_cache=KVCache(format="int8"))))
+    eight = Plan(activations=Activations(format="int8"), kv_cache=KVCache(format="int8"))
+    said = " ".join(words.plan_sentences(eight))
     assert (
-        "earlier tokens are rounded to 8-bit integers (int8) with a scale for each token and head in the cache" in small
+        "every projection with integer weights are rounded to 8-bit integers, one scale for each token; others" in said
+    )
+    assert (
+        "Keys and values of earlier tokens are rounded to 8-bit integers, one 16-bit scale for each token and" in said
     )
 
 

@@ -3,10 +3,10 @@
 import datetime
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE
 from halve.api.facts import environment, versions
@@ -18,9 +18,11 @@ from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
 from halve.api.workspace import Workspace, refuse_existing, write_atomic
 from halve.checkpoint import open_checkpoint, resolve
+from halve.compress import ActivationChoice, KVChoice
 from halve.compress import resolve as resolve_plan
 from halve.core.certificate import Certificate, Cost, Inputs, SealedText, Size
-from halve.core.errors import FormatError, OutputError
+from halve.core.errors import FormatError, OutputError, PlanError
+from halve.core.plan import ActivationFormat, KVFormat
 from halve.core.record import to_json
 from halve.core.units import parse_percent
 from halve.data import write_documents
@@ -55,6 +57,8 @@ def optimize(
     max_quality_loss: float | str | None = None,
     format: str = "auto",
     method: Method = "auto",
+    activations: ActivationChoice = "auto",
+    kv_cache: KVChoice = "auto",
     portable: bool = False,
     calibration: str | Path | None = None,
     keep_text: bool = True,
@@ -68,6 +72,9 @@ def optimize(
     max_quality_loss: perplexity ratio - 1, as `"1%"` or 0.01; without it the bundle is made and measured.
     format: `auto` for the cheapest uniform format that passes, or a format's name. method: `rtn` rounds to nearest,
     `clip` weighs each input by its energy on the calibration text, `auto` takes clip for integers and rtn for fp8.
+    activations, kv_cache: formats that the inputs of products, and keys and values, are rounded to where the smaller
+    model runs and where it is judged; `auto` takes int8 activations with integer weights and a bf16 cache, and fp32 for
+    both in a portable bundle.
     portable: the bundle also opens in transformers and vLLM (embeddings stay in 16 bits).
     calibration: a text file or directory; without it the package's own mixed text. It is split three ways:
     calibration, selection, and sealed text that only the certificate sees. keep_text: the bundle keeps the sealed
@@ -78,6 +85,8 @@ def optimize(
     the limit, OutputError; nothing is left behind then.
     """
     limit = None if max_quality_loss is None else parse_percent(max_quality_loss, "max_quality_loss")
+    _check_choice("activations", activations, get_args(ActivationFormat))
+    _check_choice("kv_cache", kv_cache, get_args(KVFormat))
     text_path = None if calibration is None else Path(calibration)
     with open_checkpoint(resolve(str(model))) as checkpoint:
         if Path(out).resolve() == checkpoint.path.resolve():
@@ -86,11 +95,32 @@ def optimize(
         torch_ops(device)
         config = load_config(checkpoint).with_kv_format("fp32")
         source = stored_formats(checkpoint, config)
-        listed = _list_candidates(config, source, format, method, portable=portable, limit=limit)
+        listed = _list_candidates(
+            config,
+            source,
+            format,
+            method,
+            portable=portable,
+            limit=limit,
+            activations=activations,
+            kv_cache=kv_cache,
+        )
         ranked = tuple(c for c in listed if c.plan is not None)
         tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
         texts = prepare_texts(text_path, tokenizer, config, selected=len(ranked) > 1)
-        command = _command(model, out, max_quality_loss, format, method, portable, calibration, keep_text, device)
+        command = _command(
+            model,
+            out,
+            max_quality_loss=max_quality_loss,
+            format=format,
+            method=method,
+            activations=activations,
+            kv_cache=kv_cache,
+            portable=portable,
+            calibration=calibration,
+            keep_text=keep_text,
+            device=device,
+        )
         with progress.task("Hashing the weights", "bytes") as advance:
             model_sha256 = checkpoint.sha256(advance)
         key = {
@@ -98,6 +128,8 @@ def optimize(
             "text": texts.calibration_sha256 + texts.selection_sha256 + texts.sealed_sha256,
             "limit": limit,
             "formats": [f"{c.format} {c.method}" for c in ranked],
+            "activations": activations,
+            "kv_cache": kv_cache,
             "portable": portable,
             "device": device,
             "versions": versions(),
@@ -141,6 +173,11 @@ def optimize(
     return Optimized(path=path, certificate=certificate, report=path / REPORT_FILE)
 
 
+def _check_choice(name: str, value: str, formats: Sequence[str]) -> None:
+    if value not in ("auto", *formats):
+        raise PlanError(f"{name}: {value!r} is not one of auto, {', '.join(formats)}")
+
+
 def _list_candidates(
     config: ModelConfig,
     source: Mapping[str, Format],
@@ -149,11 +186,15 @@ def _list_candidates(
     *,
     portable: bool,
     limit: float | None,
+    activations: ActivationChoice,
+    kv_cache: KVChoice,
 ) -> list[Candidate]:
     """Every format for `auto` under a limit; else the one that was named (or the default), or FormatError."""
     stored = dict(source)
     if format == "auto" and limit is not None:
-        listed = candidates(config, method, portable=portable, source=stored)
+        listed = candidates(
+            config, method, portable=portable, source=stored, activations=activations, kv_cache=kv_cache
+        )
         _log_skipped(listed)
         return listed
     if format == "auto":
@@ -162,7 +203,7 @@ def _list_candidates(
     if not fmt.scaled:
         raise FormatError(f"format {fmt.name} stores floats as they are and makes nothing smaller; take int8 or below")
     chosen = method_for(fmt, method)
-    plan = plan_for(config, fmt, chosen, portable=portable, source=stored)
+    plan = plan_for(config, fmt, chosen, portable=portable, source=stored, activations=activations, kv_cache=kv_cache)
     size = bytes_per_token(config, resolve_plan(plan, config), stored)
     return [Candidate(format=fmt.name, method=chosen, plan=plan, bytes_per_token=size)]
 
@@ -228,9 +269,12 @@ def _finish(
 def _command(
     model: str | Path,
     out: str | Path,
+    *,
     max_quality_loss: float | str | None,
     format: str,
     method: str,
+    activations: str,
+    kv_cache: str,
     portable: bool,
     calibration: str | Path | None,
     keep_text: bool,
@@ -240,7 +284,7 @@ def _command(
     words = ["halve", "optimize", str(model), "-o", str(out)]
     if max_quality_loss is not None:
         words += ["--max-quality-loss", str(max_quality_loss)]
-    words += ["--format", format, "--method", method]
+    words += ["--format", format, "--method", method, "--activations", activations, "--kv-cache", kv_cache]
     if portable:
         words.append("--portable")
     if calibration is not None:

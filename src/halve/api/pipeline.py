@@ -101,7 +101,9 @@ def run(job: Job) -> Outcome:
                 attempts=tuple(attempts),
                 judged=tuple(judged),
             )
-        log.info("%s does not hold on the sealed text: %s", label(candidate), in_words(measured))
+        log.info(
+            "%s with %s does not hold on the sealed text: %s", label(candidate), _rounded(candidate), in_words(measured)
+        )
     best = min(attempts, key=lambda a: a.kl_mean.value)
     raise QualityError(_nothing_passed(job, f"{best.plan} on the sealed text", best))
 
@@ -109,6 +111,13 @@ def run(job: Job) -> Outcome:
 def label(candidate: Candidate | Judged) -> str:
     """A candidate as people say it: `int4-g32 (clip)`."""
     return f"{candidate.format} ({candidate.method})"
+
+
+def _rounded(candidate: Candidate) -> str:
+    """What a plan rounds beside the weights, for the log: `int8 activations and a bf16 cache`."""
+    plan = candidate.plan
+    assert plan is not None, "candidates that are judged can be made"
+    return f"{plan.activations.format} activations and a {plan.kv_cache.format} cache"
 
 
 def in_words(measured: Quality | Attempt | Judged) -> str:
@@ -179,8 +188,9 @@ def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tup
             passed=passed,
         )
         log.info(
-            "%s: quality loss %s on the selection text: %s",
+            "%s with %s: quality loss %s on the selection text: %s",
             label(candidate),
+            _rounded(candidate),
             in_words(measured),
             "within the limit" if result.passed else "beyond the limit",
         )
@@ -197,11 +207,21 @@ def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tup
 
 def _nothing_passed(job: Job, what: str, best: Attempt | Judged) -> str:
     advice = "allow more, give more text (--calibration), or leave out --max-quality-loss to have it made and measured"
+    if flags := _exact_flags(job.ranked[-1]):
+        advice = f"round less ({flags}), {advice}"
     subject = "no format meets" if job.searched else "this format does not meet"
     return (
         f"{subject} a quality loss of {job.limit:.3%}; best reached: {what} with {in_words(best)}. "
         f"Nothing written; {advice}"
     )
+
+
+def _exact_flags(candidate: Candidate) -> str:
+    """The flags that leave unrounded what the candidate rounds beside its weights; empty when it rounds nothing."""
+    plan = candidate.plan
+    assert plan is not None, "candidates that are judged can be made"
+    rounded = {"--activations": plan.activations.format, "--kv-cache": plan.kv_cache.format}
+    return " ".join(f"{flag} fp32" for flag, chosen in rounded.items() if chosen != "fp32")
 
 
 def _make(job: Job, candidate: Candidate, energies: Energies | None) -> tuple[Path, tuple[ModuleReport, ...]]:

@@ -19,6 +19,7 @@ from halve.core.errors import KernelError
 from halve.engine import SamplingParams
 from halve.evaluate import compare
 from halve.evaluate.scorer import DecoderScorer
+from halve.evaluate.verdict import NOISE
 from halve.kernels.ops import Array
 from halve.models import Decoder
 
@@ -30,7 +31,9 @@ SLOW_S = 10.0  # a warm-up longer than this is itself the measurement: a slow mo
 SAMPLE_PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 40
 
-# Two right sets of kernels differ by the order of their sums: measured, 1e-7 nats per token.
+# Two right sets of kernels differ by the order of their sums: measured, 1e-7 nats per token. Where activations are
+# rounded, that order decides what falls to which side, and noise e in the logits costs a KL of up to e^2 / 2:
+# measured with int8 activations on tiny-en at 4 bits, 5e-4.
 AGREEMENT = 1e-4
 
 
@@ -87,7 +90,7 @@ def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> 
     window_tokens = min(model.config.context, WINDOW_TOKENS)
     scores = compare(DecoderScorer(reference), DecoderScorer(model.decoder), documents, window_tokens=window_tokens)
     divergence = float(scores.kl.mean())
-    if not divergence <= AGREEMENT:
+    if not divergence <= max(AGREEMENT, NOISE[model.plan.activations.format] ** 2 / 2):
         raise KernelError(
             f"kernels {model.kernels} differ from the reference by a KL divergence of {divergence:.2g} nats per token; "
             "this is a defect of Halve on this machine: please report it, with `halve doctor --json`"

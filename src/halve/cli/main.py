@@ -36,6 +36,15 @@ class Method(StrEnum):
     clip = "clip"
 
 
+class InputFormat(StrEnum):
+    """What the inputs of products, or keys and values, are rounded to."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(__version__)
@@ -75,6 +84,12 @@ def optimize(
         str, typer.Option(help="auto, or a format such as int8, int4-g32 (`halve doctor` lists them).")
     ] = "auto",
     method: Annotated[Method, typer.Option(help="Rounding: rtn (to nearest), clip (calibrated), auto.")] = Method.auto,
+    activations: Annotated[
+        InputFormat, typer.Option(help="Inputs of products are rounded to this; auto: int8 with integer weights.")
+    ] = InputFormat.auto,
+    kv_cache: Annotated[
+        InputFormat, typer.Option(help="Keys and values are kept in this; auto: bf16, fp32 when portable.")
+    ] = InputFormat.auto,
     portable: Annotated[bool, typer.Option("--portable", help="Also opens in transformers and vLLM.")] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="Your text (.txt, .jsonl, a directory). Without it: a mixed text we ship.")
@@ -98,6 +113,8 @@ def optimize(
             max_quality_loss=max_quality_loss,
             format=format,
             method=method.value,
+            activations=activations.value,
+            kv_cache=kv_cache.value,
             portable=portable,
             calibration=calibration,
             keep_text=keep_text,

@@ -2,11 +2,13 @@
 
 from halve.compress.apply import ModuleReport, apply_plan
 from halve.compress.calibrate import Energies, calibrate
-from halve.compress.resolve import Assignment, resolve, uniform_plan
+from halve.compress.resolve import ActivationChoice, Assignment, KVChoice, resolve, uniform_plan
 
 __all__ = [
+    "ActivationChoice",
     "Assignment",
     "Energies",
+    "KVChoice",
     "ModuleReport",
     "apply_plan",
     "calibrate",

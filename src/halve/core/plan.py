@@ -14,6 +14,8 @@ from halve.core.errors import ConfigError, PlanError
 from halve.core.record import from_dict, parse_json, shown, to_dict
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
+ActivationFormat = Literal["fp32", "bf16", "int8"]
+KVFormat = Literal["fp32", "bf16", "int8"]
 
 # MIGRATIONS[section][n] turns version n of that section into version n + 1; "plan" is the outer object.
 MIGRATIONS: dict[str, dict[int, Migration]] = {"plan": {}, "weights": {}, "activations": {}, "kv_cache": {}}
@@ -42,9 +44,13 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """The input of every projection is rounded to this format before the product."""
+    """The input of every projection is rounded to this format before the product.
 
-    format: Literal["fp32", "bf16"] = "fp32"
+    int8: the input of products with integer weights, one float32 scale a token, found when the token is there
+    (`halve.formats.activations.int8_rows`); the input of products with float weights is not rounded then.
+    """
+
+    format: ActivationFormat = "fp32"
     version: int = 1
 
 
@@ -52,10 +58,10 @@ class Activations:
 class KVCache:
     """Keys and values are rounded to this format before attention reads them.
 
-    int8: one bf16 scale a token and head for keys and one for values (`halve.kernels.reference.round_int8`).
+    int8: one bf16 scale a token and head for keys and one for values (`halve.kernels.reference.round_kv_int8`).
     """
 
-    format: Literal["fp32", "bf16", "int8"] = "bf16"
+    format: KVFormat = "bf16"
     version: int = 1
 
 
@@ -86,7 +92,8 @@ class Plan:
             raise PlanError(str(error)) from error
 
 
-# The version that this Halve writes, by section; "plan" is the outer object.
+# The version that this Halve writes, by section; "plan" is the outer object. It rises when what an older file says
+# would be read as something else; a new value of a field does not raise it: a Halve without it refuses it by name.
 VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 1}
 
 

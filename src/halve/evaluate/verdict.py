@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from functools import partial
 from math import log1p
-from typing import Literal
 
 from halve.core.certificate import Answer, Measured, Quality
+from halve.core.plan import ActivationFormat
 
 # How far a logit moves when float32 sums run in another order on another machine, by the format of the activations.
 # A rounding to bf16 that falls to the other side is a thousand times the difference that caused it: with weights off
 # by 1e-7, as float32 rounds, the logits of tiny-en at 4 bits move by 1e-6 (one standard deviation) without bf16, by
-# 2e-4 with keys and values in bf16, by 6e-3 with activations in bf16. Keys and values are bf16 by default.
-NOISE = {"fp32": 1e-3, "bf16": 1e-2}  # nats
+# 2e-4 with keys and values in bf16, by 6e-4 with them in int8, by 6e-3 with activations in bf16, by 4e-2 with
+# activations in int8. Keys and values are bf16 by default.
+NOISE = {"fp32": 1e-3, "bf16": 1e-2, "int8": 6e-2}  # nats
 
 
 def passes(quality: Quality, limit: float) -> bool:
@@ -43,7 +44,7 @@ def answer(quality: Quality, limit: float | None) -> Answer:
     return "contradicted" if quality.ppl_ratio.low > 1 + limit else "inconclusive"
 
 
-def differences(recorded: Quality, again: Quality, *, activations: Literal["fp32", "bf16"] = "fp32") -> list[str]:
+def differences(recorded: Quality, again: Quality, *, activations: ActivationFormat = "fp32") -> list[str]:
     """One line for each figure that does not reproduce; none when all do.
 
     activations: as the plan of the smaller model has them. Counts, confidence and the set of tasks must be equal;
@@ -72,11 +73,12 @@ def differences(recorded: Quality, again: Quality, *, activations: Literal["fp32
 
 # How far a figure of this value may move; means over tokens by four standard errors.
 # KL is of second order in the logits: noise e changes a token's KL by about sqrt(2 KL) e + e^2. A quantile can move
-# as much as one token does, a mean by e / sqrt(tokens) of that. nll moves by e a token.
+# as much as one token does, a mean by that / sqrt(tokens): what noise adds to every KL it has added to the recorded one
+# as well, and only the rest differs. nll moves by e a token.
 # A flip comes or goes when two logits lie within e of each other, for 0.6 e of the tokens (measured on tiny-en: noise
 # of 0.23 at 4 bits flips 0.13, noise of 0.013 at 8 bits flips 0.008); two more tokens for a short text.
 _TOLERANCES: dict[str, Callable[[float, int, float], float]] = {
-    "kl_mean": lambda noise, num_tokens, value: 4 * (2 * value) ** 0.5 * noise / num_tokens**0.5 + noise**2,
+    "kl_mean": lambda noise, num_tokens, value: 4 * ((2 * value) ** 0.5 * noise + noise**2) / num_tokens**0.5,
     "kl_p99": lambda noise, num_tokens, value: (2 * value) ** 0.5 * noise + noise**2,
     "flip_rate": lambda noise, num_tokens, value: 4 * (0.6 * noise / num_tokens) ** 0.5 + 2 / num_tokens,
     "ppl_ratio": lambda noise, num_tokens, value: value * 4 * noise / num_tokens**0.5,

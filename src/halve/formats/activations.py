@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from halve.formats.base import Array
+from halve.formats.base import Array, Format
 
 SMALLEST_ABSMAX = np.float32(1e-36)  # below, 127 / absmax would leave float32's range: the row counts as zeros
 
@@ -20,3 +20,8 @@ def int8_rows(x: Array) -> tuple[Array, Array]:
     scale = np.where(some, absmax / np.float32(127), np.float32(0)).astype(np.float32)
     codes = np.rint(np.where(some[:, None], x, np.float32(0)) * inverse[:, None]).astype(np.int8)
     return codes, np.where(broken, np.float32(np.nan), scale)
+
+
+def activations_for(weight: Format, activations: str) -> str:
+    """How a plan's activations are rounded before products with a format: int8 meets integer weights only."""
+    return "fp32" if activations == "int8" and weight.kind != "int" else activations

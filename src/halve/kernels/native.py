@@ -37,6 +37,7 @@ import numpy as np
 
 from halve.core.errors import ConfigError, KernelError
 from halve.formats import FORMATS, Format, Weight
+from halve.formats.activations import activations_for
 from halve.formats.base import widen
 from halve.hardware import Device, detect_cpu
 from halve.hardware.detect import usable_cores
@@ -262,11 +263,6 @@ TABLE: list[Kernel] = [
     *(row for op in ("linear", "embed") for accepted in FORMATS.values() for row in _format_rows(op, accepted)),
     *(row for op in (*_PLAIN, "sample") for row in _rows(op)),
 ]
-
-
-def activations_for(weight: Format, activations: str) -> str:
-    """How a plan's activations are rounded before products with a format: int8 meets integer weights only."""
-    return "fp32" if activations == "int8" and weight.kind != "int" else activations
 
 
 def format_report(device: Device) -> list[dict[str, Any]]:

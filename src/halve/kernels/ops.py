@@ -67,7 +67,7 @@ class AttentionSpec:
 
     window: a token sees itself and the `window - 1` before it; None sees all before it.
     kv_format: keys and values are rounded to it (`KV_FORMATS`) before they are read, cached or not. int8 has a scale
-    for each token and head (`reference.round_int8`).
+    for each token and head (`reference.round_kv_int8`).
     """
 
     num_heads: int

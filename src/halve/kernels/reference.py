@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halve.core.errors import KernelError
+from halve.core.errors import ConfigError, KernelError
 from halve.formats import Weight
+from halve.formats.activations import SMALLEST_ABSMAX, activations_for
 from halve.formats.base import BF16, FP8
 from halve.hardware import Device, detect_cpu
 from halve.kernels.dispatch import Kernel, Spec, choose
@@ -24,8 +25,8 @@ from halve.kernels.sampling import Sampled, SamplingBatch, sample
 SMALLEST_SCALE = 2.0**-126  # of int8: the smallest normal float; one below it is 0
 
 
-def round_int8(x: Tensor) -> Tensor:
-    """Round float32 [..., D] to int8 with one bf16 scale for each D, and widen it again.
+def round_kv_int8(x: Tensor) -> Tensor:
+    """Keys or values in int8: round float32 [..., D] with one bf16 scale for each D, and widen it again.
 
     scale = absmax / 127 rounded to bf16, 0 below 2^-126; code = x / scale to nearest even. Error of an element: at most
     scale / 2, and absmax where the scale is 0.
@@ -36,11 +37,30 @@ def round_int8(x: Tensor) -> Tensor:
     return codes * scale
 
 
-ROUND: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "fp32": lambda x: x,
-    "bf16": lambda x: x.to(torch.bfloat16).to(torch.float32),
-    "int8": round_int8,
-}
+def round_rows_int8(x: Tensor) -> Tensor:
+    """Activations in int8: round float32 rows [T, K] with one float32 scale each, and widen them again.
+
+    The same bits as codes * scale of `halve.formats.activations.int8_rows`, which says what becomes of zeros, NaN and
+    infinity. The gradient goes straight through, as it does through bf16. Source: arXiv:1308.3432.
+    """
+    absmax = x.abs().amax(-1, keepdim=True)
+    levels = torch.full_like(absmax, 127)  # a tensor: by a plain number torch divides by way of a reciprocal
+    broken = ~x.isfinite().all(-1, keepdim=True)
+    some = ~broken & (absmax >= float(SMALLEST_ABSMAX))
+    inverse = torch.where(some, levels / absmax, 0.0)
+    scale = torch.where(some, absmax / levels, 0.0).masked_fill(broken, math.nan)
+    rounded = (torch.where(some, x, 0.0) * inverse).round() * scale
+    return rounded.detach() + (x - x.detach()) if x.requires_grad else rounded
+
+
+def round_bf16(x: Tensor) -> Tensor:
+    """Round float32 to bf16, to nearest even, and widen it again."""
+    return x.to(torch.bfloat16).to(torch.float32)
+
+
+Rounding = Callable[[Tensor], Tensor]
+ROUND_INPUT: Mapping[str, Rounding] = {"fp32": lambda x: x, "bf16": round_bf16, "int8": round_rows_int8}
+ROUND_KV: Mapping[str, Rounding] = {"fp32": lambda x: x, "bf16": round_bf16, "int8": round_kv_int8}
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # what int8 stands for, exactly
 QUERY_CHUNK = 256  # queries whose scores are held at once where torch's fused attention does not apply
 
@@ -56,14 +76,24 @@ def to_torch(values: Array, device: torch.device) -> Tensor:
 
 
 class Matrix:
-    """A stored matrix on the device; `dense` gives its float32 values. Source: `Weight.dequantize`."""
+    """A stored matrix on the device; `dense` gives its float32 values. Source: `Weight.dequantize`.
+
+    round_input: what becomes of a product's input.
+    """
 
     def __init__(
-        self, weight: Weight, device: torch.device, bias: Tensor | None = None, *, widened: bool = False
+        self,
+        weight: Weight,
+        device: torch.device,
+        bias: Tensor | None = None,
+        *,
+        widened: bool = False,
+        activations: str = "fp32",
     ) -> None:
         self.codes = to_torch(weight.unpacked_codes(), device)
         self.scale = None if weight.scale is None else to_torch(weight.scale, device).float()
         self.bias = bias
+        self.round_input = ROUND_INPUT[activations]
         if widened:
             self.codes, self.scale = self.dense(), None
 
@@ -79,7 +109,7 @@ class Matrix:
 
 
 def _project(matrix: Matrix, x: Tensor) -> Tensor:
-    return F.linear(x, matrix.dense(), matrix.bias)
+    return F.linear(matrix.round_input(x), matrix.dense(), matrix.bias)
 
 
 def _embed(matrix: Matrix, token_ids: Tensor) -> Tensor:
@@ -125,15 +155,16 @@ class TorchOps:
     def __init__(self, device: str = "cpu", *, activations: str = "fp32", widened: bool = False) -> None:
         """Compute on a torch device.
 
-        activations: format that the input of every projection is rounded to. widened: keep weights in float32, which
-        spares the work of widening them for each product and costs four bytes a weight. Raises KernelError when torch
-        does not reach the device.
+        activations: format that the input of every projection is rounded to (`halve.core.plan.Activations`).
+        widened: keep weights in float32, which spares the work of widening them for each product and costs four bytes
+        a weight. Raises KernelError when torch does not reach the device, ConfigError for other activations.
         """
+        if activations not in ROUND_INPUT:
+            raise ConfigError(f"activations: {activations!r} is not one of {list(ROUND_INPUT)}")
         self.device = torch_device(device)
         self.torch_device = torch.device(device)
         self.activations = activations
         self.widened = widened
-        self.round_input = ROUND[activations]
         self.kernels: dict[str, str] = {}
 
     def linear(self, weight: Weight | Packed, bias: Array | None = None) -> tuple[Kernel, Matrix]:
@@ -147,10 +178,11 @@ class TorchOps:
     def _prepare(self, op: str, weight: Weight | Packed, bias: Tensor | None = None) -> tuple[Kernel, Matrix]:
         if isinstance(weight, Packed):
             raise KernelError("a matrix packed for other kernels can't run on torch; give the weight as stored")
-        kernel = choose(TABLE, self.device, Spec(op=op, format=weight.format, activations=self.activations)).kernel
+        activations = activations_for(weight.format, self.activations)
+        kernel = choose(TABLE, self.device, Spec(op=op, format=weight.format, activations=activations)).kernel
         self.kernels[f"{op} {weight.format.name}"] = kernel.name
         assert kernel.prepare is not None
-        return kernel, kernel.prepare(weight, self.torch_device, bias, widened=self.widened)
+        return kernel, kernel.prepare(weight, self.torch_device, bias, widened=self.widened, activations=activations)
 
     def vector(self, values: Array) -> Tensor:
         """A float vector on the device."""
@@ -174,7 +206,7 @@ class TorchOps:
     def project(self, linear: tuple[Kernel, Matrix], x: Tensor) -> Tensor:
         """round(x) @ weight.T + bias."""
         kernel, matrix = linear
-        return kernel.run(matrix, self.round_input(x))  # type: ignore[no-any-return]
+        return kernel.run(matrix, x)  # type: ignore[no-any-return]
 
     def rope(self, x: Tensor, cos: Array, sin: Array, head_dim: int) -> Tensor:
         """Rotate pairs (i, i + D/2) of each head."""
@@ -196,7 +228,7 @@ class TorchOps:
     ) -> Tensor:
         """Causal softmax attention over whole sequences or a paged cache."""
         q_THD = q.view(len(q), spec.num_heads, spec.head_dim)
-        k_TGD, v_TGD = (ROUND[spec.kv_format](x.view(len(x), spec.num_kv_heads, spec.head_dim)) for x in (k, v))
+        k_TGD, v_TGD = (ROUND_KV[spec.kv_format](x.view(len(x), spec.num_kv_heads, spec.head_dim)) for x in (k, v))
         if cache is not None:
             slots = self._index(batch.slot_mapping)
             for stored, new in zip(cache, (k_TGD, v_TGD), strict=True):

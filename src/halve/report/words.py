@@ -230,13 +230,14 @@ def _weights_sentence(plan: Plan) -> str:
 
 
 def _other_sentences(plan: Plan) -> list[str]:
-    kept = {
-        "fp32": "are not rounded (32-bit floats)",
-        "bf16": "are rounded to 16-bit floats (bf16)",
-        "int8": "are rounded to 8-bit integers (int8) with a scale for each token and head",
+    floats = {"fp32": "are not rounded (32-bit floats)", "bf16": "are rounded to 16-bit floats (bf16)"}
+    inputs = {
+        **floats,
+        "int8": "with integer weights are rounded to 8-bit integers, one scale for each token; others are not rounded",
     }
+    kept = {**floats, "int8": "are rounded to 8-bit integers, one 16-bit scale for each token and head,"}
     return [
-        f"The inputs of every projection {kept[plan.activations.format]}.",
+        f"The inputs of every projection {inputs[plan.activations.format]}.",
         f"Keys and values of earlier tokens {kept[plan.kv_cache.format]} in the cache.",
         "The model directory opens in transformers and other engines that read compressed-tensors."
         if plan.portable

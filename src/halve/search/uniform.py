@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from halve.compress import Assignment, resolve, uniform_plan
+from halve.compress import ActivationChoice, Assignment, KVChoice, resolve, uniform_plan
 from halve.core.certificate import Measured
 from halve.core.errors import FormatError
 from halve.core.plan import Plan
@@ -57,10 +57,12 @@ def candidates(
     *,
     portable: bool,
     source: dict[str, Format],
+    activations: ActivationChoice = "auto",
+    kv_cache: KVChoice = "auto",
 ) -> list[Candidate]:
     """Every compressed format as a uniform plan: those that fit, cheapest first, then those that do not, with why.
 
-    source: the stored format of each module of the checkpoint.
+    source: the stored format of each module of the checkpoint. activations, kv_cache: as `uniform_plan` takes them.
     """
     fitting, refused = [], []
     for fmt in FORMATS.values():
@@ -70,7 +72,9 @@ def candidates(
         try:
             if fmt.name == "fp8":
                 raise FormatError("as many bytes as int8 with fewer significant bits; ask for it by --format fp8")
-            plan = plan_for(config, fmt, chosen, portable=portable, source=source)
+            plan = plan_for(
+                config, fmt, chosen, portable=portable, source=source, activations=activations, kv_cache=kv_cache
+            )
             size = bytes_per_token(config, resolve(plan, config), source)
         except FormatError as error:
             refused.append(
@@ -81,10 +85,27 @@ def candidates(
     return sorted(fitting, key=lambda c: c.bytes_per_token or 0) + refused
 
 
-def plan_for(config: ModelConfig, fmt: Format, method: Method, *, portable: bool, source: dict[str, Format]) -> Plan:
+def plan_for(
+    config: ModelConfig,
+    fmt: Format,
+    method: Method,
+    *,
+    portable: bool,
+    source: dict[str, Format],
+    activations: ActivationChoice = "auto",
+    kv_cache: KVChoice = "auto",
+) -> Plan:
     """The uniform plan of a format over a checkpoint whose modules are stored as `source` says."""
     widest = max(f.bits for f in source.values())
-    return uniform_plan(config, fmt, method, portable=portable, source_bits=widest)
+    return uniform_plan(
+        config,
+        fmt,
+        method,
+        portable=portable,
+        source_bits=widest,
+        activations=activations,
+        kv_cache=kv_cache,
+    )
 
 
 def bytes_per_token(config: ModelConfig, assignments: Sequence[Assignment], source: dict[str, Format]) -> int:
