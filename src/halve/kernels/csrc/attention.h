@@ -106,14 +106,14 @@ void ask(const Tile& t, Kernel& kernel) {
     }
 }
 
-// Add the positions [begin, end) of one split to the rows that see them.
+// Add the positions [begin, end) of one split to the rows that see them; the unit goes on to `limit`.
 template <class Kernel>
-void add_split(const Tile& t, Kernel& kernel, int64_t begin, int64_t end, Rows64& part) {
+void add_split(const Tile& t, Kernel& kernel, int64_t begin, int64_t end, int64_t limit, Rows64& part) {
     const int64_t width = row_width(t.a.cache->head_dim), rows = t.tokens * t.heads;
     for (int64_t row = 0; row < rows; ++row) part.sums[row] = {kLowest, 0.0f};
     memset(part.values, 0, static_cast<size_t>(rows * width) * sizeof(float));
     for (int64_t at = begin / kSegment * kSegment; at < end; at += kSegment) {
-        kernel.open(at, at > begin ? at : begin, smaller(at + kSegment, end), end);
+        kernel.open(at, at > begin ? at : begin, smaller(at + kSegment, end), limit);
         const bool whole = at + kSegment <= t.first + 1 && at >= t.oldest(t.last);
         for (int64_t row = 0; row < rows;) {
             const int64_t own = t.first + row / t.heads, left = whole ? rows - row : t.heads - row % t.heads;
@@ -143,7 +143,7 @@ void attend(const Tile& t) {
         const int64_t begin = split * kSplit > oldest ? split * kSplit : oldest;
         const int64_t end = smaller((split + 1) * kSplit, t.last + 1);
         if (begin >= end) continue;
-        add_split(t, kernel, begin, end, part);
+        add_split(t, kernel, begin, end, smaller(t.end_split * kSplit, t.last + 1), part);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t token = t.token + row / t.heads, head = t.first_head + row % t.heads;
             const int64_t own = t.first + row / t.heads;

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kSegment = 64;            // positions whose scores are held at once
 constexpr int64_t kSplit = 2048;            // positions that are summed by themselves
 constexpr int64_t kSplitTokens = 64;        // a step of up to so many tokens may share a context among threads
+constexpr int64_t kEnoughUnits = 64;        // for any number of threads that a context need not be shared by
 constexpr int64_t kQueryRows = 64;          // queries that share one pass over keys and values, at most
 constexpr int64_t kQueryValues = 64 * 256;  // floats of their sums, at most
 constexpr int64_t kWriteTokens = 16;        // tokens of one head that are written together
@@ -39,7 +40,8 @@ inline Shares shares_of(const Attention& a) {
     s.tokens = rows / s.heads;
     s.tiles = a.batch->num_tokens ? a.batch->num_tokens / s.tokens + a.batch->num_sequences : 0;
     s.splits = 1;
-    if (a.batch->num_tokens <= kSplitTokens) {
+    const int64_t whole = s.tiles * a.cache->num_kv_heads * s.head_blocks;
+    if (a.batch->num_tokens <= kSplitTokens && whole < kEnoughUnits) {
         for (int64_t t = 0; t < a.batch->num_tokens; ++t) {
             const int64_t splits = a.batch->positions[t] / kSplit + 1;
             s.splits = splits > s.splits ? splits : s.splits;
