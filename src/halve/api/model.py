@@ -28,6 +28,7 @@ from halve.engine import (
 from halve.hardware import detect_cpu
 from halve.kernels import native, native_library
 from halve.kernels.ops import Array, Ops, TokenBatch
+from halve.kernels.team import pin
 from halve.models import Decoder, ModelConfig, ReadySource, load_config, load_decoder
 from halve.text import Tokenizer
 
@@ -155,6 +156,8 @@ def load(
     device: str = "auto",
     engine: EngineConfig | None = None,
     cache_bytes: int | None = None,
+    num_threads: int | None = None,
+    cores: Sequence[int] = (),
     keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
@@ -162,6 +165,8 @@ def load(
 
     device: `auto` (our C++ on CPU), or a torch device such as `cuda`. engine: how its engine divides its steps.
     cache_bytes: memory for keys and values; None is a tenth of the machine's, or less where the engine can't fill it.
+    num_threads: of the C++ kernels, None for every core that this process may use; cores: where to keep them, empty for
+    wherever the system likes (one team for the process; `halve.kernels.team`).
     keep: whether compressed weights, once packed for the C++ kernels, are kept on disk for the next start
     (`halve.models.ready` says where) and read from there. progress: layers done, layers in all.
     Raises CheckpointError, ConfigError, TextError naming what is wrong with the files, RequestError for cache_bytes
@@ -170,7 +175,7 @@ def load(
     checkpoint = open_checkpoint(resolve(str(model)))
     plan = read_plan(checkpoint)
     config = load_config(checkpoint, plan)
-    ops = make_ops(device, plan.activations.format)
+    ops = make_ops(device, plan.activations.format, num_threads, cores)
     if isinstance(ops, native.NativeOps):
         # Threads read the weights while this one reads the tokenizer, which takes as long.
         with ReadySource(checkpoint, ops, version=__version__, keep=keep) as source:
@@ -196,14 +201,18 @@ def cache_blocks(config: ModelConfig, engine: EngineConfig, cache_bytes: int | N
     )
 
 
-def make_ops(device: str, activations: str) -> Ops:
+def make_ops(device: str, activations: str, num_threads: int | None = None, cores: Sequence[int] = ()) -> Ops:
     """The Ops of a device: our C++ on CPU where it is built, else torch (said in the log)."""
     if device in ("auto", "cpu"):
         reason = native_library.available()
         if reason is None:
-            return native.NativeOps(activations=activations)
+            ops = native.NativeOps(activations=activations, num_threads=num_threads)
+            pin(cores)
+            return ops
         log.warning("running on torch instead of the C++ kernels: %s", reason)
         device = "cpu"
+    if num_threads is not None or cores:
+        raise RequestError("num_threads and cores are of the C++ kernels on the CPU; leave them out on a torch device")
     return torch_ops(device, activations)
 
 

@@ -191,6 +191,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
     include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep that text in the answer.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the C++ kernels. Without it: every core this process may use.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -220,7 +223,7 @@ def generate(
     if prompt == "-":
         prompt = _standard_input()
     with ShellProgress().task("Loading", "layers") as advance:
-        loaded = load(model, device=device, progress=advance)
+        loaded = load(model, device=device, num_threads=threads, progress=advance)
     if n == 1 and not json:
         for output in loaded.stream(prompt, sampling):
             typer.echo(output.text, nl=False)
@@ -244,6 +247,9 @@ def batch(
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the C++ kernels. Without it: every core this process may use.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Continue a file of prompts, in bounded memory; run it again to take up a killed run."""
@@ -253,7 +259,7 @@ def batch(
 
     sampling = SamplingParams.of(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with ShellProgress().task("Loading", "layers") as advance:
-        loaded = load(model, device=device, progress=advance)
+        loaded = load(model, device=device, num_threads=threads, progress=advance)
     with ShellProgress().task("Answering", "prompts") as advance:
         done = loaded.run_file(prompts, out, sampling, progress=advance)
     if json:

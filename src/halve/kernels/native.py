@@ -40,7 +40,6 @@ from halve.formats import FORMATS, Format, Weight
 from halve.formats.activations import activations_for
 from halve.formats.base import widen
 from halve.hardware import Device, detect_cpu
-from halve.hardware.detect import usable_cores
 from halve.kernels.dispatch import Choice, Kernel, Spec, choose
 from halve.kernels.native_cache import BLOCK_SIZE, KVCache, Step, attention_record, in_own_blocks, kv_write_record
 from halve.kernels.native_checks import check_attention, check_batch, check_copies, floats, int32, within
@@ -51,10 +50,10 @@ from halve.kernels.packed import LAYOUT_VERSION, PackedMatrix, adopt, pack, pack
 from halve.kernels.products import ROUNDINGS, Codes, InputLayout, PrepareRecord, product_record, rows_of
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.kernels.sampling import check as check_sampling
+from halve.kernels.team import grow
 
 log = logging.getLogger("halve.kernels")
 
-MAX_THREADS = 1024
 ACTIVATIONS = tuple(ROUNDINGS)
 
 
@@ -296,7 +295,7 @@ class NativeOps:
     def __init__(
         self, device: Device | None = None, *, activations: str = "fp32", num_threads: int | None = None
     ) -> None:
-        team = library()
+        library()
         here = detect_cpu()
         self.device = device or here
         if claimed := sorted(self.device.features - here.features):
@@ -305,11 +304,7 @@ class NativeOps:
             raise ConfigError(f"activations: {activations!r} is not one of {list(ACTIVATIONS)}")
         self.activations = activations
         self.isa = next(isa for isa in ISAS if set(isa.features) <= self.device.features)
-        self.num_threads = usable_cores() if num_threads is None else num_threads
-        if not 1 <= self.num_threads <= MAX_THREADS:
-            raise ConfigError(f"num_threads: {num_threads} is not between 1 and {MAX_THREADS}")
-        if (strength := team.halve_grow_team(self.num_threads)) < self.num_threads:
-            log.warning("the system gave %d of %d threads; products run on those", strength, self.num_threads)
+        self.num_threads = grow(num_threads)
         self.kernels: dict[str, str] = {}
         self._last_batch: tuple[Any, Step, int] | None = None
         self._run: dict[str, Callable[..., Array]] = {
