@@ -45,12 +45,12 @@ def test_names_of_native_rows_are_unique_for_each_operation():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("op", ["linear", "embed"])
+@pytest.mark.parametrize(("op", "rows"), [("linear", "float"), ("embed", "rows")])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_native_table_has_a_baseline_row_for_every_format(op, name):
+def test_the_native_table_has_a_baseline_row_for_every_format(op, rows, name):
     bare = Device(name="cpu", kind="cpu", model="any", features=frozenset(), num_cores=1, memory_bytes=1, machine="x")
     choice = choose(native.TABLE, bare, Spec(op=op, format=FORMATS[name]))
-    assert choice.kernel.name == f"native_baseline_{name.replace('-', '_')}"
+    assert choice.kernel.name == f"native_baseline_{rows}_{name.replace('-', '_')}"
 
 
 @pytest.mark.parametrize("isa", native.ISAS, ids=lambda isa: isa.name)
