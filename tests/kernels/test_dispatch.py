@@ -65,7 +65,7 @@ def test_a_native_row_needs_exactly_the_features_of_its_instruction_set(isa):
         machine="x86_64",
     )
     choice = choose(native.TABLE, device, Spec(op="linear", format=FORMATS["int4-g32"]))
-    assert choice.kernel.name == f"native_{isa.name}_int4_g32"
+    assert choice.kernel.name == f"native_{isa.name}_float_int4_g32"
     better = [reason for name, reason in choice.refused if name.endswith("_int4_g32")]
     assert len(better) == native.ISAS.index(isa)
     assert all(reason.startswith("needs ") for reason in better)
@@ -75,6 +75,6 @@ def test_a_row_of_one_format_refuses_another_and_a_device_that_is_no_cpu():
     gpu = Device(
         name="cuda:0", kind="cuda", model="H200", features=frozenset(), num_cores=1, memory_bytes=1, machine="cuda"
     )
-    baseline = next(k for k in native.TABLE if k.op == "linear" and k.name == "native_baseline_int8")
+    baseline = next(k for k in native.TABLE if k.op == "linear" and k.name == "native_baseline_float_int8")
     assert baseline.refusal(DEVICE, Spec(op="linear", format=FORMATS["fp32"])) == "takes int8, not fp32"
     assert baseline.refusal(gpu, Spec(op="linear", format=FORMATS["int8"])) == "needs a cpu; cuda:0 is cuda"
