@@ -12,6 +12,7 @@ import numpy as np
 
 from halve.kernels.native import Linear, NativeOps
 from halve.kernels.native_cache import KVCache
+from halve.kernels.native_checks import within
 from halve.kernels.ops import Array, TokenBatch
 from halve.kernels.program import Program, Rotation, checked_step
 from halve.kernels.sampling import Sampled, SamplingBatch, broken, unsampled
@@ -49,6 +50,7 @@ class CompiledSteps:
     def _run(self, batch: TokenBatch, rows: Array, *, greedy: bool) -> Array:
         step = checked_step(batch, self._specs, self.cache, self.decoder.config.vocab_size)
         rows = np.ascontiguousarray(rows, np.int32)
+        within("row", rows, batch.num_tokens, "take rows of the batch")
         program, out = self._program(greedy, batch.num_tokens, len(rows))
         program.run(step, batch.token_ids, rows)
         return out[: len(rows)]
