@@ -45,12 +45,12 @@ def test_names_of_native_rows_are_unique_for_each_operation():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("op", ["linear", "embed"])
+@pytest.mark.parametrize(("op", "rows"), [("linear", "float"), ("embed", "rows")])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_native_table_has_a_baseline_row_for_every_format(op, name):
+def test_the_native_table_has_a_baseline_row_for_every_format(op, rows, name):
     bare = Device(name="cpu", kind="cpu", model="any", features=frozenset(), num_cores=1, memory_bytes=1, machine="x")
     choice = choose(native.TABLE, bare, Spec(op=op, format=FORMATS[name]))
-    assert choice.kernel.name == f"native_baseline_{name.replace('-', '_')}"
+    assert choice.kernel.name == f"native_baseline_{rows}_{name.replace('-', '_')}"
 
 
 @pytest.mark.parametrize("isa", native.ISAS, ids=lambda isa: isa.name)
@@ -65,7 +65,7 @@ def test_a_native_row_needs_exactly_the_features_of_its_instruction_set(isa):
         machine="x86_64",
     )
     choice = choose(native.TABLE, device, Spec(op="linear", format=FORMATS["int4-g32"]))
-    assert choice.kernel.name == f"native_{isa.name}_int4_g32"
+    assert choice.kernel.name == f"native_{isa.name}_float_int4_g32"
     better = [reason for name, reason in choice.refused if name.endswith("_int4_g32")]
     assert len(better) == native.ISAS.index(isa)
     assert all(reason.startswith("needs ") for reason in better)
@@ -75,6 +75,6 @@ def test_a_row_of_one_format_refuses_another_and_a_device_that_is_no_cpu():
     gpu = Device(
         name="cuda:0", kind="cuda", model="H200", features=frozenset(), num_cores=1, memory_bytes=1, machine="cuda"
     )
-    baseline = next(k for k in native.TABLE if k.op == "linear" and k.name == "native_baseline_int8")
+    baseline = next(k for k in native.TABLE if k.op == "linear" and k.name == "native_baseline_float_int8")
     assert baseline.refusal(DEVICE, Spec(op="linear", format=FORMATS["fp32"])) == "takes int8, not fp32"
     assert baseline.refusal(gpu, Spec(op="linear", format=FORMATS["int8"])) == "needs a cpu; cuda:0 is cuda"

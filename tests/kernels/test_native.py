@@ -336,10 +336,11 @@ def test_the_report_names_a_row_for_every_format_and_why_others_refuse():
     assert [entry["format"] for entry in report] == list(FORMATS)
     assert all(entry.keys() == {"op", "format", "kernel", "refused"} and entry["op"] == "linear" for entry in report)
     int4 = next(entry for entry in report if entry["format"] == "int4-g32")
-    assert int4["kernel"] == "native_baseline_int4_g32"
-    assert int4["refused"][1] == {"kernel": "native_avx2_int4_g32", "reason": "needs fma"}
+    assert int4["kernel"] == "native_baseline_dot_int4_g32"
+    assert {"kernel": "native_avx2_dot_int4_g32", "reason": "needs fma"} in int4["refused"]
     cuda = native.format_report(replace(detect_cpu(), name="cuda:0", kind="cuda"))
-    assert all(entry["kernel"] is None and len(entry["refused"]) == 3 for entry in cuda)
+    assert all(entry["kernel"] is None for entry in cuda)
+    assert all(len(entry["refused"]) in (len(native.ISAS), 2 * len(native.ISAS)) for entry in cuda)
 
 
 def test_a_device_that_is_not_this_machine_is_refused():
