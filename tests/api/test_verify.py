@@ -61,8 +61,24 @@ def test_a_limit_inside_the_interval_is_inconclusive(bundle, passed, tiny):
     assert halve.verify(bundle, against=tiny).answer == "inconclusive"
 
 
+@pytest.fixture(scope="module")
+def unrounded(tiny, text, tmp_path_factory):
+    """A bundle that rounds weights and nothing else."""
+    out = tmp_path_factory.mktemp("unrounded") / "out"
+    exact = {"activations": "fp32", "kv_cache": "fp32"}
+    return halve.optimize(tiny, out, format="int8", max_quality_loss="1%", calibration=text, **exact)
+
+
+@pytest.mark.parametrize("figure", ["kl_mean", "flip_rate", "ppl_ratio"])
+def test_a_figure_edited_to_a_tenth_does_not_reproduce_through_rounded_activations(bundle, tiny, figure):
+    edit(bundle, lambda raw: raw["quality"][figure].update(value=raw["quality"][figure]["value"] * 0.1))
+    (difference,) = halve.verify(bundle, against=tiny).differences
+    assert difference.startswith(f"{figure}.value: recorded ")
+
+
 @pytest.mark.parametrize("figure", ["kl_mean", "kl_p99", "flip_rate", "ppl_ratio"])
-def test_an_edited_figure_does_not_reproduce(bundle, tiny, figure):
+def test_an_edited_figure_does_not_reproduce(unrounded, tmp_path, tiny, figure):
+    bundle = shutil.copytree(unrounded.path, tmp_path / "bundle")
     edit(bundle, lambda raw: raw["quality"][figure].update(value=raw["quality"][figure]["value"] * 0.5))
     (difference,) = halve.verify(bundle, against=tiny).differences
     assert difference.startswith(f"{figure}.value: recorded")

@@ -65,12 +65,6 @@ def _check_activations(plan: Plan, assignments: list[Assignment]) -> None:
 
 
 def _check_portable(plan: Plan, assignments: list[Assignment], config: ModelConfig) -> None:
-    for what, chosen in (("activations", plan.activations.format), ("kv_cache", plan.kv_cache.format)):
-        if chosen != "fp32":
-            raise PlanError(
-                f"{what} {chosen}: a portable plan computes in float32, as other engines do that its logits are "
-                f"compared with; leave out --portable, or take {what} fp32"
-            )
     formats: dict[str, dict[str, str]] = {}
     for a in assignments:
         name = a.format.name if a.format else "as it is"
@@ -81,6 +75,12 @@ def _check_portable(plan: Plan, assignments: list[Assignment], config: ModelConf
     for group, members in formats.items():
         if len(set(members.values())) > 1:
             raise PlanError(f"{group}: a portable bundle needs one format for a fused group, not {members}")
+    for what, chosen in (("activations", plan.activations.format), ("kv_cache", plan.kv_cache.format)):
+        if chosen != "fp32":
+            raise PlanError(
+                f"{what} {chosen}: a portable plan computes in float32, as other engines do that its logits are "
+                f"compared with; leave out --portable, or take {what} fp32"
+            )
 
 
 def uniform_plan(

@@ -50,7 +50,8 @@ def differences(recorded: Quality, again: Quality, *, activations: ActivationFor
     activations: as the plan of the smaller model has them. Counts, confidence and the set of tasks must be equal;
     values and both ends of intervals agree within what NOISE allows, since the bootstrap is the same on every machine.
     """
-    noise = NOISE[activations]
+    # What rounds the other way is a part of what parts the models: two such parts differ by 2 sqrt(KL) at most.
+    noise = min(NOISE[activations], max(NOISE["fp32"], 2 * max(recorded.kl_mean.value, 0.0) ** 0.5))
     lines = [
         f"{name}: recorded {getattr(recorded, name)}, now {getattr(again, name)}"
         for name in ("num_documents", "num_tokens", "confidence")
