@@ -2,10 +2,10 @@
 
 Shape of Llama-3.2-1B: 32 query heads, 8 key-value heads of 64; one layer at a time, 16 of them in the model.
 
-Decode reads every key and value of the context once: at 8192 tokens, batch 8 and int8 8 * 8192 * 8 heads * 132 bytes
-= 69 MB a layer (64 + 64 codes, 4 bytes of scales). Caches of several layers are taken in turn, more than 200 MB together,
-so that no level of cache helps; the bound is a loop that only reads (libc's memchr over zeros in huge pages, one slice a
-thread), timed before each step. Reported: the median of step bandwidth over read bandwidth, step by step.
+Decode reads every key and value of the context once: at 8192 tokens, batch 8 and int8 that is 8 * 8192 * 8 heads * 132
+bytes = 69 MB a layer (64 + 64 codes, 4 bytes of scales). Caches of several layers are taken in turn, more than 200 MB
+together, so that no level of cache helps; the bound is a loop that only reads (libc's memchr over zeros in huge pages,
+one slice a thread), timed before each step. Reported: the median of step bandwidth over read bandwidth, step by step.
 
 Prefill of N tokens costs 2 * N * (N + 1) / 2 * 32 * 64 multiply-adds a layer. Linear layers cost 0.97e9 a token, at
 some 250e9 a second; a whole model at 8k is 0.6 of its rate at 512 where attention takes at most 0.66 of that time, so
