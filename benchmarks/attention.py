@@ -2,8 +2,8 @@
 
 Shape of Llama-3.2-1B: 32 query heads, 8 key-value heads of 64; one layer at a time, 16 of them in the model.
 
-Decode reads every key and value of the context once: at 8192 tokens, batch 8 and int8 8 * 8192 * 8 heads * 132 bytes
-= 69 MB a layer (64 + 64 codes, 4 bytes of scales). Caches of several layers are taken in turn, more than 200 MB
+Decode reads every key and value of the context once: at 8192 tokens, batch 8 and int8 that is 8 * 8192 * 8 heads * 132
+bytes = 69 MB a layer (64 + 64 codes, 4 bytes of scales). Caches of several layers are taken in turn, more than 200 MB
 together, so that no level of cache helps; the bound is a loop that only reads (libc's memchr over zeros in huge pages,
 one slice a thread), timed before each step. Reported: the median of step bandwidth over read bandwidth, step by step.
 

@@ -85,7 +85,9 @@ inline Ints add_products(Ints sums, Words a, Words b) {
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
 #else
-    return sums + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    Ints products;  // in assembly, since gcc computes many products before it adds the first, and spills them
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(sums), "=&v"(products) : "v"(a), "v"(b));
+    return sums;
 #endif
 }
 
@@ -119,7 +121,7 @@ inline Words broadcast_pair(const int16_t* p) {
 
 // sums + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1], exact while it fits 32 bits.
 inline Ints add_products(Ints sums, Words a, Words b) {
-    Ints products;  // in assembly, since gcc computes many products before it adds the first, and spills them
+    Ints products;  // as above
     asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "x"(b));
     return sums;
 }
