@@ -21,7 +21,7 @@ from halve.formats import FORMATS, Weight, pack_codes
 from halve.formats.activations import int8_rows
 from halve.formats.base import BF16
 from halve.hardware import detect_cpu
-from halve.kernels import native, native_library
+from halve.kernels import native, native_library, team
 from halve.kernels.native import NativeOps, activations_for
 
 EPS = 2.0**-24
@@ -418,7 +418,7 @@ def test_an_instruction_set_that_was_not_built_is_an_error():
 
 
 def test_fewer_threads_than_asked_for_are_told(monkeypatch, caplog):
-    monkeypatch.setattr(native, "library", lambda: SimpleNamespace(halve_grow_team=lambda threads: 1))
+    monkeypatch.setattr(team, "library", lambda: SimpleNamespace(halve_grow_team=lambda threads: 1))
     with caplog.at_level(logging.WARNING, "halve.kernels"):
         NativeOps(num_threads=3)
     assert "the system gave 1 of 3 threads" in caplog.text

@@ -21,6 +21,9 @@ of inputs (a group, or less on avx2) become floats, are scaled and added, one ro
 
 with x8 the activations as rounded and y_exact the product with them.
 
+On avx512bf16, bf16 activations meet bf16 (and fp8) weights in its dot product, within the float bound, subnormals aside:
+there (n + 1) * 2^-149 is (n + 1) * 2^-126.
+
 The order of a sum depends on n, the format and the instruction set alone: a token's result is the same for any number
 of threads and whatever tokens are beside it.
 """
@@ -55,6 +58,7 @@ from halve.kernels.team import grow
 log = logging.getLogger("halve.kernels")
 
 ACTIVATIONS = tuple(ROUNDINGS)
+BF16_WEIGHTS = ("bf16", "fp8")  # what lies as bf16 when it is packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,11 @@ class Isa:
         if not self.tiles:
             return self.float_error_steps(in_features) + 2
         return math.ceil(in_features / (self.run_inputs(fmt) or in_features)) + 5
+
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether it has a dot product of bf16 numbers."""
+        return self.name == "avx512bf16"
 
     @property
     def pairs(self) -> bool:
@@ -116,7 +125,8 @@ class Linear:
         codes = None
         if self.activations == "int8" and self.isa.tiles:
             codes = Codes(bits=self.matrix.bits, run=self.isa.run_inputs(self.format), pairs=self.isa.pairs)
-        return InputLayout(width=self.matrix.in_features, rounding=self.activations, codes=codes)
+        bf16 = self.isa.multiplies_bf16 and self.activations == "bf16" and self.format.name in BF16_WEIGHTS
+        return InputLayout(width=self.matrix.in_features, rounding=self.activations, codes=codes, bf16=bf16)
 
 
 def _vector(values: Array) -> Array:
@@ -246,7 +256,17 @@ def _format_rows(op: str, accepted: Format) -> list[Kernel]:
     kinds = [("float", ACTIVATIONS[:2])] if op == "linear" else [("rows", ACTIVATIONS)]
     if op == "linear" and accepted.kind == "int":
         kinds.append(("dot", ("int8",)))
+    bf16 = op == "linear" and accepted.name in BF16_WEIGHTS
     return [
+        Kernel(
+            name=f"native_{isa.name}_dot_{suffix}",
+            op=op,
+            refusal=partial(_refusal, isa, accepted, ("bf16",)),
+            run=partial(_project, isa),
+        )
+        for isa in ISAS
+        if bf16 and isa.multiplies_bf16
+    ] + [
         Kernel(
             name=f"native_{isa.name}_{kind}_{suffix}",
             op=op,

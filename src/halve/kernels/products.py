@@ -84,6 +84,7 @@ class InputLayout:
     width: int
     rounding: str
     codes: Codes | None = None
+    bf16: bool = False  # as bits of bf16 (avx512bf16, for bf16 weights)
 
     @property
     def padded(self) -> int:
@@ -108,6 +109,8 @@ class InputLayout:
         if self.codes:
             codes = {"wide": 2 * strides["code_stride"]} if self.wide else {"codes": strides["code_stride"]}
             parts |= {**codes, "scale": 4, "starts": 4 * strides["start_stride"]}
+        if self.bf16:
+            parts |= {"wide": 2 * strides["code_stride"]}
         return parts
 
     def record(self, addresses: Mapping[str, int]) -> ActivationsRecord:

@@ -177,6 +177,25 @@ struct Prepared {
     }
 };
 
+// Floats, and beside them their bits in bf16 where the rows multiply those.
+Prepared with_bf16(int64_t rows, int64_t width) {
+    Prepared prepared(rows, width);
+    prepared.record.code_stride = ceil_div(width, kChunk) * kChunk + 2 * kChunk;
+    prepared.wide.assign(static_cast<size_t>(rows * prepared.record.code_stride), 77);
+    prepared.record.wide = prepared.wide.data();
+    return prepared;
+}
+
+bool takes_bf16(const Rows& rows, Rounding rounding, StoredKind kind) {
+#ifdef HALVE_HAS_AVX512BF16
+    if (&rows == &rows_avx512bf16) {
+        return rounding == Rounding::kBfloat16 && (kind == StoredKind::kBfloat16 || kind == StoredKind::kFloat8);
+    }
+#endif
+    (void)rows, (void)rounding, (void)kind;
+    return false;
+}
+
 const char* name_of(Rounding rounding) {
     constexpr const char* names[] = {"fp32", "bf16", "int8"};
     return names[static_cast<int>(rounding)];
@@ -229,8 +248,9 @@ std::vector<float> run_product(const Rows& rows, const Case& c, const std::vecto
                                const std::vector<float>& before) {
     const int64_t k = c.weight.inputs, n = c.weight.outputs, stride = n + 3;
     const bool integers = c.weight.kind == StoredKind::kInt && takes_codes(rows, c.rounding);
-    const Prepared prepared =
-        integers ? Prepared(c.rows, k, codes_for(rows, c.weight.bits, c.weight.group)) : Prepared(c.rows, k);
+    const Prepared prepared = integers ? Prepared(c.rows, k, codes_for(rows, c.weight.bits, c.weight.group))
+                              : takes_bf16(rows, c.rounding, c.weight.kind) ? with_bf16(c.rows, k)
+                                                                            : Prepared(c.rows, k);
     prepare_rows(rows, x, nullptr, k, c.rounding, prepared);
     std::vector<float> y = before;
     Product work{};

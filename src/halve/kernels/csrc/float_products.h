@@ -174,6 +174,14 @@ inline FloatTile float_tile(int rows) {
     return tiles[rows - 1];
 }
 
+// One scale a row of fp8 weights, which lie as bf16; other scales were taken with the weights.
+inline void scale_rows(const Packed& w, const uint8_t* block, int64_t rows, float* sums) {
+    if (w.kind != Kind::kBfloat16 || !w.scale_bytes) return;
+    alignas(64) float scales[kBlock];
+    read_head(w, block, scales);
+    for (int64_t i = 0; i < rows * kBlock; ++i) sums[i] *= scales[i % kBlock];
+}
+
 // sums [rows][64]: the products of one block with rows [first, first + rows) of float activations.
 void float_block(const Packed& w, int64_t index, const Activations& x, int64_t first, int64_t rows, float* sums) {
     const uint8_t* block = w.data + index * w.block_bytes;
@@ -202,11 +210,7 @@ void float_block(const Packed& w, int64_t index, const Activations& x, int64_t f
             row += now;
         }
     }
-    if (w.kind == Kind::kBfloat16 && w.scale_bytes) {
-        alignas(64) float scales[kBlock];
-        read_head(w, block, scales);
-        for (int64_t i = 0; i < rows * kBlock; ++i) sums[i] *= scales[i % kBlock];
-    }
+    scale_rows(w, block, rows, sums);
 }
 
 // Row `id` of a table as the floats that its stored bits mean.

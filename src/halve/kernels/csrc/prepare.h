@@ -118,7 +118,11 @@ void prepare(const Prepare& a, int64_t row) {
     } else if (a.rounding != Rounding::kInt8 && y != x) {
         memcpy(y, x, static_cast<size_t>(a.width) * sizeof(float));
     }
-    if (a.rounding == Rounding::kBfloat16) {
+    if (a.rounding == Rounding::kBfloat16 && out.wide) {
+        uint16_t* __restrict halves = reinterpret_cast<uint16_t*>(out.wide) + row * out.code_stride;
+        for (int64_t i = 0; i < a.width; ++i) halves[i] = to_bf16(y[i]);
+        memset(halves + a.width, 0, static_cast<size_t>(out.code_stride - a.width) * sizeof *halves);
+    } else if (a.rounding == Rounding::kBfloat16) {
         for (int64_t i = 0; i < a.width; ++i) y[i] = from_bf16(to_bf16(y[i]));
     }
     if (a.rounding != Rounding::kInt8) return;

@@ -1,6 +1,7 @@
 // One unit of a product: a block of 64 outputs for up to kRowsTogether rows, then bias, gate and residual.
 #pragma once
 
+#include "bf16_products.h"
 #include "float_products.h"
 #include "integer_products.h"
 #include "sampling.h"
@@ -10,15 +11,19 @@ namespace {
 
 inline void block_sums(const Product& p, int member, int64_t block, int64_t first, int64_t rows, float* sums) {
     const Packed& w = *p.weight[member];
+    const auto sum = [&] {
 #if defined(HALVE_INTEGER_TILES)
-    if (p.rounding == Rounding::kInt8 && w.kind == Kind::kInt) {
-        integer_block(w, block, p.x, first, rows, sums);
-    } else {
-        float_block(w, block, p.x, first, rows, sums);
-    }
-#else
-    float_block(w, block, p.x, first, rows, sums);
+        if (p.rounding == Rounding::kInt8 && w.kind == Kind::kInt)
+            return integer_block(w, block, p.x, first, rows, sums);
 #endif
+#if defined(__AVX512BF16__)
+        if (p.rounding == Rounding::kBfloat16 && w.kind == Kind::kBfloat16) {
+            return bf16_block(w, block, p.x, first, rows, sums);
+        }
+#endif
+        float_block(w, block, p.x, first, rows, sums);
+    };
+    sum();
     const float* bias = p.bias[member];
     if (!bias) return;
     const int64_t outputs = least(kBlock, w.out_features - block * kBlock);
