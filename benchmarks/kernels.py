@@ -23,7 +23,8 @@ from halve.formats import FORMATS, Format, Weight
 from halve.formats.base import BF16
 from halve.kernels import ceilings
 from halve.kernels.arena import Arena
-from halve.kernels.native import Linear, NativeOps, _call
+from halve.kernels.native import NativeOps
+from halve.kernels.native_rows import Linear, call
 from halve.kernels.products import ROUNDINGS, PrepareRecord, product_record, rows_of
 
 ROWS = (1, 2, 4, 8, 32, 128, 512)
@@ -69,8 +70,8 @@ class Turn:
         started, done = time.perf_counter(), 0
         while time.perf_counter() - started < least_s or done < 2:
             record = self.products[done % len(self.products)]
-            _call("prepare", self.ops.isa, ctypes.addressof(self.prepare), self.rows, self.ops.num_threads)
-            _call("product", self.ops.isa, ctypes.addressof(record), self.ops.num_threads)
+            call("prepare", self.ops.isa, ctypes.addressof(self.prepare), self.rows, self.ops.num_threads)
+            call("product", self.ops.isa, ctypes.addressof(record), self.ops.num_threads)
             done += 1
         return (time.perf_counter() - started) / done
 

@@ -5,7 +5,7 @@ import pytest
 from halve.core.errors import KernelError
 from halve.formats import FORMATS
 from halve.hardware import Device
-from halve.kernels import native
+from halve.kernels import native_rows
 from halve.kernels.dispatch import Kernel, Spec, choose
 
 DEVICE = Device(
@@ -41,7 +41,7 @@ def test_an_operation_without_any_row_is_an_error():
 
 
 def test_names_of_native_rows_are_unique_for_each_operation():
-    names = [(kernel.op, kernel.name) for kernel in native.TABLE]
+    names = [(kernel.op, kernel.name) for kernel in native_rows.TABLE]
     assert len(set(names)) == len(names)
 
 
@@ -49,11 +49,11 @@ def test_names_of_native_rows_are_unique_for_each_operation():
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_native_table_has_a_baseline_row_for_every_format(op, rows, name):
     bare = Device(name="cpu", kind="cpu", model="any", features=frozenset(), num_cores=1, memory_bytes=1, machine="x")
-    choice = choose(native.TABLE, bare, Spec(op=op, format=FORMATS[name]))
+    choice = choose(native_rows.TABLE, bare, Spec(op=op, format=FORMATS[name]))
     assert choice.kernel.name == f"native_baseline_{rows}_{name.replace('-', '_')}"
 
 
-@pytest.mark.parametrize("isa", native.ISAS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", native_rows.ISAS, ids=lambda isa: isa.name)
 def test_a_native_row_needs_exactly_the_features_of_its_instruction_set(isa):
     device = Device(
         name="cpu",
@@ -64,10 +64,10 @@ def test_a_native_row_needs_exactly_the_features_of_its_instruction_set(isa):
         memory_bytes=1,
         machine="x86_64",
     )
-    choice = choose(native.TABLE, device, Spec(op="linear", format=FORMATS["int4-g32"]))
+    choice = choose(native_rows.TABLE, device, Spec(op="linear", format=FORMATS["int4-g32"]))
     assert choice.kernel.name == f"native_{isa.name}_float_int4_g32"
     better = [reason for name, reason in choice.refused if name.endswith("_int4_g32")]
-    assert len(better) == native.ISAS.index(isa)
+    assert len(better) == native_rows.ISAS.index(isa)
     assert all(reason.startswith("needs ") for reason in better)
 
 
@@ -75,6 +75,6 @@ def test_a_row_of_one_format_refuses_another_and_a_device_that_is_no_cpu():
     gpu = Device(
         name="cuda:0", kind="cuda", model="H200", features=frozenset(), num_cores=1, memory_bytes=1, machine="cuda"
     )
-    baseline = next(k for k in native.TABLE if k.op == "linear" and k.name == "native_baseline_float_int8")
+    baseline = next(k for k in native_rows.TABLE if k.op == "linear" and k.name == "native_baseline_float_int8")
     assert baseline.refusal(DEVICE, Spec(op="linear", format=FORMATS["fp32"])) == "takes int8, not fp32"
     assert baseline.refusal(gpu, Spec(op="linear", format=FORMATS["int8"])) == "needs a cpu; cuda:0 is cuda"

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from halve.core.errors import HalveError, KernelError
 from halve.hardware import detect_cpu
-from halve.kernels import native, native_library
+from halve.kernels import native_library, native_rows
 from halve.kernels.native import NativeOps
 from halve.kernels.reference import TorchOps
 from halve.kernels.sampling import Ragged, SamplingBatch, adjusted, log_softmax, sample, uniform
 
 BUILT = native_library.available() is None
-RUNNABLE = [isa for isa in native.ISAS if BUILT and set(isa.features) <= detect_cpu().features]
+RUNNABLE = [isa for isa in native_rows.ISAS if BUILT and set(isa.features) <= detect_cpu().features]
 every_isa = pytest.mark.parametrize("isa", RUNNABLE, ids=lambda isa: isa.name)
 EPS = 2.0**-53
 

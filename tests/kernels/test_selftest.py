@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from halve.hardware import detect_cpu
-from halve.kernels import native
+from halve.kernels import native_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "emulate_avx512.py"
@@ -74,7 +74,7 @@ def test_an_old_bochs_is_refused(script, monkeypatch, tmp_path):
 def test_rows_agree_with_the_baseline_natively(script, build):
     program, _ = script.build(build)
     features = detect_cpu().features
-    for isa in native.ISAS:
+    for isa in native_rows.ISAS:
         if not set(isa.features) <= features:
             continue
         done = subprocess.run([str(program), isa.name], capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from halve.api.progress import SILENT, Progress
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.header import spec_bytes
 from halve.hardware import detect_cpu, free_memory_bytes
-from halve.kernels import ceilings, native, native_library
+from halve.kernels import ceilings, native_library, native_rows
 from halve.kernels.ceilings import Ceilings
 from halve.models import load_config, stored_formats
 from halve.models.names import EMBEDDING, groups, modules, num_parameters, vectors
@@ -150,7 +150,7 @@ def doctor(*, measure: bool = False, progress: Progress = SILENT) -> MachineFact
     """
     device = detect_cpu()
     reason = native_library.available()
-    kernels = native.format_report(device)
+    kernels = native_rows.format_report(device)
     if reason is not None:
         kernels = [
             {

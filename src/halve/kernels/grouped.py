@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from halve.core.errors import KernelError
-from halve.kernels.native import Linear, NativeOps
+from halve.kernels.native import NativeOps
 from halve.kernels.native_checks import floats, int32
 from halve.kernels.native_library import library
+from halve.kernels.native_rows import Linear
 from halve.kernels.ops import Array
 from halve.kernels.products import (
     ROUNDINGS,

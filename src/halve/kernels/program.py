@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from halve.core.errors import KernelError
-from halve.kernels.native import Linear, NativeOps
+from halve.kernels.native import NativeOps
 from halve.kernels.native_cache import AttentionRecord, KVCache, KvWriteRecord, Step
 from halve.kernels.native_checks import check_batch, int32, within
 from halve.kernels.native_library import library
+from halve.kernels.native_rows import Linear
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
 from halve.kernels.packed import BLOCK, PackedMatrix, aligned_bytes
 from halve.kernels.products import (

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from halve.kernels.native import Linear, NativeOps
+from halve.kernels.native import NativeOps
 from halve.kernels.native_cache import KVCache
 from halve.kernels.native_checks import within
+from halve.kernels.native_rows import Linear
 from halve.kernels.ops import Array, TokenBatch
 from halve.kernels.program import Program, Rotation, checked_step
 from halve.kernels.sampling import Sampled, SamplingBatch, broken, unsampled
