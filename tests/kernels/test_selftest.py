@@ -91,3 +91,42 @@ def test_rows_agree_with_the_baseline_on_an_emulated_processor(script, build, is
     assert done.returncode == 0, (
         "\n".join(li for li in done.stdout.splitlines() if not li.startswith("ok")) + done.stderr
     )
+
+
+def build_selftest(directory, *settings):
+    """Build the self-test with these CMake settings; its path."""
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(directory), *settings],
+        ["cmake", "--build", str(directory), "--target", "halve_selftest", "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return directory / "tests" / "kernels" / "selftest" / "halve_selftest"
+
+
+def failures(done):
+    return "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ok")) + done.stderr
+
+
+@pytest.mark.slow
+def test_rows_touch_no_memory_but_their_own_and_do_nothing_undefined(tmp_path):
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    program = build_selftest(tmp_path, "-DHALVE_ISAS=baseline;avx2", "-DHALVE_SANITIZE=address,undefined")
+    features = detect_cpu().features
+    for isa in ("baseline", "avx2"):
+        if isa == "avx2" and not {"avx2", "fma", "f16c"} <= features:
+            continue
+        done = subprocess.run([str(program), isa], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, failures(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_rows_compute_with_nothing_that_was_never_written(tmp_path, isa):
+    if shutil.which("valgrind") is None or shutil.which("cmake") is None:
+        pytest.skip("valgrind or cmake is not installed")
+    program = build_selftest(tmp_path, "-DHALVE_ISAS=baseline;avx2")
+    command = ["valgrind", "--quiet", "--error-exitcode=9", str(program), isa, "prepare", "product", "embed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, failures(done)

@@ -15,8 +15,9 @@ namespace halve {
 namespace {
 
 constexpr int kFewRows = 4;
-constexpr int64_t kAhead =
-    2048;  // bytes: the steps of a chunk are read out of order, which no hardware prefetch follows
+// Bytes: the steps of a chunk are read out of order, which no hardware prefetch follows.
+constexpr int64_t kAhead = 4096;
+constexpr int kHint = 2;
 
 // Scales of one vector of outputs, of the 64 at `head`.
 inline Floats scales_of(const Packed& w, const uint8_t* head, int vec) {
@@ -83,7 +84,7 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
         at += head;
         for (const int64_t end = input + group; input < end;
              input += span, at += span_bytes, run += raw ? 0 : runs_a_chunk) {
-            for (int64_t i = 0; i < span_bytes; i += 64) __builtin_prefetch(at + kAhead + i, 0, 3);
+            for (int64_t i = 0; i < span_bytes; i += 64) __builtin_prefetch(at + kAhead + i, 0, kHint);
 #pragma GCC unroll 1
             for (int c = 0; c < kVecs; ++c) {
                 const uint8_t* weights = at + c * sizeof(Vec);
