@@ -48,23 +48,23 @@ def integers(name, codes, scale):
     )
 
 
-def test_int4_is_scales_then_nibbles_four_inputs_of_64_outputs_a_step():
+def test_int4_is_scales_then_nibbles_four_inputs_of_16_outputs_a_step():
     codes = np.zeros((2, 32), np.int8)
     codes[1] = np.arange(32) % 16 - 8
     packed = pack(integers("int4-g32", codes, [[1.0], [2.0]]))
     assert packed.blob.size == 64 * 2 + 4 * 256
     assert packed.blob[:6].view(np.uint16).tolist() == [0x3F80, 0x4000, 0]  # bf16 1, 2, and no third output
-    first = packed.blob[128:384]
+    first = packed.blob[128:192]  # 16 outputs
     assert first[4:8].tolist() == [0x40, 0x51, 0x62, 0x73]  # inputs 0..3 low, 4..7 high, code + 8
     assert first[0:4].tolist() == [0x88] * 4  # code 0
     assert first[8:12].tolist() == [0x88] * 4  # an output that is not there: code 0, scale 0
-    assert packed.blob[384 + 4 : 384 + 8].tolist() == [0xC8, 0xD9, 0xEA, 0xFB]  # inputs 8..15
+    assert packed.blob[192 + 4 : 192 + 8].tolist() == [0xC8, 0xD9, 0xEA, 0xFB]  # inputs 8..15
 
 
 def test_int3_is_a_plane_of_two_bits_and_a_plane_of_one():
     codes = np.arange(32).reshape(1, 32) % 8 - 4
     packed = pack(integers("int3-g32", codes, [[1.0]]))
-    planes = packed.blob[128:].reshape(3, 64, 4)[:, 0]
+    planes = packed.blob[128:].reshape(4, 3, 16, 4)[0, :, 0]  # 16 outputs, step, output, input
     unsigned = (np.arange(32) % 8).reshape(8, 4)  # quad, input
     twos = [[sum((unsigned[4 * s + i, j] & 3) << (2 * i) for i in range(4)) for j in range(4)] for s in range(2)]
     ones = [sum((unsigned[q, j] >> 2) << q for q in range(8)) for j in range(4)]
@@ -73,7 +73,7 @@ def test_int3_is_a_plane_of_two_bits_and_a_plane_of_one():
 
 def test_int8_has_its_scales_at_the_head_of_the_block_and_ends_in_zeros():
     packed = pack(integers("int8", [[1, -2, 3]], [[0.5]]))
-    steps = packed.blob[128:].reshape(8, 64, 4)
+    steps = packed.blob[128:].reshape(4, 8, 16, 4)[0]
     assert steps[0, 0].tolist() == [129, 126, 131, 128]
     assert (steps[1:] == 128).all()
 

@@ -17,7 +17,7 @@ from halve.formats.base import BF16
 from halve.kernels.native_library import library
 from halve.kernels.ops import Allocate, Array, Packed
 
-LAYOUT_VERSION = 1  # raised by whatever changes a byte of what `pack` makes: a cache of another version is made anew
+LAYOUT_VERSION = 2  # raised by whatever changes a byte of what `pack` makes: a cache of another version is made anew
 ALIGNMENT = 64  # bytes, of a packed matrix
 BLOCK = 64  # outputs
 _KINDS = {"bf16": 1, "fp16": 2, "fp32": 3, "fp8": 4}  # `StoredKind`; 0 is integers

@@ -76,7 +76,7 @@ void widen_integers(const Packed& w, const uint8_t* block, int64_t first, int64_
         for (int c = 0; c < kBlockLanes; ++c) {
             const Lanes scale = load(scales + c * kLanes);
             for (int64_t q = 0; q < quads; ++q) {
-                const Bits codes = quad_codes(stream + c * sizeof(Lanes), bits, static_cast<int>(q));
+                const Bits codes = quad_codes(stream + lane_offset(bits, c * kLanes), bits, static_cast<int>(q));
                 float* to = out + (i + 4 * q) * kBlock + c * kLanes;
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; ++j) {
@@ -231,7 +231,7 @@ void embed_row(const Packed& w, int64_t id, float* out) {
         for (int64_t i = 0; i < k; i += kChunk) {
             const int64_t chunk = i / kChunk;
             const float scale = scale_of(block + scale_offset(w, chunk));
-            const uint8_t* stream = block + chunk_offset(w, chunk) + 4 * lane;
+            const uint8_t* stream = block + chunk_offset(w, chunk) + lane_offset(w.bits, lane);
             for (int64_t j = 0; j < least(kChunk, k - i); ++j) {
                 const int q = static_cast<int>(j / 4);
                 const uint8_t* at = stream + j % 4;

@@ -15,9 +15,8 @@ namespace halve {
 namespace {
 
 constexpr int kFewRows = 4;
-// Bytes: the steps of a chunk are read out of order, which no hardware prefetch follows.
-constexpr int64_t kAhead = 4096;
-constexpr int kHint = 2;
+// Bytes to fetch ahead: hardware prefetch stops at the end of a 4 KiB page.
+constexpr int64_t kAhead = 1536;
 
 // Scales of one vector of outputs, of the 64 at `head`.
 inline Floats scales_of(const Packed& w, const uint8_t* head, int vec) {
@@ -70,7 +69,7 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
     const bool raw = !w.group;
     const int64_t inputs = padded_inputs(w), group = raw ? inputs : w.group;
     const int64_t span = raw ? kChunk : x.run < kChunk ? kChunk : x.run;
-    const int64_t span_bytes = span / kChunk * (bits * kStep), head = head_bytes(w);
+    const int64_t span_bytes = span / kChunk * (bits * kBlock * 4), head = head_bytes(w);
     const uint8_t* activations[rows];
     const int32_t* starts[rows];
     for (int r = 0; r < rows; ++r) {
@@ -84,10 +83,10 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
         at += head;
         for (const int64_t end = input + group; input < end;
              input += span, at += span_bytes, run += raw ? 0 : runs_a_chunk) {
-            for (int64_t i = 0; i < span_bytes; i += 64) __builtin_prefetch(at + kAhead + i, 0, kHint);
+            for (int64_t i = 0; i < span_bytes; i += 64) __builtin_prefetch(at + kAhead + i, 0, 3);
 #pragma GCC unroll 1
             for (int c = 0; c < kVecs; ++c) {
-                const uint8_t* weights = at + c * sizeof(Vec);
+                const uint8_t* weights = at + lane_offset(bits, c * kVecOutputs);
                 const Floats scale = raw ? Floats{} : scales_of(w, scales, c);
                 const auto finish = [&](Vec(&sum)[rows]) {
                     for (int r = 0; r < rows; ++r) {
@@ -111,7 +110,7 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
                     dot_quads<bits, rows, 0, 8>(weights, activations, input, sum);
 #pragma GCC unroll 1
                     for (int64_t i = kChunk; i < span; i += kChunk) {
-                        weights += bits * kStep;
+                        weights += bits * kBlock * 4;
                         dot_quads<bits, rows, 0, 8>(weights, activations, input + i, sum);
                     }
                 }
@@ -126,10 +125,10 @@ inline void unpack_quads(const uint8_t* at, uint8_t* to) {
     if constexpr (q < 8) {
         const Vec quad = quad_of<bits, q>(at);
         if constexpr (kSixteenBit && bits == 8) {
-            store_vec(to + 2 * q * kStep, masked(quad, broadcast_vec(0x00ff00ff)));
-            store_vec(to + (2 * q + 1) * kStep, shifted_right<8>(quad));
+            store_vec(to + 2 * q * kPanelStep, masked(quad, broadcast_vec(0x00ff00ff)));
+            store_vec(to + (2 * q + 1) * kPanelStep, shifted_right<8>(quad));
         } else {
-            store_vec(to + q * kStep, quad);
+            store_vec(to + q * kPanelStep, quad);
         }
         unpack_quads<bits, q + 1>(at, to);
     }
@@ -141,8 +140,9 @@ void unpack_panel(const Packed& w, const uint8_t* block, int64_t first, int64_t 
                   float* scales) {
     for (int64_t i = 0; i < inputs; i += kChunk) {
         const uint8_t* stream = block + chunk_offset(w, (first + i) / kChunk);
-        for (int c = 0; c < kVecs; ++c) unpack_quads<bits, 0>(stream + c * sizeof(Vec), codes + c * sizeof(Vec));
-        codes += (kSixteenBit && bits == 8 ? 16 : 8) * kStep;
+        for (int c = 0; c < kVecs; ++c)
+            unpack_quads<bits, 0>(stream + lane_offset(bits, c * kVecOutputs), codes + c * sizeof(Vec));
+        codes += (kSixteenBit && bits == 8 ? 16 : 8) * kPanelStep;
     }
     if (!w.group) return;
     for (int64_t i = 0; i < inputs; i += run, scales += kBlock) {

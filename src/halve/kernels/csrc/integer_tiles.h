@@ -106,6 +106,7 @@ inline Vec dot_pair(Vec sum, Vec weights, Vec activations) {
 
 constexpr int kVecOutputs = sizeof(Vec) / 4;
 constexpr int kVecs = static_cast<int>(kBlock) / kVecOutputs;  // of a block
+constexpr int kPanelStep = static_cast<int>(kBlock) * 4;       // bytes, of an unpacked panel: all outputs side by side
 constexpr int kMaxRuns = kPanelInputs / 16;                    // of a panel
 
 inline int32_t int_at(const void* p) {
@@ -218,7 +219,7 @@ HALVE_HOT void hot_tile(const Panel& p, int output, float* sums) {
 #endif
                 }
             }
-            codes += kStep;
+            codes += kPanelStep;
             activations += 4;
         }
         tile.end(wide, scales, sums + output);

@@ -64,7 +64,7 @@ void read_chunk<8>(const uint8_t* bytes, uint8_t* codes) {
 // The 32 codes of output `lane` into the planes of a chunk that was zeroed.
 template <int bits>
 void write_chunk(const uint8_t* codes, uint8_t* chunk, int64_t lane) {
-    uint8_t* at = chunk + 4 * lane;
+    uint8_t* at = chunk + lane_offset(bits, lane);
     int low = 0;
     const auto plane = [&](int width) {
         const int per_byte = 8 / width, mask = (1 << width) - 1;

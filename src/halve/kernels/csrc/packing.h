@@ -2,9 +2,10 @@
 //
 // Outputs come in blocks of 64, and a block is one linear stream, so that a thread reads memory in one direction.
 //
-// Integers. Inputs come in chunks of 32, that is 8 quads of 4 inputs. A step is 256 bytes, 4 for each output of the
-// block: where an output's byte j holds quad q, it belongs to input 4 q + j. Codes are unsigned (code + 2^(bits-1)),
-// and cut into planes of 4, 2 and 1 bits, which unpack by one shift and one mask whatever the width:
+// Integers. Inputs come in chunks of 32, that is 8 quads of 4 inputs, and a chunk holds the block's outputs 16 by 16,
+// so that whoever takes 8 or 16 outputs at a time reads on without leaps. Of 16 outputs, a step is 64 bytes, 4 for
+// each: where an output's byte j holds quad q, it belongs to input 4 q + j. Codes are unsigned (code + 2^(bits-1)), and
+// cut into planes of 4, 2 and 1 bits, which unpack by one shift and one mask whatever the width:
 //
 //   8 bits: 8 steps, quad 0 .. 7
 //   else    4-bit plane (4, 5 and 6 bits hold their low bits in it): 4 steps, quad 2s in the low nibble, 2s + 1 high
@@ -24,7 +25,8 @@ namespace halve {
 
 constexpr int64_t kBlock = 64;  // outputs
 constexpr int64_t kChunk = 32;  // inputs
-constexpr int64_t kStep = 256;  // bytes
+constexpr int64_t kStep = 64;   // bytes: 16 outputs
+constexpr int64_t kStepOutputs = 16;
 
 enum class Kind : int32_t { kInt = 0, kBfloat16 = 1, kFloat16 = 2, kFloat32 = 3 };
 
@@ -60,7 +62,12 @@ inline int64_t blocks_of(const Packed& w) { return ceil_div(w.out_features, kBlo
 
 inline int64_t padded_inputs(const Packed& w) { return ceil_div(w.in_features, kChunk) * kChunk; }
 
-inline int64_t chunk_bytes(const Packed& w) { return w.bits * kStep; }
+inline int64_t chunk_bytes(const Packed& w) { return w.bits * kBlock * 4; }
+
+// Where, in a chunk of codes of so many bits, the first step of an output's bytes lies.
+inline int64_t lane_offset(int bits, int64_t output) {
+    return output / kStepOutputs * (bits * kStep) + output % kStepOutputs * 4;
+}
 
 // Bytes of the 64 scales at the head of a group, or of a block where there is one scale a row.
 inline int64_t head_bytes(const Packed& w) { return kBlock * w.scale_bytes; }
