@@ -12,7 +12,7 @@ import pytest
 from halve.core.errors import ConfigError
 from halve.formats import FORMATS, Weight
 from halve.formats.activations import int8_rows
-from halve.kernels import native
+from halve.kernels import native, native_library
 from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
 from halve.models import Decoder, LayerSpec, ModelConfig
@@ -246,7 +246,7 @@ def native_ops(activations):
     return native.NativeOps(activations=activations)
 
 
-ROUNDING = [torch_ops] + ([native_ops] if native.available() is None else [])
+ROUNDING = [torch_ops] + ([native_ops] if native_library.available() is None else [])
 
 
 @pytest.mark.parametrize("make_ops", ROUNDING)
