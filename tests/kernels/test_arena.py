@@ -80,7 +80,7 @@ def test_a_system_without_huge_pages_gives_plain_ones_and_says_so(monkeypatch, c
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(module.mmap, "mmap", Plain)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "halve.kernels")
     Arena().take(100)[:] = 1
     assert "weights lie in small pages: the system refuses huge ones" in caplog.text
 

@@ -498,7 +498,7 @@ def test_a_disk_without_room_is_not_filled(bundle, expected, monkeypatch, caplog
         f_bavail, f_frsize = 10, 4096
 
     monkeypatch.setattr(ready.os, "statvfs", lambda _: Full)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "halve.models")
     np.testing.assert_array_equal(start(bundle)[0], expected)
     assert "are not free on that disk" in caplog.text
     assert "packed weights are not kept" in caplog.text
