@@ -127,7 +127,7 @@ class NativeOps:
         return self._run["rms_norm"](x, floats("gain", gain, (x.shape[1],)), eps)
 
     def project(self, linear: Linear, x: Array) -> Array:
-        """round(x) @ weight.T + bias; the error bounds are at the top of this file."""
+        """round(x) @ weight.T + bias, [T, in] -> [T, out]; the error bounds are at the top of native_rows.py."""
         x = floats("x", x, (None, linear.matrix.in_features))
         return linear.kernel.run(linear, x, self.num_threads)  # type: ignore[no-any-return]
 

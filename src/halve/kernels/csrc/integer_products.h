@@ -1,9 +1,9 @@
 // A block of 64 outputs of an integer matrix times rows of int8 activations, from one packed form for any row count.
 //
 // Up to kFewRows rows (decode) the planes are unpacked in registers and used at once: the loop reads the weight stream
-// once and waits for memory. More rows (prefill, batches) share a panel: 256 inputs of the block are unpacked to bytes
-// that stay in the first-level cache, and every strip of rows multiplies them there, at the rate of the dot products;
-// meanwhile the next panel's stream is fetched.
+// once and waits for memory. More rows (prefill, batches) share a panel: kPanelInputs inputs of the block are unpacked
+// to bytes that stay in the first-level cache, and every strip of rows multiplies them there, at the rate of the dot
+// products; meanwhile the next panel's stream is fetched.
 #pragma once
 
 #include "integer_tiles.h"

@@ -9,21 +9,22 @@
 namespace halve {
 namespace {
 
-inline void block_sums(const Product& p, int member, int64_t block, int64_t first, int64_t rows, float* sums) {
-    const Packed& w = *p.weight[member];
-    const auto sum = [&] {
+// sums [rows][64] of one block, by the loops that this instruction set has for its weights and activations.
+inline void multiply_block(const Packed& w, Rounding rounding, int64_t block, const Activations& x, int64_t first,
+                           int64_t rows, float* sums) {
 #if defined(HALVE_INTEGER_TILES)
-        if (p.rounding == Rounding::kInt8 && w.kind == Kind::kInt)
-            return integer_block(w, block, p.x, first, rows, sums);
+    if (rounding == Rounding::kInt8 && w.kind == Kind::kInt) return integer_block(w, block, x, first, rows, sums);
 #endif
 #if defined(__AVX512BF16__)
-        if (p.rounding == Rounding::kBfloat16 && w.kind == Kind::kBfloat16) {
-            return bf16_block(w, block, p.x, first, rows, sums);
-        }
+    if (rounding == Rounding::kBfloat16 && w.kind == Kind::kBfloat16) return bf16_block(w, block, x, first, rows, sums);
 #endif
-        float_block(w, block, p.x, first, rows, sums);
-    };
-    sum();
+    (void)rounding;
+    float_block(w, block, x, first, rows, sums);
+}
+
+inline void block_sums(const Product& p, int member, int64_t block, int64_t first, int64_t rows, float* sums) {
+    const Packed& w = *p.weight[member];
+    multiply_block(w, p.rounding, block, p.x, first, rows, sums);
     const float* bias = p.bias[member];
     if (!bias) return;
     const int64_t outputs = least(kBlock, w.out_features - block * kBlock);
