@@ -76,16 +76,7 @@ class IntKernel {
 
     // Add positions [low, high) of the open segment to n rows.
     void add(int64_t row, int64_t n, int64_t low, int64_t high, Sums* sums, float* values) {
-        switch (n) {
-            case 1:
-                return add_rows<1>(row, low, high, sums, values);
-            case 2:
-                return add_rows<2>(row, low, high, sums, values);
-            case 3:
-                return add_rows<3>(row, low, high, sums, values);
-            default:
-                return add_rows<4>(row, low, high, sums, values);
-        }
+        with_rows(n, [&]<int R>() { add_rows<R>(row, low, high, sums, values); });
     }
 
    private:

@@ -32,6 +32,21 @@ inline Lanes select(Bits mask, Lanes a, Lanes b) { return (Lanes)((mask & (Bits)
 
 inline Four maximum(Four a, Four b) { return a > b ? a : b; }
 
+// f.template operator()<n>(), n a number of rows from 1 to kFastRows.
+template <class Function>
+inline void with_rows(int64_t n, const Function& f) {
+    switch (n) {
+        case 1:
+            return f.template operator()<1>();
+        case 2:
+            return f.template operator()<2>();
+        case 3:
+            return f.template operator()<3>();
+        default:
+            return f.template operator()<4>();
+    }
+}
+
 // The largest lane of four vectors each.
 inline Four largest(const Lanes* v) {
     Four four[4];

@@ -5,8 +5,9 @@
 // are added one after the other.
 #pragma once
 
-#include "lanes.h"
+#include "packed_scales.h"
 #include "products.h"
+#include "simd.h"
 
 namespace halve {
 namespace {
@@ -19,8 +20,6 @@ constexpr int kFloatRows = 6, kFloatVecs = 4;
 constexpr int kFloatRows = 6, kFloatVecs = 2;
 #endif
 
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-
 inline Bits load_bits(const uint8_t* p) {
     Bits v;
     memcpy(&v, p, sizeof v);
@@ -31,18 +30,6 @@ inline Lanes as_floats(Bits v) {
     Lanes x;
     memcpy(&x, &v, sizeof x);
     return x;
-}
-
-inline void read_head(const Packed& w, const uint8_t* head, float* scales) {
-    for (int n = 0; n < kBlock; ++n) {
-        if (w.scale_bytes == 2) {
-            uint16_t half;
-            memcpy(&half, head + 2 * n, sizeof half);
-            scales[n] = from_bf16(half);
-        } else {
-            memcpy(scales + n, head + 4 * n, sizeof *scales);
-        }
-    }
 }
 
 // Codes of quad q of a chunk for the outputs of one vector, a byte each; `at` is the chunk's first step there.
@@ -70,7 +57,7 @@ void widen_integers(const Packed& w, const uint8_t* block, int64_t first, int64_
     alignas(64) float scales[kBlock];
     for (int64_t i = 0; i < depth; i += kChunk) {
         const int64_t chunk = (first + i) / kChunk;
-        read_head(w, block + scale_offset(w, chunk), scales);
+        read_scales(w, block + scale_offset(w, chunk), scales);
         const uint8_t* stream = block + chunk_offset(w, chunk);
         const int64_t quads = ceil_div(least(kChunk, depth - i), 4);
         for (int c = 0; c < kBlockLanes; ++c) {
@@ -178,7 +165,7 @@ inline FloatTile float_tile(int rows) {
 inline void scale_rows(const Packed& w, const uint8_t* block, int64_t rows, float* sums) {
     if (w.kind != Kind::kBfloat16 || !w.scale_bytes) return;
     alignas(64) float scales[kBlock];
-    read_head(w, block, scales);
+    read_scales(w, block, scales);
     for (int64_t i = 0; i < rows * kBlock; ++i) sums[i] *= scales[i % kBlock];
 }
 
@@ -217,20 +204,10 @@ void float_block(const Packed& w, int64_t index, const Activations& x, int64_t f
 void embed_row(const Packed& w, int64_t id, float* out) {
     const uint8_t* block = w.data + id / kBlock * w.block_bytes;
     const int64_t lane = id % kBlock, k = w.in_features;
-    const auto scale_of = [&](const uint8_t* head) {
-        uint16_t half;
-        float value;
-        if (w.scale_bytes == 2) {
-            memcpy(&half, head + 2 * lane, sizeof half);
-            return from_bf16(half);
-        }
-        memcpy(&value, head + 4 * lane, sizeof value);
-        return value;
-    };
     if (w.kind == Kind::kInt) {
         for (int64_t i = 0; i < k; i += kChunk) {
             const int64_t chunk = i / kChunk;
-            const float scale = scale_of(block + scale_offset(w, chunk));
+            const float scale = scale_of(w, block + scale_offset(w, chunk), lane);
             const uint8_t* stream = block + chunk_offset(w, chunk) + lane_offset(w.bits, lane);
             for (int64_t j = 0; j < least(kChunk, k - i); ++j) {
                 const int q = static_cast<int>(j / 4);
@@ -257,7 +234,7 @@ void embed_row(const Packed& w, int64_t id, float* out) {
         return;
     }
     const uint8_t* body = block + head_bytes(w);
-    const float scale = w.scale_bytes ? scale_of(block) : 1.0f;
+    const float scale = w.scale_bytes ? scale_of(w, block, lane) : 1.0f;
     for (int64_t i = 0; i < k; ++i) {
         if (w.kind == Kind::kFloat32) {
             memcpy(out + i, body + 4 * (i * kBlock + lane), sizeof *out);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "integer_tiles.h"
+#include "packed_scales.h"
 #include "products.h"
 
 #if defined(HALVE_INTEGER_TILES)
@@ -17,16 +18,6 @@ namespace {
 constexpr int kFewRows = 4;
 // Bytes to fetch ahead: hardware prefetch stops at the end of a 4 KiB page.
 constexpr int64_t kAhead = 1536;
-
-// Scales of one vector of outputs, of the 64 at `head`.
-inline Floats scales_of(const Packed& w, const uint8_t* head, int vec) {
-    if (w.scale_bytes == 2) return from_bf16s(head + 2 * vec * kVecOutputs);
-    return load_floats(reinterpret_cast<const float*>(head) + vec * kVecOutputs);
-}
-
-inline void read_scales(const Packed& w, const uint8_t* head, float* scales) {
-    for (int c = 0; c < kVecs; ++c) store_floats(scales + c * kVecOutputs, scales_of(w, head, c));
-}
 
 // Codes of one row at an input, as the tiles read them.
 inline const uint8_t* codes_at(const Activations& x, bool wide, int64_t row, int64_t input) {
@@ -41,15 +32,13 @@ inline void dot_quads(const uint8_t* weights, const uint8_t* const (&activations
     if constexpr (from < to) {
         const Vec quad = quad_of<bits, from>(weights);
         if constexpr (kSixteenBit && bits == 8) {
-#if !defined(__AVX512VNNI__)
-            const Vec even = masked(quad, broadcast_vec(0x00ff00ff)), odd = shifted_right<8>(quad);
+            const Vec even = quad & broadcast_vec(0x00ff00ff), odd = shifted_right<8>(quad);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 const uint8_t* at = activations[r] + 2 * (input + 4 * from);
                 sum[r] = dot_pair(sum[r], even, broadcast_vec(int_at(at)));
                 sum[r] = dot_pair(sum[r], odd, broadcast_vec(int_at(at + 4)));
             }
-#endif
         } else {
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
@@ -87,7 +76,7 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
 #pragma GCC unroll 1
             for (int c = 0; c < kVecs; ++c) {
                 const uint8_t* weights = at + lane_offset(bits, c * kVecOutputs);
-                const Floats scale = raw ? Floats{} : scales_of(w, scales, c);
+                const Lanes scale = raw ? Lanes{} : scales_of(w, scales, c * kVecOutputs);
                 const auto finish = [&](Vec(&sum)[rows]) {
                     for (int r = 0; r < rows; ++r) {
                         float* to = sums + r * kBlock + c * kVecOutputs;
@@ -95,7 +84,7 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
                         if (raw) {
                             store_vec(to, add32(load_vec(to), whole));
                         } else {
-                            store_floats(to, multiply_add(to_floats(whole), scale, load_floats(to)));
+                            store(to, fma(to_floats(whole), scale, load(to)));
                         }
                     }
                 };
@@ -125,7 +114,7 @@ inline void unpack_quads(const uint8_t* at, uint8_t* to) {
     if constexpr (q < 8) {
         const Vec quad = quad_of<bits, q>(at);
         if constexpr (kSixteenBit && bits == 8) {
-            store_vec(to + 2 * q * kPanelStep, masked(quad, broadcast_vec(0x00ff00ff)));
+            store_vec(to + 2 * q * kPanelStep, quad & broadcast_vec(0x00ff00ff));
             store_vec(to + (2 * q + 1) * kPanelStep, shifted_right<8>(quad));
         } else {
             store_vec(to + q * kPanelStep, quad);

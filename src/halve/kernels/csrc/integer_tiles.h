@@ -15,10 +15,8 @@
 #if defined(__AVX2__)
 #define HALVE_INTEGER_TILES 1
 
-#include <immintrin.h>
-
-#include "lanes.h"
 #include "packing.h"
+#include "simd.h"
 
 namespace halve {
 namespace {
@@ -29,37 +27,10 @@ namespace {
 #if defined(__AVX512VNNI__)
 
 typedef __m512i Vec;
-typedef __m512 Floats;
 constexpr int kTileRows = 6, kTileVecs = 4;
 constexpr int kPanelInputs = 256;  // 16 KB of codes: they stay in the first-level cache
 constexpr bool kSixteenBit = false;
 
-inline Vec load_vec(const void* p) { return _mm512_load_si512(p); }
-inline void store_vec(void* p, Vec v) { _mm512_store_si512(p, v); }
-inline Vec broadcast_vec(int32_t x) { return _mm512_set1_epi32(x); }
-inline Vec masked(Vec v, Vec mask) { return _mm512_and_si512(v, mask); }
-inline Vec either(Vec a, Vec b) { return _mm512_or_si512(a, b); }
-template <int n>
-inline Vec shifted_right(Vec v) {
-    if constexpr (n > 0) return _mm512_srli_epi16(v, n);
-    if constexpr (n < 0) return _mm512_slli_epi16(v, -n);
-    return v;
-}
-inline Floats from_bf16s(const uint8_t* p) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
-    typedef uint32_t Wholes __attribute__((vector_size(64)));  // gcc 12 warns of its own _mm512_cvtepu16_epi32
-    Halves halves;
-    memcpy(&halves, p, sizeof halves);
-    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Wholes) << 16);
-}
-inline Floats load_floats(const float* p) { return _mm512_load_ps(p); }
-inline void store_floats(float* p, Floats v) { _mm512_store_ps(p, v); }
-inline Vec add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
-inline Floats to_floats(Vec v) {
-    typedef int32_t Ints __attribute__((vector_size(64)));  // gcc 12 warns of its own _mm512_cvtepi32_ps
-    return __builtin_convertvector(reinterpret_cast<Ints>(v), Floats);
-}
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // One quad a lane.
 inline Vec dot(Vec sum, Vec weights, Vec activations) { return _mm512_dpbusd_epi32(sum, weights, activations); }
 inline Vec finished(Vec sum) { return sum; }
@@ -67,31 +38,10 @@ inline Vec finished(Vec sum) { return sum; }
 #else
 
 typedef __m256i Vec;
-typedef __m256 Floats;
 constexpr int kTileRows = 6, kTileVecs = 2;
 constexpr int kPanelInputs = 128;  // 8 KB of codes, twice in the first-level cache where two threads share it
 constexpr bool kSixteenBit = true;
 
-inline Vec load_vec(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
-inline void store_vec(void* p, Vec v) { _mm256_store_si256(static_cast<__m256i*>(p), v); }
-inline Vec broadcast_vec(int32_t x) { return _mm256_set1_epi32(x); }
-inline Vec masked(Vec v, Vec mask) { return _mm256_and_si256(v, mask); }
-inline Vec either(Vec a, Vec b) { return _mm256_or_si256(a, b); }
-template <int n>
-inline Vec shifted_right(Vec v) {
-    if constexpr (n > 0) return _mm256_srli_epi16(v, n);
-    if constexpr (n < 0) return _mm256_slli_epi16(v, -n);
-    return v;
-}
-inline Floats from_bf16s(const uint8_t* p) {
-    const Vec wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-inline Floats load_floats(const float* p) { return _mm256_load_ps(p); }
-inline void store_floats(float* p, Floats v) { _mm256_store_ps(p, v); }
-inline Vec add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
-inline Floats to_floats(Vec v) { return _mm256_cvtepi32_ps(v); }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 // One quad a lane, as two sums of 16 bits.
 inline Vec dot(Vec sum, Vec weights, Vec activations) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, activations));
@@ -103,6 +53,22 @@ inline Vec dot_pair(Vec sum, Vec weights, Vec activations) {
 }
 
 #endif
+
+static_assert(sizeof(Vec) == sizeof(Lanes), "a vector of codes has a lane for each output of a vector of floats");
+
+inline Vec load_vec(const void* p) { return *static_cast<const Vec*>(p); }
+inline void store_vec(void* p, Vec v) { *static_cast<Vec*>(p) = v; }
+inline Vec broadcast_vec(int32_t x) { return (Vec)(Ints{} + x); }
+inline Vec add32(Vec a, Vec b) { return (Vec)((Ints)a + (Ints)b); }
+inline Lanes to_floats(Vec v) { return __builtin_convertvector((Ints)v, Lanes); }
+
+// Every 16 bits to the right, or to the left where n is below 0.
+template <int n>
+inline Vec shifted_right(Vec v) {
+    typedef uint16_t Halves __attribute__((vector_size(sizeof(Vec))));
+    if constexpr (n < 0) return (Vec)((Halves)v << -n);
+    return (Vec)((Halves)v >> (n < 0 ? 0 : n));
+}
 
 constexpr int kVecOutputs = sizeof(Vec) / 4;
 constexpr int kVecs = static_cast<int>(kBlock) / kVecOutputs;  // of a block
@@ -121,18 +87,18 @@ inline Vec quad_of(const uint8_t* at) {
     if constexpr (bits == 8) return load_vec(at + q * kStep);
     Vec quad = broadcast_vec(0);
     if constexpr (bits & 4) {
-        quad = masked(shifted_right<q % 2 * 4>(load_vec(at + q / 2 * kStep)), broadcast_vec(0x0f0f0f0f));
+        quad = shifted_right<q % 2 * 4>(load_vec(at + q / 2 * kStep)) & broadcast_vec(0x0f0f0f0f);
         at += 4 * kStep;
     }
     if constexpr (bits & 2) {
         constexpr int low = bits & 4;
         const Vec mask = broadcast_vec(low ? 0x30303030 : 0x03030303);
-        quad = either(quad, masked(shifted_right<q % 4 * 2 - low>(load_vec(at + q / 4 * kStep)), mask));
+        quad |= shifted_right<q % 4 * 2 - low>(load_vec(at + q / 4 * kStep)) & mask;
         at += 2 * kStep;
     }
     if constexpr (bits & 1) {
         constexpr int low = bits & 6;
-        quad = either(quad, masked(shifted_right<q - low>(load_vec(at)), broadcast_vec(0x01010101 << low)));
+        quad |= shifted_right<q - low>(load_vec(at)) & broadcast_vec(0x01010101 << low);
     }
     return quad;
 }
@@ -155,7 +121,7 @@ struct RunSums {
     inline void end(bool wide, const float* scales, float* sums) {
 #pragma GCC unroll 8
         for (int c = 0; c < kTileVecs; ++c) {
-            const Floats scale = raw ? Floats{} : load_floats(scales + c * kVecOutputs);
+            const Lanes scale = raw ? Lanes{} : load(scales + c * kVecOutputs);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
                 float* at = sums + r * kBlock + c * kVecOutputs;
@@ -163,7 +129,7 @@ struct RunSums {
                 if (raw) {
                     store_vec(at, add32(load_vec(at), run));
                 } else {
-                    store_floats(at, multiply_add(to_floats(run), scale, load_floats(at)));
+                    store(at, fma(to_floats(run), scale, load(at)));
                 }
             }
         }
@@ -211,12 +177,11 @@ HALVE_HOT void hot_tile(const Panel& p, int output, float* sums) {
                 const Vec quad = broadcast_vec(int_at(activations + r * row_bytes));
 #pragma GCC unroll 8
                 for (int c = 0; c < kTileVecs; ++c) {
-#if defined(__AVX512VNNI__)
-                    tile.sum[r][c] = dot(tile.sum[r][c], weights[c], quad);
-#else
-                    tile.sum[r][c] =
-                        wide ? dot_pair(tile.sum[r][c], weights[c], quad) : dot(tile.sum[r][c], weights[c], quad);
-#endif
+                    if constexpr (wide) {
+                        tile.sum[r][c] = dot_pair(tile.sum[r][c], weights[c], quad);
+                    } else {
+                        tile.sum[r][c] = dot(tile.sum[r][c], weights[c], quad);
+                    }
                 }
             }
             codes += kPanelStep;

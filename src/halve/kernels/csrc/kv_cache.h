@@ -22,16 +22,6 @@ inline void rotate(const float* __restrict x, const float* __restrict cos, const
     }
 }
 
-// Largest magnitude; NaN where any element is.
-inline float absmax(const float* x, int64_t n) {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
-        most = magnitude > most ? magnitude : most;
-    }
-    return float_of(most);
-}
-
 inline uint16_t round_int8(const float* __restrict x, int64_t n, int8_t* __restrict codes) {
     const uint16_t scale = to_bf16(absmax(x, n) / 127.0f);
     const float step = from_bf16(scale);

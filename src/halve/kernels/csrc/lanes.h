@@ -99,6 +99,16 @@ inline uint32_t bits_of(float x) {
     return bits;
 }
 
+// The largest magnitude of n numbers; NaN where any of them is.
+inline float absmax(const float* x, int64_t n) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+    }
+    return float_of(most);
+}
+
 inline float from_bf16(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
 
 // To nearest, ties to even; NaN stays NaN.

@@ -27,22 +27,18 @@ inline float inverse_root(const float* __restrict x, int64_t width, float eps) {
     return static_cast<float>(1.0 / __builtin_sqrt(total / static_cast<double>(width) + static_cast<double>(eps)));
 }
 
-// The largest magnitude; NaN where the row holds one or an infinity.
-inline float row_absmax(const float* x, int64_t width) {
-    Lanes most = {}, broken = {};
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-        const Lanes v = load(x + i), size = v < 0.0f ? -v : v;
-        most = size > most ? size : most;
-        broken += v * 0.0f;
+// A row's scale, and what its values are multiplied by to be codes.
+struct Int8Scale {
+    float scale, inverse;
+    bool some;  // else every code is 0
+
+    Int8Scale(const float* x, int64_t width) {
+        const float most = absmax(x, width);
+        some = most >= kSmallest && most < __builtin_inff();
+        inverse = some ? 127.0f / most : 0.0f;
+        scale = some ? most / 127.0f : most < kSmallest ? 0.0f : __builtin_nanf("");
     }
-    const Lanes v = load(x + i, width - i), size = v < 0.0f ? -v : v;
-    most = size > most ? size : most;
-    broken += v * 0.0f;
-    float result = 0.0f;
-    for (int j = 0; j < kLanes; ++j) result = most[j] > result ? most[j] : result;
-    return result + sum(broken);
-}
+};
 
 inline void write_start(const Activations& out, int32_t* starts, int64_t run, int32_t even, int32_t odd) {
     const int shift = out.bits - 1;
@@ -52,10 +48,10 @@ inline void write_start(const Activations& out, int32_t* starts, int64_t run, in
 
 // Codes of a row, with zeros up to code_stride, and where the sums of its runs begin.
 inline void to_int8(const float* __restrict x, int64_t width, const Activations& out, int64_t row) {
-    const float absmax = row_absmax(x, width);
-    const bool some = absmax >= kSmallest;
-    const float inverse = some ? 127.0f / absmax : 0.0f;
-    out.scale[row] = some ? absmax / 127.0f : absmax == absmax ? 0.0f : absmax;
+    const Int8Scale row_scale(x, width);
+    const float inverse = row_scale.inverse;
+    const bool some = row_scale.some;
+    out.scale[row] = row_scale.scale;
     int32_t* starts = out.starts + row * out.start_stride;
     int32_t even = 0, odd = 0;
     int64_t run = 0;
@@ -98,13 +94,10 @@ inline void to_int8(const float* __restrict x, int64_t width, const Activations&
 
 // The same rounding where products take floats: each value becomes its code times its scale.
 inline void round_int8(const float* x, float* y, int64_t width) {
-    const float absmax = row_absmax(x, width);
-    const bool some = absmax >= kSmallest;
-    const float inverse = some ? 127.0f / absmax : 0.0f;
-    const float scale = some ? absmax / 127.0f : absmax == absmax ? 0.0f : absmax;
+    const Int8Scale row_scale(x, width);
     for (int64_t i = 0; i < width; ++i) {
-        const float code = some ? (x[i] * inverse + 12582912.0f) - 12582912.0f : 1.0f;
-        y[i] = code * scale;
+        const float code = row_scale.some ? (x[i] * row_scale.inverse + 12582912.0f) - 12582912.0f : 1.0f;
+        y[i] = code * row_scale.scale;
     }
 }
 
