@@ -27,7 +27,6 @@ from halve.kernels.native import NativeOps
 from halve.kernels.native_rows import Linear, call
 from halve.kernels.products import ROUNDINGS, PrepareRecord, product_record, rows_of
 
-ROWS = (1, 2, 4, 8, 32, 128, 512)
 FEW = 4  # rows up to which memory binds
 ROTATED_BYTES = 240_000_000
 
@@ -82,6 +81,7 @@ def main() -> None:
     parser.add_argument("--formats", default="int4-g32,int4-g64,int4-g128,int8,int6-g32,int3-g64,int2-g32")
     parser.add_argument("--shape", default="8192x2048", help="outputs x inputs")
     parser.add_argument("--activations", default="int8", choices=tuple(ROUNDINGS))
+    parser.add_argument("--rows", default="1,2,4,8,32,128,512")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.1, help="of one sample")
     options = parser.parse_args()
@@ -101,7 +101,7 @@ def main() -> None:
             linears.append(
                 ops.linear(type(packed)(format=packed.format, shape=packed.shape, record=packed.record, blob=blob))
             )
-        for rows in ROWS:
+        for rows in map(int, options.rows.split(",")):
             turn, fractions, times = Turn(ops, linears, rows), [], []
             for _ in range(options.rounds):
                 bound = memory.read_gb_s(threads) if rows <= FEW else ceilings.gmac_s(rate, threads)

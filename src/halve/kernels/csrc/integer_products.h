@@ -25,24 +25,28 @@ inline const uint8_t* codes_at(const Activations& x, bool wide, int64_t row, int
     return wide ? reinterpret_cast<const uint8_t*>(x.wide + at) : reinterpret_cast<const uint8_t*>(x.codes + at);
 }
 
-// Quads `from` to `to` of a chunk against the same quads of a few rows.
+// Quads `from` to `to` of a chunk, for two vectors of outputs, against the same quads of a few rows: two, so that a
+// broadcast of activations serves both, and that on AVX2 a cache line is read at once.
 template <int bits, int rows, int from, int to>
-inline void dot_quads(const uint8_t* weights, const uint8_t* const (&activations)[rows], int64_t input,
-                      Vec (&sum)[rows]) {
+inline void dot_quads(const uint8_t* const (&weights)[2], const uint8_t* const (&activations)[rows], int64_t input,
+                      Vec (&sum)[rows][2]) {
     if constexpr (from < to) {
-        const Vec quad = quad_of<bits, from>(weights);
+        const Vec quad[2] = {quad_of<bits, from>(weights[0]), quad_of<bits, from>(weights[1])};
         if constexpr (kSixteenBit && bits == 8) {
-            const Vec even = quad & broadcast_vec(0x00ff00ff), odd = shifted_right<8>(quad);
+            const Vec low = broadcast_vec(0x00ff00ff);
+            const Vec even[2] = {quad[0] & low, quad[1] & low};
+            const Vec odd[2] = {shifted_right<8>(quad[0]), shifted_right<8>(quad[1])};
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 const uint8_t* at = activations[r] + 2 * (input + 4 * from);
-                sum[r] = dot_pair(sum[r], even, broadcast_vec(int_at(at)));
-                sum[r] = dot_pair(sum[r], odd, broadcast_vec(int_at(at + 4)));
+                const Vec first = broadcast_vec(int_at(at)), second = broadcast_vec(int_at(at + 4));
+                for (int c = 0; c < 2; ++c) sum[r][c] = dot_pair(dot_pair(sum[r][c], even[c], first), odd[c], second);
             }
         } else {
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
-                sum[r] = dot(sum[r], quad, broadcast_vec(int_at(activations[r] + input + 4 * from)));
+                const Vec asked = broadcast_vec(int_at(activations[r] + input + 4 * from));
+                for (int c = 0; c < 2; ++c) sum[r][c] = dot(sum[r][c], quad[c], asked);
             }
         }
         dot_quads<bits, rows, from + 1, to>(weights, activations, input, sum);
@@ -50,12 +54,11 @@ inline void dot_quads(const uint8_t* weights, const uint8_t* const (&activations
 }
 
 // sums [rows][64] of a block for up to kFewRows rows, scaled group by group, or as integers where there is one scale a
-// row. The order of additions is that of hot_tile.
-template <int bits, int rows>
+// row (`raw`). The order of additions is that of hot_tile.
+template <int bits, int rows, bool raw>
 HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations& x, int64_t first, float* sums) {
     constexpr bool wide = kSixteenBit && bits == 8;
     constexpr int runs_a_chunk = kSixteenBit && bits == 6 ? 2 : 1;
-    const bool raw = !w.group;
     const int64_t inputs = padded_inputs(w), group = raw ? inputs : w.group;
     const int64_t span = raw ? kChunk : x.run < kChunk ? kChunk : x.run;
     const int64_t span_bytes = span / kChunk * (bits * kBlock * 4), head = head_bytes(w);
@@ -66,44 +69,49 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
         starts[r] = x.starts + (first + r) * x.start_stride;
     }
     const uint8_t* at = block;
-    int64_t run = 0;
-    for (int64_t input = 0; input < inputs;) {
+    for (int64_t input = 0, run = 0; input < inputs;) {
         const uint8_t* scales = at;
         at += head;
-        for (const int64_t end = input + group; input < end;
-             input += span, at += span_bytes, run += raw ? 0 : runs_a_chunk) {
-            for (int64_t i = 0; i < span_bytes; i += 64) __builtin_prefetch(at + kAhead + i, 0, 3);
+        for (const int64_t end = input + group; input < end; input += span, at += span_bytes, run += runs_a_chunk) {
 #pragma GCC unroll 1
-            for (int c = 0; c < kVecs; ++c) {
-                const uint8_t* weights = at + lane_offset(bits, c * kVecOutputs);
-                const Lanes scale = raw ? Lanes{} : scales_of(w, scales, c * kVecOutputs);
-                const auto finish = [&](Vec(&sum)[rows]) {
-                    for (int r = 0; r < rows; ++r) {
-                        float* to = sums + r * kBlock + c * kVecOutputs;
-                        const Vec whole = wide ? sum[r] : finished(sum[r]);
-                        if (raw) {
-                            store_vec(to, add32(load_vec(to), whole));
-                        } else {
-                            store(to, fma(to_floats(whole), scale, load(to)));
+            for (int c = 0; c < kVecs; c += 2) {
+                const uint8_t* ahead = at + kAhead + c * span_bytes / kVecs;
+                for (int64_t i = 0; i < 2 * span_bytes / kVecs; i += 64) __builtin_prefetch(ahead + i, 0, 3);
+                const uint8_t* weights[2] = {at + lane_offset(bits, c * kVecOutputs),
+                                             at + lane_offset(bits, (c + 1) * kVecOutputs)};
+                Vec sum[rows][2];
+                const auto begin = [&](int64_t which) {
+                    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = broadcast_vec(raw ? 0 : starts[r][which]);
+                };
+                const auto finish = [&] {
+                    for (int v = 0; v < 2; ++v) {
+                        const Lanes scale = raw ? Lanes{} : scales_of(w, scales, (c + v) * kVecOutputs);
+                        for (int r = 0; r < rows; ++r) {
+                            float* to = sums + r * kBlock + (c + v) * kVecOutputs;
+                            const Vec whole = wide ? sum[r][v] : finished(sum[r][v]);
+                            if (raw) {
+                                store_vec(to, add32(load_vec(to), whole));
+                            } else {
+                                store(to, fma(to_floats(whole), scale, load(to)));
+                            }
                         }
                     }
                 };
-                Vec sum[rows];
-                for (int r = 0; r < rows; ++r) sum[r] = broadcast_vec(raw ? 0 : starts[r][run]);
+                begin(run);
                 if constexpr (runs_a_chunk == 2) {
                     dot_quads<bits, rows, 0, 4>(weights, activations, input, sum);
-                    finish(sum);
-                    for (int r = 0; r < rows; ++r) sum[r] = broadcast_vec(starts[r][run + 1]);
+                    finish();
+                    begin(run + 1);
                     dot_quads<bits, rows, 4, 8>(weights, activations, input, sum);
                 } else {
                     dot_quads<bits, rows, 0, 8>(weights, activations, input, sum);
 #pragma GCC unroll 1
                     for (int64_t i = kChunk; i < span; i += kChunk) {
-                        weights += bits * kBlock * 4;
+                        for (const uint8_t*& vec : weights) vec += bits * kBlock * 4;
                         dot_quads<bits, rows, 0, 8>(weights, activations, input + i, sum);
                     }
                 }
-                finish(sum);
+                finish();
             }
         }
     }
@@ -153,14 +161,13 @@ void run_strip(int rows, const Panel& panel, float* sums) {
 }
 
 // sums [rows][64] of a block, as few_rows.
-template <int bits>
+template <int bits, bool raw>
 void many_rows(const Packed& w, const uint8_t* block, const Activations& x, int64_t first, int64_t rows, float* sums) {
     constexpr bool wide = kSixteenBit && bits == 8;
     constexpr int64_t most = kPanelInputs;  // a multiple of every run
     alignas(64) uint8_t codes[kPanelInputs * kBlock * (wide ? 2 : 1)];
     alignas(64) float scales[kMaxRuns * kBlock];
     const int64_t inputs = padded_inputs(w), strips = ceil_div(rows, kTileRows);
-    const bool raw = !w.group;
     for (int64_t input = 0; input < inputs; input += most) {
         const int64_t span = least(most, inputs - input), run = raw ? span : x.run;
         unpack_panel<bits>(w, block, input, span, run, codes, scales);
@@ -179,28 +186,27 @@ void many_rows(const Packed& w, const uint8_t* block, const Activations& x, int6
             const int now = static_cast<int>(ceil_div(rows - row, strips - strip));
             p.activations = codes_at(x, wide, first + row, input);
             p.starts = x.starts + (first + row) * x.start_stride + (raw ? 0 : input / run);
-            raw ? run_strip<wide, true>(now, p, sums + row * kBlock)
-                : run_strip<wide, false>(now, p, sums + row * kBlock);
+            run_strip<wide, raw>(now, p, sums + row * kBlock);
             p.ahead += p.ahead_bytes * (kVecs / kTileVecs) * p.runs;
             row += now;
         }
     }
 }
 
-template <int bits>
+template <int bits, bool raw>
 void integer_sums(const Packed& w, const uint8_t* block, const Activations& x, int64_t first, int64_t rows,
                   float* sums) {
     switch (rows) {
         case 1:
-            return few_rows<bits, 1>(w, block, x, first, sums);
+            return few_rows<bits, 1, raw>(w, block, x, first, sums);
         case 2:
-            return few_rows<bits, 2>(w, block, x, first, sums);
+            return few_rows<bits, 2, raw>(w, block, x, first, sums);
         case 3:
-            return few_rows<bits, 3>(w, block, x, first, sums);
+            return few_rows<bits, 3, raw>(w, block, x, first, sums);
         case 4:
-            return few_rows<bits, 4>(w, block, x, first, sums);
+            return few_rows<bits, 4, raw>(w, block, x, first, sums);
         default:
-            many_rows<bits>(w, block, x, first, rows, sums);
+            many_rows<bits, raw>(w, block, x, first, rows, sums);
     }
 }
 
@@ -213,22 +219,23 @@ void integer_block(const Packed& w, int64_t index, const Activations& x, int64_t
     }
     switch (w.bits) {
         case 2:
-            integer_sums<2>(w, block, x, first, rows, sums);
+            integer_sums<2, false>(w, block, x, first, rows, sums);
             break;
         case 3:
-            integer_sums<3>(w, block, x, first, rows, sums);
+            integer_sums<3, false>(w, block, x, first, rows, sums);
             break;
         case 4:
-            integer_sums<4>(w, block, x, first, rows, sums);
+            integer_sums<4, false>(w, block, x, first, rows, sums);
             break;
         case 5:
-            integer_sums<5>(w, block, x, first, rows, sums);
+            integer_sums<5, false>(w, block, x, first, rows, sums);
             break;
         case 6:
-            integer_sums<6>(w, block, x, first, rows, sums);
+            integer_sums<6, false>(w, block, x, first, rows, sums);
             break;
         default:
-            integer_sums<8>(w, block, x, first, rows, sums);
+            w.group ? integer_sums<8, false>(w, block, x, first, rows, sums)
+                    : integer_sums<8, true>(w, block, x, first, rows, sums);
     }
     alignas(64) float scales[kBlock];
     if (!w.group) read_scales(w, block, scales);

@@ -20,7 +20,8 @@
 namespace halve {
 namespace {
 
-constexpr int kSpins = 2000;  // pauses before sleep: some 30 to 90 microseconds
+constexpr int kSpins = 2000;    // pauses before sleep: some 30 to 90 microseconds
+constexpr int64_t kShares = 8;  // for each thread: large at first, so that each reads on in memory, small at last
 constexpr uint64_t kSeat = 1u << 16;
 constexpr int kMostSeats = 0x7fff;
 constexpr int kMostPinned = 1024;  // workers, and cores that they may be pinned to
@@ -41,6 +42,7 @@ struct Job {
     void (*task)(const void*, int64_t);
     const void* context;
     int64_t blocks;
+    int64_t share;  // of what is left, one in so many blocks is taken at once
 };
 
 struct Team {
@@ -58,8 +60,11 @@ struct Team {
     Job job{};          // written only while the gate is closed and nobody is inside
 
     void work() {
-        for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < job.blocks;) {
-            job.task(job.context, block);
+        for (int64_t first = next.load(std::memory_order_relaxed); first < job.blocks;) {
+            const int64_t left = job.blocks - first, end = first + (left > job.share ? left / job.share : 1);
+            if (!next.compare_exchange_weak(first, end, std::memory_order_relaxed)) continue;
+            for (int64_t block = first; block < end; ++block) job.task(job.context, block);
+            first = next.load(std::memory_order_relaxed);
         }
     }
 
@@ -190,7 +195,7 @@ void run(void (*task)(const void*, int64_t), const void* context, int64_t blocks
         const int strength = grow_team(threads);
         std::unique_lock<std::mutex> mine(team->busy, std::try_to_lock);
         if (strength > 1 && mine.owns_lock()) {
-            team->lead({task, context, blocks}, (threads < strength ? threads : strength) - 1);
+            team->lead({task, context, blocks, kShares * threads}, (threads < strength ? threads : strength) - 1);
             return;
         }
     }
