@@ -14,9 +14,9 @@ int grow_team(int threads);
 int pin_team(const int32_t* cores, int64_t count);
 
 // Run task(context, block) for every block in [0, blocks) on the caller and at most `threads` - 1 of the team, and
-// return when all are done. Blocks come from one counter, in stretches that shrink towards the end: a thread reads on in
-// memory, and one that the system puts aside holds up a small part of the work. While another caller has the team, this
-// one works alone.
+// return when all are done. Blocks come from one counter, in stretches that shrink towards the end: a thread reads on
+// in memory, and one that the system puts aside holds up a small part of the work. While another caller has the team,
+// this one works alone.
 void run(void (*task)(const void* context, int64_t block), const void* context, int64_t blocks, int threads);
 
 }  // namespace halve
