@@ -1,8 +1,8 @@
 // The scales of packed weights as floats.
 #pragma once
 
-#include "lanes.h"
 #include "packing.h"
+#include "simd.h"
 
 namespace halve {
 namespace {
@@ -10,10 +10,7 @@ namespace {
 // Of the kLanes outputs from `output` on, of the 64 at the head of a group or block.
 inline Lanes scales_of(const Packed& w, const uint8_t* head, int64_t output) {
     if (w.scale_bytes == 4) return load(reinterpret_cast<const float*>(head) + output);
-    typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-    Halves halves;
-    memcpy(&halves, head + 2 * output, sizeof halves);
-    return (Lanes)(__builtin_convertvector(halves, Bits) << 16);
+    return widened_halves(head + 2 * output);
 }
 
 inline void read_scales(const Packed& w, const uint8_t* head, float* scales) {

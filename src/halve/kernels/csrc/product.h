@@ -12,7 +12,7 @@ namespace {
 // sums [rows][64] of one block, by the loops that this instruction set has for its weights and activations.
 inline void multiply_block(const Packed& w, Rounding rounding, int64_t block, const Activations& x, int64_t first,
                            int64_t rows, float* sums) {
-#if defined(HALVE_INTEGER_TILES)
+#if defined(HALVE_INTEGER_VECTORS)
     if (rounding == Rounding::kInt8 && w.kind == Kind::kInt) return integer_block(w, block, x, first, rows, sums);
 #endif
 #if defined(__AVX512BF16__)

@@ -43,6 +43,18 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
+// kLanes values in bf16, as floats.
+inline Lanes widened_halves(const void* p) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i_u*>(p))), 16);
+#else
+    typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+    Halves halves;
+    memcpy(&halves, p, sizeof halves);
+    return (Lanes)(__builtin_convertvector(halves, Bits) << 16);
+#endif
+}
+
 // 2^x for x up to 127, within 2e-7 of its size (polynomial: relative minimax of degree 5, 9.2e-8); 2^-126 below, and
 // NaN stays NaN.
 inline Lanes exp2(Lanes x) {
