@@ -67,7 +67,9 @@ def reached(edges: dict[int, list[int]], start: int, avoided: int | None = None)
 
 
 def innermost_loops(body: list[Instruction]) -> list[list[Instruction]]:
-    """Natural loops that hold no other loop: a jump back is one where every way to it leads over its target.
+    """Natural loops that work on vectors and hold no other such loop.
+
+    A jump back makes a loop where every way to it leads over its target.
 
     Source: Aho, Lam, Sethi, Ullman, Compilers, section 9.6.
     """
@@ -82,6 +84,8 @@ def innermost_loops(body: list[Instruction]) -> list[list[Instruction]]:
             entry = body[0].address
             if head <= start and (head == entry or start not in reached(onward, entry, head)):
                 loops.setdefault(head, {head}).update({head} if start == head else reached(backward, start, head))
+    on_vectors = {i.address for i in body if i.text.startswith("v")}
+    loops = {head: loop for head, loop in loops.items() if loop & on_vectors}
     inner = [loop for head, loop in loops.items() if not any(other in loop for other in loops if other != head)]
     return [[i for i in body if i.address in loop] for loop in sorted(inner, key=min)]
 

@@ -77,8 +77,8 @@ def exact_attention(q, k, v, spec, sinks=None):
             share = (2 * len(keys) + 16) * EPS
             if spec.kv_format == "int8":
                 d += max(np.abs(q[t, h]).max() / 65534, TINY) * np.abs(keys).sum(-1).max() / np.sqrt(dim)
-                share += 1e-3
-            bound[t, h] = (np.expm1(2 * d) + share) * np.abs(values).max() + 64 * 127 * TINY
+                share += 2e-3
+            bound[t, h] = (np.expm1(2 * d) + share) * np.abs(values).max() + 128 * 127 * TINY
     return out.reshape(len(q), -1), np.broadcast_to(bound, q.shape).reshape(len(q), -1)
 
 

@@ -89,8 +89,8 @@ class FloatKernel {
     static void fetch(const Stored* const* ahead, int64_t at) {
 #pragma GCC unroll 4
         for (int f = 0; f < kFetched; ++f) {
-            __builtin_prefetch(ahead[f] + at);
-            if (kPair == 1) __builtin_prefetch(ahead[f] + at + kFastBlock);
+            __builtin_prefetch(ahead[f] + at, 0, 2);
+            if (kPair == 1) __builtin_prefetch(ahead[f] + at + kFastBlock, 0, 2);
         }
     }
 

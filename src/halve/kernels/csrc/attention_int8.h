@@ -1,10 +1,10 @@
 // Attention over int8 in whole numbers. A query is rounded to 16 bits (scale absmax / 32767), as are the weights times
-// the scales of the values, once for each row and segment; products of pairs are added in 32 bits exactly, since
+// the scales of the values, by the largest of these in a segment; products of pairs are added in 32 bits exactly, since
 // kFastHeadDim * 32767 * 127 and kSegment * 32767 * 127 fit. That is twice the speed of floats, and the rounding is
 // 2^-8 of what int8 has cost already.
 //
 // Error of a score, beside float rounding: at most absmax(q) / 65534 * sum |k|, or 2^-100 * sum |k| where a query has
-// nothing above 2^-100. Of a segment's values: at most kSegment / 65534 * max(weight * |v|), or
+// nothing above 2^-100. Of a segment's values, relative to its largest weight: at most kSegment / 65534 * max |v|, or
 // kSegment * 127 * 2^-100 where that is below.
 #pragma once
 
@@ -24,7 +24,7 @@ inline __attribute__((always_inline)) void add_tile(const int16_t* a, int64_t a_
 #pragma GCC unroll 1  // unrolled further, it would not fit the registers
     for (int64_t i = 0; i < steps; i += 2) {
 #pragma GCC unroll 4
-        for (int f = 0; f < kFetched; ++f) __builtin_prefetch(ahead[f] + i * (kAlign / 2));
+        for (int f = 0; f < kFetched; ++f) __builtin_prefetch(ahead[f] + i * (kAlign / 2), 0, 2);
 #pragma GCC unroll 2
         for (int64_t j = i; j < i + 2; ++j) {
             Words columns[C];
@@ -151,36 +151,38 @@ class IntKernel {
             }
             w.tops[r] = top;
         }
+        Lanes most = {};
+        for (int64_t i = 0; i < kSegment; i += kLanes) {
+            const Lanes size = load(value_scales_ + i);
+            most = maximum_positive(most, kMasked ? select(within(i, low, high), size, Lanes{}) : size);
+        }
+        const float size = largest_positive(most);
+        const Lanes inverse = broadcast(size < kTiny ? 0.0f : 32767.0f / size);
+        alignas(64) float to_codes[kSegment];
+        for (int64_t i = 0; i < kSegment; i += kLanes) store(to_codes + i, load(value_scales_ + i) * inverse);
         Four scales = {};
         for (int r = 0; r < R; ++r) scales[r] = scale_[row + r];
         const Four highest = largest(w.tops) * scales;
         for (int r = 0; r < R; ++r) {
             const Lanes scale = broadcast(scales[r]), top = broadcast(-highest[r]);
-            Lanes added = {}, most = {};
-#pragma GCC unroll 8
-            for (int64_t i = 0; i < kSegment; i += kLanes) {
-                Lanes weight = exp2(fma(load(w.scores[r] + i), scale, top));
-                if (kMasked) weight = select(within(i, low, high), weight, Lanes{});
-                added += weight;
-                Lanes scaled = weight * load(value_scales_ + i);
-                if (kMasked) scaled = select(within(i, low, high), scaled, Lanes{});
-                most = maximum_positive(most, scaled);
-                store(w.scores[r] + i, scaled);
-            }
-            w.added[r] = added;
-            w.tops[r] = most;
-        }
-        w.fade(sums, R, highest);
-        for (int r = 0; r < R; ++r) {
-            const float size = largest_positive(w.tops[r]);
-            const Lanes inverse = broadcast(size < kTiny ? 0.0f : 32767.0f / size);
+            Lanes added = {};
 #pragma GCC unroll 8
             for (int64_t i = 0; i < kSegment; i += kWords) {
-                const Lanes first = load(w.scores[r] + i), second = load(w.scores[r] + i + kLanes);
-                store_words(w.codes[r] + i, to_words(first * inverse, second * inverse));
+                Lanes codes[2];
+                for (int64_t half = 0; half < 2; ++half) {
+                    const int64_t at = i + half * kLanes;
+                    Lanes weight = exp2(fma(load(w.scores[r] + at), scale, top));
+                    if (kMasked) weight = select(within(at, low, high), weight, Lanes{});
+                    added += weight;
+                    codes[half] = weight * load(to_codes + at);
+                    if (kMasked) codes[half] = select(within(at, low, high), codes[half], Lanes{});
+                }
+                store_words(w.codes[r] + i, to_words(codes[0], codes[1]));
             }
-            w.theirs[r] *= size < kTiny ? 0.0f : size / 32767.0f;
+            w.added[r] = added;
         }
+        w.fade(sums, R, highest);
+        for (int r = 0; r < R; ++r) w.theirs[r] *= size < kTiny ? 0.0f : size / 32767.0f;
     }
 
     template <int R, int C>

@@ -91,7 +91,7 @@ struct Weighing {
 };
 
 // The blocks of one segment, and of the next one to be fetched while this one is computed: hardware does not foresee
-// a jump to the next block. What is fetched lies `kAhead` beside what is computed, a line for every two steps.
+// a jump to the next block. Lines go to the second-level cache, which has room for more of them on their way.
 class Blocks {
    public:
     explicit Blocks(const Places& places)
@@ -119,7 +119,7 @@ class Blocks {
     const char* block(int64_t position) const { return data_ + blocks_[position / kFastBlock] * bytes_; }
 
     static void fetch(const char* begin, int64_t bytes) {
-        for (int64_t i = 0; i < bytes; i += kAlign) __builtin_prefetch(begin + i);
+        for (int64_t i = 0; i < bytes; i += kAlign) __builtin_prefetch(begin + i, 0, 2);
     }
 
     const KvLayout layout_;

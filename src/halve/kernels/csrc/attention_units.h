@@ -9,7 +9,7 @@
 namespace halve {
 namespace {
 
-constexpr int64_t kSegment = 64;            // positions whose scores are held at once
+constexpr int64_t kSegment = 128;           // positions whose scores are held at once
 constexpr int64_t kSplit = 2048;            // positions that are summed by themselves
 constexpr int64_t kSplitTokens = 64;        // a step of up to so many tokens may share a context among threads
 constexpr int64_t kEnoughUnits = 64;        // for any number of threads that a context need not be shared by

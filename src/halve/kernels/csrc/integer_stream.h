@@ -125,6 +125,12 @@ HALVE_HOT void hot_stretch(const Packed& w, const Stretch& s, float* sums) {
     }
 }
 
+// The most rows of a strip that reads the stream alone. Unpacking a plane of one bit takes registers of its own.
+template <int bits, bool raw>
+constexpr int alone_rows = raw        ? kRawRows
+                           : bits % 2 ? 2
+                                      : kScaledRows;
+
 template <int bits, bool raw, bool alone>
 inline void run_stretch(int64_t rows, const Packed& w, const Stretch& s, float* sums) {
     typedef void (*Tile)(const Packed&, const Stretch&, float*);
@@ -134,8 +140,9 @@ inline void run_stretch(int64_t rows, const Packed& w, const Stretch& s, float* 
                                                  hot_stretch<bits, 5, raw, alone>, hot_stretch<bits, 6, raw, alone>};
         tiles[rows - 1](w, s, sums);
     } else {
+        constexpr int most = alone ? alone_rows<bits, raw> : kScaledRows;
         static constexpr Tile tiles[kScaledRows] = {hot_stretch<bits, 1, raw, alone>, hot_stretch<bits, 2, raw, alone>,
-                                                    hot_stretch<bits, 3, raw, alone>};
+                                                    hot_stretch<bits, most, raw, alone>};
         tiles[rows - 1](w, s, sums);
     }
 }
@@ -174,7 +181,7 @@ void integer_sums(const Packed& w, const uint8_t* block, const Activations& x, i
     s.row_bytes = x.code_stride;
     s.start_stride = x.start_stride;
     s.stream = block + (raw ? head_bytes(w) : 0);
-    if (strips == 1) {
+    if (rows <= alone_rows<bits, raw>) {
         s.groups = inputs / group;
         s.chunks = group / kChunk;
         s.activations = codes_at(x, false, first, 0);
