@@ -5,7 +5,7 @@ between instructions is shared by all layers; what a layer leaves behind is its 
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ from halve.kernels.products import (
     rows_of,
 )
 
-_EMBED, _ANGLES, _PREPARE, _PRODUCT, _REDUCE, _SILU_MUL, _KV_WRITE, _ATTENTION = range(8)
+OPERATIONS = ("embed", "angles", "prepare", "product", "reduce", "silu_mul", "kv_write", "attention")
+_EMBED, _ANGLES, _PREPARE, _PRODUCT, _REDUCE, _SILU_MUL, _KV_WRITE, _ATTENTION = range(len(OPERATIONS))
 BEST_BYTES = 8  # `Best` of csrc/products.h
 
 
@@ -197,6 +198,13 @@ class Program:
         if failed:
             reason = {1: f"this build has no rows for {self.ops.isa.name}", 2: "no memory for attention's sums"}
             raise KernelError(f"step: {reason[failed]}; reinstall halve on this machine, or give it more memory")
+
+    def part(self, operations: Collection[str]) -> "Program":
+        """Only the instructions of these `OPERATIONS`, over the same memory: what they cost, not what they compute."""
+        part = Program(self.ops, self.max_tokens, self.max_rows)
+        part._instructions = [i for i in self._instructions if OPERATIONS[i[0]] in operations]
+        part._kept.append(self)
+        return part
 
     def _add(self, operation: int, record: ctypes.Structure, *, of_rows: bool = False, keep: tuple[Any, ...]) -> None:
         self._instructions.append((operation, of_rows, record))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from halve.kernels.native import NativeOps
-from halve.kernels.native_cache import KVCache
+from halve.kernels.native_cache import KVCache, Step
 from halve.kernels.native_checks import within
 from halve.kernels.native_rows import Linear
 from halve.kernels.ops import Array, TokenBatch
@@ -47,6 +47,11 @@ class CompiledSteps:
         sampled = unsampled(sampling, self.decoder.config.vocab_size)
         sampled.token_ids[:] = ids
         return sampled
+
+    def program(self, batch: TokenBatch, rows: Array, *, greedy: bool) -> tuple[Program, Step]:
+        """What runs for a batch, and the batch as it takes it: for measurements of its parts."""
+        step = checked_step(batch, self._specs, self.cache, self.decoder.config.vocab_size)
+        return self._program(greedy, batch.num_tokens, len(rows))[0], step
 
     def _run(self, batch: TokenBatch, rows: Array, *, greedy: bool) -> Array:
         step = checked_step(batch, self._specs, self.cache, self.decoder.config.vocab_size)
