@@ -9,22 +9,19 @@ namespace {
 
 // Aligned memory of a cache, poisoned so that unwritten bytes show.
 struct Cache {
-    std::vector<uint8_t> bytes;
+    Buffer<uint8_t, 64> bytes;
     KvCache record{};
 
     Cache(KvFormat format, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim) {
         record = {nullptr, blocks, block_size, kv_heads, head_dim, static_cast<int32_t>(format)};
         size = blocks * kv_block_bytes(record);
-        bytes.assign(static_cast<size_t>(size) + 64, 0);
-        record.data = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+        bytes.assign(static_cast<size_t>(size), 0);
+        record.data = bytes.data();
     }
 
     Cache(const Cache&) = delete;
 
-    std::vector<uint8_t> contents() const {
-        const uint8_t* data = static_cast<const uint8_t*>(record.data);
-        return std::vector<uint8_t>(data, data + size);
-    }
+    std::vector<uint8_t> contents() const { return std::vector<uint8_t>(bytes.begin(), bytes.end()); }
 
     int64_t size = 0;
 };
@@ -35,7 +32,7 @@ struct Sequence {
 };
 
 struct Step {
-    std::vector<int32_t> positions, starts{0}, slots, tables;
+    Buffer<int32_t> positions, starts{0}, slots, tables;
     StepBatch record{};
 
     // Blocks of a sequence are taken from all over the cache.
@@ -52,6 +49,7 @@ struct Step {
             starts.push_back(static_cast<int32_t>(positions.size()));
             for (int32_t page = 0; page < widest; ++page) tables.push_back(block(page));
         }
+        for (Buffer<int32_t>* each : {&positions, &starts, &slots, &tables}) each->shrink_to_fit();
         record = {static_cast<int64_t>(positions.size()),
                   count,
                   widest,
@@ -81,22 +79,21 @@ std::string describe(const Shape& s) {
 
 int64_t widest_of(const Shape& s) { return parts(s.sequences.back().length, s.block_size); }
 
-void write(const Rows& rows, const Cache& cache, const Step& step, const std::vector<float>& k,
-           const std::vector<float>& v, const float* cos, const float* sin) {
+void write(const Rows& rows, const Cache& cache, const Step& step, const Buffer<float>& k, const Buffer<float>& v,
+           const float* cos, const float* sin) {
     const int64_t stride = cache.record.num_kv_heads * cache.record.head_dim;
     const KvWrite work{k.data(), v.data(), stride, stride, cos, sin, &cache.record, &step.record};
     for (int64_t unit = kv_write_units(work); unit-- > 0;) rows.kv_write(work, unit);
 }
 
-std::vector<float> attend(const Rows& rows, const Shape& s, const Cache& cache, const Step& step,
-                          const std::vector<float>& q, const float* sinks, const float* cos, const float* sin) {
+Buffer<float> attend(const Rows& rows, const Shape& s, const Cache& cache, const Step& step, const Buffer<float>& q,
+                     const float* sinks, const float* cos, const float* sin) {
     const int64_t width = s.heads * s.head_dim;
-    std::vector<float> out(q.size(), -7.0f);
+    Buffer<float> out(q.size(), -7.0f);
     Attention work{q.data(), width,      cos,   sin,     &cache.record, &step.record,
                    sinks,    out.data(), width, s.heads, s.window,      nullptr};
-    std::vector<uint8_t> scratch(static_cast<size_t>(attention_scratch_bytes(work)) + 64);
-    work.scratch =
-        reinterpret_cast<float*>(scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64);
+    Buffer<uint8_t, 64> scratch(static_cast<size_t>(attention_scratch_bytes(work)));
+    work.scratch = reinterpret_cast<float*>(scratch.data());
     for (int64_t unit = attention_units(work); unit-- > 0;) rows.attention(work, unit);
     for (int64_t unit = attention_combine_units(work); unit-- > 0;) rows.attention_combine(work, unit);
     return out;
@@ -109,10 +106,10 @@ void check_shape(Report& report, const Shape& s) {
     const int64_t widest = widest_of(s), blocks = widest * static_cast<int64_t>(whole.size());
     const Step history(whole, s.block_size, widest), step(s.sequences, s.block_size, widest);
     const int64_t held = history.record.num_tokens * s.kv_heads * s.head_dim;
-    const std::vector<float> k = random.values(held), v = random.values(held), sinks = random.values(s.heads, 3.0f);
-    const std::vector<float> q = random.values(step.record.num_tokens * s.heads * s.head_dim, 3.0f);
-    const std::vector<float> cos = random.values(history.record.num_tokens * s.head_dim / 2);
-    const std::vector<float> sin = random.values(history.record.num_tokens * s.head_dim / 2);
+    const Buffer<float> k = random.values(held), v = random.values(held), sinks = random.values(s.heads, 3.0f);
+    const Buffer<float> q = random.values(step.record.num_tokens * s.heads * s.head_dim, 3.0f);
+    const Buffer<float> cos = random.values(history.record.num_tokens * s.head_dim / 2);
+    const Buffer<float> sin = random.values(history.record.num_tokens * s.head_dim / 2);
     const float *c = s.rotated ? cos.data() : nullptr, *d = s.rotated ? sin.data() : nullptr;
     const Cache wanted(s.format, blocks, s.block_size, s.kv_heads, s.head_dim);
     write(rows_baseline, wanted, history, k, v, c, d);

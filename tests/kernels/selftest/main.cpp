@@ -1,6 +1,10 @@
-// Compare the rows of one instruction set with the baseline rows: halve_selftest [--unchecked] ISA [part ...].
+// Compare the rows of one instruction set with the baseline rows:
+//
+//     halve_selftest [--unchecked] [--before] ISA [part ...]
+//
 // Exits 0 when every check agrees, 1 when one does not, 2 for unknown arguments, 77 where the processor (or the build)
 // lacks the instruction set. --unchecked does not ask the processor: an emulated one may run more than its CPUID says.
+// Nothing may be touched behind a buffer, or with --before in front of it (guarded.h): that ends the program.
 #include <stdio.h>
 #include <string.h>
 
@@ -22,7 +26,7 @@ void Report::line(bool ok, const std::string& what, const std::string& detail) {
     printf("%s %s %s: %s\n", ok ? "ok" : "FAIL", isa, what.c_str(), detail.c_str());
 }
 
-void Report::close(const std::string& what, const std::vector<float>& got, const std::vector<float>& wanted,
+void Report::close(const std::string& what, const Buffer<float>& got, const Buffer<float>& wanted,
                    const std::vector<double>& bound) {
     double worst = 0.0;
     size_t where = 0;
@@ -89,11 +93,11 @@ struct Part {
 };
 
 constexpr Part kParts[] = {
-    {"prepare", check_prepare},     {"product", check_product},
-    {"embed", check_embed},         {"rms_norm", check_rms_norm},
-    {"rope", check_rope},           {"elementwise", check_elementwise},
-    {"attention", check_attention}, {"copy_block", check_copy_block},
-    {"sample", check_sample},
+    {"guards", check_guards},           {"prepare", check_prepare},
+    {"product", check_product},         {"embed", check_embed},
+    {"rms_norm", check_rms_norm},       {"rope", check_rope},
+    {"elementwise", check_elementwise}, {"attention", check_attention},
+    {"copy_block", check_copy_block},   {"sample", check_sample},
 };
 
 int run(int count, char** arguments) {
@@ -109,14 +113,20 @@ int run(int count, char** arguments) {
         {"avx512bf16", &rows_avx512bf16, has_avx512bf16()},
 #endif
     };
-    const bool unchecked = count > 1 && !strcmp(arguments[1], "--unchecked");
-    if (unchecked) --count, ++arguments;
+    const auto flag = [&](const char* name) {
+        const bool given = count > 1 && !strcmp(arguments[1], name);
+        if (given) --count, ++arguments;
+        return given;
+    };
+    const bool unchecked = flag("--unchecked");
+    if (flag("--before")) guarded_side = Side::kBefore;
     const Isa* chosen = nullptr;
     for (const Isa& isa : isas) {
         if (count > 1 && !strcmp(isa.name, arguments[1])) chosen = &isa;
     }
     if (!chosen) {
-        fprintf(stderr, "usage: halve_selftest [--unchecked] ISA [part ...]; instruction sets of this build:");
+        fprintf(stderr,
+                "usage: halve_selftest [--unchecked] [--before] ISA [part ...]; instruction sets of this build:");
         for (const Isa& isa : isas) fprintf(stderr, " %s", isa.name);
         fprintf(stderr, "; parts:");
         for (const Part& part : kParts) fprintf(stderr, " %s", part.name);

@@ -10,7 +10,8 @@ constexpr double kEps = 0x1p-24;
 
 // A matrix as a file holds it, packed, and as the doubles that it means.
 struct Weight {
-    std::vector<uint8_t> codes, scales, packed;
+    Buffer<uint8_t> codes, scales;
+    Buffer<uint8_t, 64> packed;
     std::vector<double> values;  // [N, K]
     Packed matrix{};
 };
@@ -35,12 +36,12 @@ std::string describe(const WeightShape& s) {
 }
 
 template <class T>
-void put(std::vector<uint8_t>& bytes, int64_t index, T value) {
+void put(Buffer<uint8_t>& bytes, int64_t index, T value) {
     memcpy(bytes.data() + index * static_cast<int64_t>(sizeof value), &value, sizeof value);
 }
 
 // A float below 2 in the kind's own bits at an index, and what it means. fp16 and fp8 get normal numbers only.
-double put_float(std::vector<uint8_t>& bytes, int64_t index, StoredKind kind, Random& random) {
+double put_float(Buffer<uint8_t>& bytes, int64_t index, StoredKind kind, Random& random) {
     const float sign = random.bits() & 1 ? -1.0f : 1.0f;
     const uint32_t mantissa = random.bits();
     if (kind == StoredKind::kFloat32) {
@@ -119,10 +120,9 @@ Weight make_weight(const WeightShape& s, Random& random) {
                         s.bits,
                         static_cast<int>(s.scale)};
     const int64_t bytes = plan_packing(stored, &w.matrix);
-    w.packed.resize(static_cast<size_t>(bytes) + 64);
-    uint8_t* data = w.packed.data() + (64 - reinterpret_cast<uintptr_t>(w.packed.data()) % 64) % 64;
-    pack_blocks(stored, w.matrix, data, 0, blocks_of(w.matrix));
-    w.matrix.data = data;
+    w.packed.resize(static_cast<size_t>(bytes));
+    pack_blocks(stored, w.matrix, w.packed.data(), 0, blocks_of(w.matrix));
+    w.matrix.data = w.packed.data();
     return w;
 }
 
@@ -146,10 +146,10 @@ Codes codes_for(const Rows& rows, int bits, int64_t group) {
 
 // Room for prepared rows. Without codes, int8 rounding leaves floats.
 struct Prepared {
-    std::vector<float> values, scale;
-    std::vector<int8_t> codes;
-    std::vector<int16_t> wide;
-    std::vector<int32_t> starts;
+    Buffer<float> values, scale;
+    Buffer<int8_t> codes;
+    Buffer<int16_t> wide;
+    Buffer<int32_t> starts;
     Activations record{};
 
     Prepared(int64_t rows, int64_t width) {
@@ -204,7 +204,7 @@ const char* name_of(Rounding rounding) {
 // The baseline multiplies floats whatever the rounding; the rows of x86 multiply bytes.
 bool takes_codes(const Rows& rows, Rounding rounding) { return rounding == Rounding::kInt8 && &rows != &rows_baseline; }
 
-void prepare_rows(const Rows& rows, const std::vector<float>& x, const float* gain, int64_t width, Rounding rounding,
+void prepare_rows(const Rows& rows, const Buffer<float>& x, const float* gain, int64_t width, Rounding rounding,
                   const Prepared& to) {
     Prepare work{};
     work.x = x.data();
@@ -218,14 +218,14 @@ void prepare_rows(const Rows& rows, const std::vector<float>& x, const float* ga
 }
 
 template <class T>
-std::vector<float> floats_of(const std::vector<T>& from) {
-    return std::vector<float>(from.begin(), from.end());
+Buffer<float> floats_of(const Buffer<T>& from) {
+    return Buffer<float>(from.begin(), from.end());
 }
 
 // Rows of activations: of size 1; the first often at the largest magnitude, the last all zeros where `odd`, with a NaN
 // in the one before it.
-std::vector<float> make_rows(int64_t rows, int64_t width, bool odd, Random& random) {
-    std::vector<float> x = random.values(rows * width);
+Buffer<float> make_rows(int64_t rows, int64_t width, bool odd, Random& random) {
+    Buffer<float> x = random.values(rows * width);
     for (int64_t i = 0; i < width; i += 1 + random.bits() % 3)
         x[static_cast<size_t>(i)] = random.bits() & 1 ? 1.0f : -1.0f;
     if (!odd) return x;
@@ -243,16 +243,15 @@ struct Case {
 };
 
 // What a product of a case gives, [rows, outputs of every member].
-std::vector<float> run_product(const Rows& rows, const Case& c, const std::vector<float>& x,
-                               const std::vector<Weight>& weights, const std::vector<float>& bias,
-                               const std::vector<float>& before) {
+Buffer<float> run_product(const Rows& rows, const Case& c, const Buffer<float>& x, const std::vector<Weight>& weights,
+                          const Buffer<float>& bias, const Buffer<float>& before) {
     const int64_t k = c.weight.inputs, n = c.weight.outputs, stride = n + 3;
     const bool integers = c.weight.kind == StoredKind::kInt && takes_codes(rows, c.rounding);
     const Prepared prepared = integers ? Prepared(c.rows, k, codes_for(rows, c.weight.bits, c.weight.group))
                               : takes_bf16(rows, c.rounding, c.weight.kind) ? with_bf16(c.rows, k)
                                                                             : Prepared(c.rows, k);
     prepare_rows(rows, x, nullptr, k, c.rounding, prepared);
-    std::vector<float> y = before;
+    Buffer<float> y = before;
     Product work{};
     work.x = prepared.record;
     for (int i = 0; i < c.members; ++i) {
@@ -272,7 +271,7 @@ std::vector<float> run_product(const Rows& rows, const Case& c, const std::vecto
 
 // Every sum of K products is off by at most K roundings of its size; a chain of products keeps that bound (Higham,
 // Accuracy and Stability, section 3.1). Both sides may be off, the inputs of int8 by one rounding more.
-std::vector<double> bounds(const Case& c, const std::vector<float>& x, const std::vector<Weight>& weights) {
+std::vector<double> bounds(const Case& c, const Buffer<float>& x, const std::vector<Weight>& weights) {
     const int64_t k = c.weight.inputs, n = c.weight.outputs, stride = n + 3;
     std::vector<double> sizes(static_cast<size_t>(c.members * c.rows * stride), 0.0);
     for (int i = 0; i < c.members; ++i) {
@@ -301,9 +300,9 @@ void check_case(Report& report, const Case& c) {
     Random random(static_cast<uint64_t>(c.weight.inputs * 1000 + c.weight.bits * 100 + c.rows));
     std::vector<Weight> weights;
     for (int i = 0; i < c.members; ++i) weights.push_back(make_weight(c.weight, random));
-    const std::vector<float> x = make_rows(c.rows, c.weight.inputs, false, random);
-    const std::vector<float> bias = random.values(c.weight.outputs);
-    const std::vector<float> before = random.values(c.members * c.rows * (c.weight.outputs + 3));
+    const Buffer<float> x = make_rows(c.rows, c.weight.inputs, false, random);
+    const Buffer<float> bias = random.values(c.weight.outputs);
+    const Buffer<float> before = random.values(c.members * c.rows * (c.weight.outputs + 3));
     const std::string what = format("product %s rows=%d%s%s%s%s", name_of(c.rounding), static_cast<int>(c.rows),
                                     c.members > 1 && !c.gated ? " members=2" : "", c.bias ? " bias" : "",
                                     c.add ? " add" : "", c.gated ? " gated" : "");
@@ -312,7 +311,7 @@ void check_case(Report& report, const Case& c) {
 }
 
 // Codes of activations, and where the sums of their runs begin.
-void check_codes(Report& report, const std::vector<float>& x, const float* gain, int64_t width, const Codes& how) {
+void check_codes(Report& report, const Buffer<float>& x, const float* gain, int64_t width, const Codes& how) {
     const int64_t rows = static_cast<int64_t>(x.size()) / width;
     const Prepared got(rows, width, how), wanted(rows, width, how);
     prepare_rows(report.rows, x, gain, width, Rounding::kInt8, got);
@@ -329,7 +328,7 @@ void check_codes(Report& report, const std::vector<float>& x, const float* gain,
     }
     // A norm's last bit may move a code to its neighbour; starts follow the codes, as seen without a norm.
     const bool wide = got.codes.empty();
-    const std::vector<float> codes = wide ? floats_of(got.wide) : floats_of(got.codes);
+    const Buffer<float> codes = wide ? floats_of(got.wide) : floats_of(got.codes);
     report.close(what + "codes", codes, wide ? floats_of(wanted.wide) : floats_of(wanted.codes),
                  std::vector<double>(codes.size(), 1.0));
     report.close(what + "scale", got.scale, wanted.scale, std::vector<double>(got.scale.size(), 1e-6));
@@ -345,7 +344,7 @@ void check_prepare(Report& report) {
     for (const int64_t width : {1, 31, 32, 33, 64, 100, 576}) {
         const int64_t rows = 5;
         Random random(static_cast<uint64_t>(width));
-        const std::vector<float> x = make_rows(rows, width, true, random), gain = random.values(width);
+        const Buffer<float> x = make_rows(rows, width, true, random), gain = random.values(width);
         const int w = static_cast<int>(width);
         for (const Rounding rounding : {Rounding::kNone, Rounding::kBfloat16, Rounding::kInt8}) {
             const Prepared got(rows, width), wanted(rows, width);
@@ -418,9 +417,9 @@ void check_embed(Report& report) {
     for (const WeightShape& shape : shapes) {
         Random random(static_cast<uint64_t>(shape.bits));
         const Weight weight = make_weight(shape, random);
-        const int32_t ids[] = {0, 69, 63, 64, 5};
-        std::vector<float> got(static_cast<size_t>(5 * shape.inputs), -7.0f), wanted;
-        const Embed work{&weight.matrix, ids, got.data()};
+        const Buffer<int32_t> ids{0, 69, 63, 64, 5};
+        Buffer<float> got(static_cast<size_t>(5 * shape.inputs), -7.0f), wanted;
+        const Embed work{&weight.matrix, ids.data(), got.data()};
         for (int64_t token = 0; token < 5; ++token) {
             report.rows.embed(work, token);
             const double* row = weight.values.data() + ids[token] * shape.inputs;

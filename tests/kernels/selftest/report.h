@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "guarded.h"
 #include "rows.h"
 
 namespace halve {
@@ -18,12 +19,12 @@ class Report {
     Report(const char* isa, const Rows& rows) : isa(isa), rows(rows) {}
 
     // One line for values that may differ by `bound`, element by element. NaN agrees with NaN alone.
-    void close(const std::string& what, const std::vector<float>& got, const std::vector<float>& wanted,
+    void close(const std::string& what, const Buffer<float>& got, const Buffer<float>& wanted,
                const std::vector<double>& bound);
 
     // One line for values that may not differ.
-    template <class T>
-    void same(const std::string& what, const std::vector<T>& got, const std::vector<T>& wanted) {
+    template <class Values>
+    void same(const std::string& what, const Values& got, const Values& wanted) {
         size_t different = 0, first = 0;
         for (size_t i = got.size(); i-- > 0;) {
             if (memory(got[i]) == memory(wanted[i])) continue;
@@ -73,8 +74,8 @@ class Random {
     // Uniform in [-1, 1).
     float value() { return static_cast<float>(static_cast<int32_t>(bits())) * 0x1p-31f; }
 
-    std::vector<float> values(int64_t size, float scale = 1.0f) {
-        std::vector<float> out(static_cast<size_t>(size));
+    Buffer<float> values(int64_t size, float scale = 1.0f) {
+        Buffer<float> out(static_cast<size_t>(size));
         for (float& x : out) x = value() * scale;
         return out;
     }
@@ -82,6 +83,8 @@ class Random {
    private:
     uint64_t state_;
 };
+
+void check_guards(Report& report);
 
 // One function for each entry of the table of rows.
 void check_prepare(Report& report);

@@ -19,31 +19,35 @@ constexpr Choice kChoices[] = {
 };
 constexpr int64_t kRows = sizeof kChoices / sizeof *kChoices, kMost = 3, kHistory = 6;
 
+template <class T>
+Buffer<T> column(T Choice::* field) {
+    Buffer<T> out;
+    for (const Choice& choice : kChoices) out.push_back(choice.*field);
+    out.shrink_to_fit();
+    return out;
+}
+
 struct Chosen {
-    std::vector<int32_t> tokens, status, top_ids;
-    std::vector<float> logprobs, top_logprobs;
+    Buffer<int32_t> tokens, status, top_ids;
+    Buffer<float> logprobs, top_logprobs;
 };
 
-Chosen choose(const Rows& rows, const std::vector<float>& logits, int64_t vocab) {
-    std::vector<float> temperature, top_p, min_p, typical_p, presence, frequency, repetition;
-    std::vector<int32_t> top_k, num_logprobs, history;
-    std::vector<uint64_t> seed;
-    std::vector<int64_t> step, offsets{0};
+Chosen choose(const Rows& rows, const Buffer<float>& logits, int64_t vocab) {
+    const Buffer<float> temperature = column(&Choice::temperature), top_p = column(&Choice::top_p);
+    const Buffer<float> min_p = column(&Choice::min_p), typical_p = column(&Choice::typical_p);
+    const Buffer<float> presence = column(&Choice::presence), frequency = column(&Choice::frequency);
+    const Buffer<float> repetition = column(&Choice::repetition);
+    const Buffer<int32_t> top_k = column(&Choice::top_k);
+    Buffer<int32_t> num_logprobs(kRows), history(kRows * kHistory);
+    Buffer<uint64_t> seed(kRows);
+    Buffer<int64_t> step(kRows), offsets(kRows + 1);
     for (int64_t r = 0; r < kRows; ++r) {
-        const Choice& c = kChoices[r];
-        temperature.push_back(c.temperature);
-        top_k.push_back(c.top_k);
-        top_p.push_back(c.top_p);
-        min_p.push_back(c.min_p);
-        typical_p.push_back(c.typical_p);
-        presence.push_back(c.presence);
-        frequency.push_back(c.frequency);
-        repetition.push_back(c.repetition);
-        num_logprobs.push_back(static_cast<int32_t>(r % (kMost + 1)));
-        seed.push_back(static_cast<uint64_t>(r) * 77 + 5);
-        step.push_back(r);
-        for (int64_t i = 0; i < kHistory; ++i) history.push_back(static_cast<int32_t>((r * 5 + i * i) % vocab));
-        offsets.push_back(static_cast<int64_t>(history.size()));
+        num_logprobs[r] = static_cast<int32_t>(r % (kMost + 1));
+        seed[r] = static_cast<uint64_t>(r) * 77 + 5;
+        step[r] = r;
+        for (int64_t i = 0; i < kHistory; ++i)
+            history[r * kHistory + i] = static_cast<int32_t>((r * 5 + i * i) % vocab);
+        offsets[r + 1] = (r + 1) * kHistory;
     }
     Chosen out;
     out.tokens.assign(kRows, -7);
@@ -51,7 +55,7 @@ Chosen choose(const Rows& rows, const std::vector<float>& logits, int64_t vocab)
     out.top_ids.assign(kRows * kMost, -7);
     out.logprobs.assign(kRows, -7.0f);
     out.top_logprobs.assign(kRows * kMost, -7.0f);
-    std::vector<uint8_t> scratch(static_cast<size_t>(sampling_bytes(vocab)) + 64, 0);
+    Buffer<uint8_t, 64> scratch(static_cast<size_t>(sampling_bytes(vocab)), 0);
     int64_t next = 0;
     Sampling work{};
     work.logits = logits.data();
@@ -79,7 +83,7 @@ Chosen choose(const Rows& rows, const std::vector<float>& logits, int64_t vocab)
     work.top_logprobs = out.top_logprobs.data();
     work.status = out.status.data();
     work.next = &next;
-    work.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+    work.scratch = scratch.data();
     rows.sample(work, 0);
     return out;
 }
@@ -89,11 +93,11 @@ Chosen choose(const Rows& rows, const std::vector<float>& logits, int64_t vocab)
 void check_sample(Report& report) {
     for (const int64_t vocab : {2, 33, 64, 1000, 5003}) {
         Random random(static_cast<uint64_t>(vocab));
-        std::vector<float> logits = random.values(kRows * vocab, 6.0f);
+        Buffer<float> logits = random.values(kRows * vocab, 6.0f);
         const Chosen got = choose(report.rows, logits, vocab), wanted = choose(rows_baseline, logits, vocab);
         const std::string what = format("sample vocab=%d ", static_cast<int>(vocab));
         report.same(what + "tokens", got.tokens, wanted.tokens);
-        report.same(what + "status", got.status, std::vector<int32_t>(kRows, 0));
+        report.same(what + "status", got.status, Buffer<int32_t>(kRows, 0));
         report.same(what + "likeliest tokens", got.top_ids, wanted.top_ids);
         report.close(what + "logprobs", got.logprobs, wanted.logprobs, std::vector<double>(got.logprobs.size(), 4e-6));
         report.close(what + "likeliest logprobs", got.top_logprobs, wanted.top_logprobs,
