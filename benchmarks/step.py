@@ -58,7 +58,7 @@ def main() -> None:
         decode_batch(options.batch, options.context, config.vocab_size),
         np.arange(options.batch, dtype=np.int32),
     )
-    program, step = CompiledSteps(model.decoder, ops, cache).program(batch, rows, greedy=True)
+    program, step = CompiledSteps(model.decoder, ops, cache).program(batch, rows, full=False)
     parts = {"step": program} | {name: program.part({name}) for name in OPERATIONS}
     parts["all but products"] = program.part(set(OPERATIONS) - {"product"})
     memory, read = ceilings.Arena(ceilings.LEAST_ARENA_BYTES), []

@@ -385,6 +385,26 @@ def test_plain_greedy_is_known():
     assert not any(SamplingBatch.of(2, **setting).plain_greedy for setting in acting)
 
 
+@pytest.mark.parametrize(
+    ("settings", "candidates"),
+    [
+        ({"temperature": [0.0, 1.0], "top_k": [0, 40]}, 40),
+        ({"temperature": [0.0, 1.0], "top_k": [50, 3], "top_p": 0.9, "min_p": 0.1, "typical_p": 0.5}, 3),
+        ({"temperature": 1.0, "top_k": 1}, 1),
+        ({"temperature": 1.0, "top_k": [0, 5]}, None),
+        ({"temperature": 1.0, "top_k": 5, "num_logprobs": [-1, 0]}, None),
+        ({"temperature": 1.0, "top_k": 5, "repetition_penalty": [1.0, 1.1]}, None),
+        ({"temperature": 1.0, "top_k": 5, "presence_penalty": 0.1}, None),
+        ({"temperature": 1.0, "top_k": 5, "frequency_penalty": 0.1}, None),
+        ({"temperature": 1.0, "top_k": 5, "bias_tokens": Ragged.of([[], [1]])}, None),
+        ({"temperature": 1.0, "top_k": 5, "allowed": np.ones((2, 1), np.uint32)}, None),
+    ],
+    ids=str,
+)
+def test_what_a_few_of_the_likeliest_tokens_answer_is_known(settings, candidates):
+    assert SamplingBatch.of(2, **settings).num_candidates == candidates
+
+
 def test_torch_samples_by_the_definition():
     ops = TorchOps("cpu")
     logits = np.random.default_rng(2).standard_normal((4, 50)).astype(np.float32)

@@ -12,6 +12,7 @@ from halve.formats.base import BF16
 from halve.kernels import native_library
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import TokenBatch
+from halve.kernels.program import MOST_CANDIDATES
 from halve.kernels.sampling import SamplingBatch
 from halve.models import Decoder, LayerSpec, ModelConfig
 from halve.models.compiled import LEAST_TOKENS
@@ -130,6 +131,28 @@ def test_greedy_tokens_without_full_logits_are_the_argmax_of_the_logits():
     for step, rows in zip(STEPS, ROWS, strict=True):
         sampled = decoder.sample(step, one, rows, SamplingBatch.greedy(len(rows)))
         assert sampled.token_ids.tolist() == decoder.step(step, other, rows).argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("top_k", [2, 40, 64, 65])
+def test_rows_of_top_k_and_greedy_rows_draw_from_few_candidates_what_they_draw_from_all_logits(top_k, monkeypatch):
+    decoder = Decoder(PLAIN, NativeOps(activations="int8"), Random())
+    one, other = decoder.new_cache(8, BLOCK), decoder.new_cache(8, BLOCK)
+    sample, widths = decoder.ops.sample, []
+    monkeypatch.setattr(decoder.ops, "sample", lambda z, s: widths.append(z.shape[1]) or sample(z, s))
+    for step, rows in zip(STEPS, ROWS, strict=True):
+        logits = decoder.step(step, other, rows)
+        for seed in range(20):
+            sampling = SamplingBatch.of(
+                len(rows),
+                temperature=np.resize([5.0, 0.0, 0.7], len(rows)),
+                top_k=top_k - np.arange(len(rows)) % 2,
+                top_p=0.95,
+                min_p=0.001,
+                seed=seed,
+            )
+            found = decoder.sample(step, one, rows, sampling)
+            assert found.token_ids.tolist() == sample(logits, sampling).token_ids.tolist()
+    assert set(widths) == {top_k if top_k <= MOST_CANDIDATES else VOCAB}
 
 
 def test_a_step_that_outgrows_the_memory_gets_more_and_loses_nothing():

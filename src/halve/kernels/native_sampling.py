@@ -80,14 +80,24 @@ def _ragged(name: str, tokens: Ragged | None) -> dict[str, Array]:
     return {} if tokens is None else {f"{name}_ids": tokens.ids, f"{name}_offsets": tokens.offsets}
 
 
-_memory = threading.local()  # of each caller: the pages are warm at its next step
+class _Memory(threading.local):
+    """Of each caller, so that the pages are warm at its next step; by vocabulary, the one used last at the end."""
+
+    def __init__(self) -> None:
+        self.scratch: dict[int, Array] = {}
+
+
+_memory = _Memory()
+_VOCABULARIES = 4  # that keep their memory: a model's, and numbers of candidates
 
 
 def _scratch(vocab: int, threads: int) -> Array:
-    """Memory for that many threads. Zero at first, and the C++ leaves its counts so; another vocabulary starts anew."""
+    """Memory for that many threads. Zero at first, and the C++ leaves its counts so, where this vocabulary has them."""
     size_bytes = threads * 1024 * library().halve_sampling_kib(vocab)
-    held: Array | None = getattr(_memory, "scratch", None)
-    if held is None or _memory.vocab != vocab or held.nbytes < size_bytes:
+    held = _memory.scratch.pop(vocab, None)
+    if held is None or held.nbytes < size_bytes:
         held = np.zeros(size_bytes // 8, np.float64)
-        _memory.scratch, _memory.vocab = held, vocab
+    _memory.scratch[vocab] = held
+    if len(_memory.scratch) > _VOCABULARIES:
+        del _memory.scratch[next(iter(_memory.scratch))]
     return held

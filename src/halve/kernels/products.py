@@ -47,6 +47,16 @@ class PrepareRecord(ctypes.Structure):
     )
 
 
+class LikeliestRecord(ctypes.Structure):
+    """`Likeliest` of csrc/products.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("lists", "held", "floors", "taken")),
+        ("places", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
 class ProductRecord(ctypes.Structure):
     """`Product` of csrc/products.h."""
 
@@ -56,7 +66,7 @@ class ProductRecord(ctypes.Structure):
         ("bias", ctypes.c_void_p * MAX_MEMBERS),
         ("y", ctypes.c_void_p * MAX_MEMBERS),
         ("y_stride", ctypes.c_int64 * MAX_MEMBERS),
-        ("best", ctypes.c_void_p),
+        ("likeliest", LikeliestRecord),
         ("rows", ctypes.c_int64),
         ("members", ctypes.c_int32),
         ("add", ctypes.c_int32),

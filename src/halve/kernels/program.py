@@ -17,12 +17,13 @@ from halve.kernels.native_checks import check_batch, int32, within
 from halve.kernels.native_library import library
 from halve.kernels.native_rows import Linear
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch
-from halve.kernels.packed import BLOCK, PackedMatrix, aligned_bytes
+from halve.kernels.packed import PackedMatrix, aligned_bytes
 from halve.kernels.products import (
     MAX_MEMBERS,
     ROUNDINGS,
     ActivationsRecord,
     InputLayout,
+    LikeliestRecord,
     PrepareRecord,
     ProductRecord,
     product_record,
@@ -32,6 +33,7 @@ from halve.kernels.products import (
 OPERATIONS = ("embed", "angles", "prepare", "product", "reduce", "silu_mul", "kv_write", "attention")
 _EMBED, _ANGLES, _PREPARE, _PRODUCT, _REDUCE, _SILU_MUL, _KV_WRITE, _ATTENTION = range(len(OPERATIONS))
 BEST_BYTES = 8  # `Best` of csrc/products.h
+MOST_CANDIDATES = 64  # as csrc/products.h has it
 
 
 def _record(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -42,9 +44,9 @@ _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _Instruction = _record("Instruction", operation=_I32, of_rows=_I32, record=_P)
 _Embed = _record("Embed", table=_P, ids=_P, y=_P)
 _Angles = _record("Angles", frequencies=_P, cos=_P, sin=_P, half=_I64)
-_Reduce = _record("Reduce", best=_P, ids=_P, blocks=_I64)
+_Reduce = _record("Reduce", likeliest=LikeliestRecord, rows=_I64, logits=_P, ids=_P)
 _Gate = _record("Gate", gate=_P, up=_P, out=_P, width=_I64)
-_StepInput = _record("StepInput", batch=_P, token_ids=_P, rows=_P, num_rows=_I64)
+_StepInput = _record("StepInput", batch=_P, token_ids=_P, rows=_P, num_rows=_I64, num_candidates=_I64)
 
 Rotation = tuple[Array, Array]  # cos, sin float32 [T, D / 2]
 
@@ -133,15 +135,27 @@ class Program:
         )
         self._add(_PRODUCT, record, of_rows=of_rows, keep=(*linears, *outputs))
 
-    def best(self, x: ActivationsRecord, linear: Linear) -> Array:
-        """The largest output of each wanted row, int32 [max_rows], ties to the lowest; -1 where one is not finite."""
-        blocks = -(-linear.matrix.out_features // BLOCK)
-        best, ids = aligned_bytes(BEST_BYTES * blocks * self.max_rows), np.zeros(self.max_rows, np.int32)
+    def likeliest(self, x: ActivationsRecord, linear: Linear) -> tuple[Array, Array]:
+        """The k largest outputs of each wanted row, equals to the lowest, in place of all of them.
+
+        k is told to `run`. Returns the outputs, float32, and which they are, int32, both [max_rows * MOST_CANDIDATES]
+        of which a run fills [rows, k]: in their order; -infinity where there are fewer, infinity in a row with NaN.
+        """
+        places, size = self.ops.num_threads, self.max_rows * MOST_CANDIDATES
+        parts = {
+            "lists": aligned_bytes(BEST_BYTES * places * size),
+            "held": np.zeros(places * self.max_rows, np.int32),
+            "floors": np.full(self.max_rows, np.finfo(np.float32).min, np.float32),
+            "taken": np.zeros(places, np.int32),
+        }
+        likeliest = LikeliestRecord(places=places, **{name: part.ctypes.data for name, part in parts.items()})
+        values, ids = np.zeros(size, np.float32), np.zeros(size, np.int32)
         record: ProductRecord = product_record(x, [linear.matrix], [linear.bias], [], rounding=linear.activations)
-        record.best = best.ctypes.data
-        self._add(_PRODUCT, record, of_rows=True, keep=(linear, best))
-        self._add(_REDUCE, _Reduce(best.ctypes.data, ids.ctypes.data, blocks), of_rows=True, keep=(ids,))
-        return ids
+        record.likeliest = likeliest
+        self._add(_PRODUCT, record, of_rows=True, keep=(linear, parts))
+        reduce = _Reduce(likeliest, logits=values.ctypes.data, ids=ids.ctypes.data)
+        self._add(_REDUCE, reduce, of_rows=True, keep=(values, ids))
+        return values, ids
 
     def silu_mul(self, gate: Array, up: Array, out: Array) -> None:
         """silu(gate) * up."""
@@ -180,14 +194,15 @@ class Program:
         )
         self._add(_ATTENTION, record, keep=(q, out, cache, rotation, sinks))
 
-    def run(self, step: Step, token_ids: Array, rows: Array) -> None:
-        """Run every instruction for the tokens of a checked step."""
+    def run(self, step: Step, token_ids: Array, rows: Array, num_candidates: int = 1) -> None:
+        """Run every instruction for the tokens of a checked step. num_candidates: k of `likeliest`."""
+        assert 1 <= num_candidates <= MOST_CANDIDATES
         if self._compiled is None:
             compiled = (_Instruction * len(self._instructions))()
             for i, (operation, of_rows, record) in enumerate(self._instructions):
                 compiled[i] = _Instruction(operation, of_rows, ctypes.addressof(record))
             self._compiled = compiled
-        inputs = _StepInput(step.address, token_ids.ctypes.data, rows.ctypes.data, len(rows))
+        inputs = _StepInput(step.address, token_ids.ctypes.data, rows.ctypes.data, len(rows), num_candidates)
         failed = library().halve_run(
             self.ops.isa.number,
             ctypes.addressof(self._compiled),

@@ -152,10 +152,22 @@ class SamplingBatch:
         return np.asarray(counted | (self.repetition_penalty != 1))
 
     @cached_property
+    def num_candidates(self) -> int | None:
+        """How many of the likeliest tokens answer every row as well as all of them do; None where only all do.
+
+        Greedy rows take 1 and rows with top_k that many, whatever cuts come after it; what changes logits or asks for
+        log-probabilities takes all of them.
+        """
+        adjusted = self.bias_tokens is not None or self.allowed is not None or self.penalized.any()
+        if adjusted or (self.num_logprobs >= 0).any():
+            return None
+        each = np.where(self.temperature == 0, 1, self.top_k)
+        return None if (each < 1).any() else int(each.max(initial=1))
+
+    @property
     def plain_greedy(self) -> bool:
         """Whether every row is the argmax of its logits as they come in, and wants no log-probabilities."""
-        adjusted = self.bias_tokens is not None or self.allowed is not None or self.penalized.any()
-        return not (adjusted or self.temperature.any() or (self.num_logprobs >= 0).any())
+        return self.num_candidates == 1 and not self.temperature.any()
 
 
 @lru_cache(maxsize=256)

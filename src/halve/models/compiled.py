@@ -15,14 +15,16 @@ from halve.kernels.native_cache import KVCache, Step
 from halve.kernels.native_checks import within
 from halve.kernels.native_rows import Linear
 from halve.kernels.ops import Array, TokenBatch
-from halve.kernels.program import Program, Rotation, checked_step
-from halve.kernels.sampling import Sampled, SamplingBatch, broken, unsampled
+from halve.kernels.program import MOST_CANDIDATES, Program, Rotation, checked_step
+from halve.kernels.sampling import Sampled, SamplingBatch, unsampled
 from halve.models.config import ModelConfig, Rope
 from halve.models.rope import inverse_frequencies
 
 # A program's memory is laid out for so many at least, and for twice as many when it is outgrown.
 LEAST_TOKENS = 32
 LEAST_ROWS = 4
+
+Outputs = tuple[Array, ...]  # all logits, or the values and the ids of `Program.likeliest`
 
 
 class CompiledSteps:
@@ -31,55 +33,60 @@ class CompiledSteps:
     def __init__(self, decoder: Any, ops: NativeOps, cache: Sequence[KVCache]) -> None:
         self.decoder, self.ops, self.cache = decoder, ops, cache
         self._specs = [layer.attention_spec for layer in decoder.layers]
-        self._programs: dict[bool, tuple[Program, Array]] = {}
+        self._programs: dict[bool, tuple[Program, Outputs]] = {}
 
     def logits(self, batch: TokenBatch, rows: Array) -> Array:
         """Run one step; float32 logits [R, vocab] of the given rows, valid until the next step."""
-        return self._run(batch, rows, greedy=False)
+        (logits,) = self._run(batch, rows)
+        return logits[: len(rows)]
 
     def sample(self, batch: TokenBatch, rows: Array, sampling: SamplingBatch) -> Sampled:
         """Run one step and choose a token for each of the given rows; full logits are made only where they matter."""
-        if not sampling.plain_greedy:
-            return self.ops.sample(self._run(batch, rows, greedy=False), sampling)
-        ids = self._run(batch, rows, greedy=True)
-        if (ids < 0).any():
-            raise broken(int(np.flatnonzero(ids < 0)[0]), 1)
-        sampled = unsampled(sampling, self.decoder.config.vocab_size)
-        sampled.token_ids[:] = ids
+        k = sampling.num_candidates
+        if k is None or k > MOST_CANDIDATES:
+            return self.ops.sample(self.logits(batch, rows), sampling)
+        values, ids = (part[: len(rows) * k].reshape(-1, k) for part in self._run(batch, rows, k))
+        if sampling.plain_greedy and np.isfinite(values).all():
+            sampled = unsampled(sampling, k)
+            sampled.token_ids[:] = ids[:, 0]
+            return sampled
+        sampled = self.ops.sample(values, sampling)  # which also says which row is broken
+        sampled.token_ids[:] = np.take_along_axis(ids, sampled.token_ids[:, None], axis=1)[:, 0]
         return sampled
 
-    def program(self, batch: TokenBatch, rows: Array, *, greedy: bool) -> tuple[Program, Step]:
+    def program(self, batch: TokenBatch, rows: Array, *, full: bool) -> tuple[Program, Step]:
         """What runs for a batch, and the batch as it takes it: for measurements of its parts."""
         step = checked_step(batch, self._specs, self.cache, self.decoder.config.vocab_size)
-        return self._program(greedy, batch.num_tokens, len(rows))[0], step
+        return self._program(full, batch.num_tokens, len(rows))[0], step
 
-    def _run(self, batch: TokenBatch, rows: Array, *, greedy: bool) -> Array:
+    def _run(self, batch: TokenBatch, rows: Array, num_candidates: int | None = None) -> Outputs:
+        """Memory with the logits of the rows, or with the values and ids of their likeliest tokens."""
         step = checked_step(batch, self._specs, self.cache, self.decoder.config.vocab_size)
         rows = np.ascontiguousarray(rows, np.int32)
         within("row", rows, batch.num_tokens, "take rows of the batch")
-        program, out = self._program(greedy, batch.num_tokens, len(rows))
-        program.run(step, batch.token_ids, rows)
-        return out[: len(rows)]
+        program, out = self._program(num_candidates is None, batch.num_tokens, len(rows))
+        program.run(step, batch.token_ids, rows, num_candidates or 1)
+        return out
 
-    def _program(self, greedy: bool, tokens: int, rows: int) -> tuple[Program, Array]:
-        there = self._programs.get(greedy)
+    def _program(self, full: bool, tokens: int, rows: int) -> tuple[Program, Outputs]:
+        there = self._programs.get(full)
         if there is None:
-            there = self._write(greedy, max(LEAST_TOKENS, tokens), max(LEAST_ROWS, rows))
+            there = self._write(full, max(LEAST_TOKENS, tokens), max(LEAST_ROWS, rows))
         elif there[0].max_tokens < tokens or there[0].max_rows < rows:
             outgrown = there[0]
             most_tokens = max(2 * outgrown.max_tokens if tokens > outgrown.max_tokens else outgrown.max_tokens, tokens)
             most_rows = max(2 * outgrown.max_rows if rows > outgrown.max_rows else outgrown.max_rows, rows)
-            there = self._write(greedy, most_tokens, most_rows)
+            there = self._write(full, most_tokens, most_rows)
         return there
 
-    def _write(self, greedy: bool, max_tokens: int, max_rows: int) -> tuple[Program, Array]:
+    def _write(self, full: bool, max_tokens: int, max_rows: int) -> tuple[Program, Outputs]:
         program = Program(self.ops, max_tokens, max_rows)
-        self._programs[greedy] = program, _write_step(program, self.decoder, self.cache, greedy=greedy)
-        return self._programs[greedy]
+        self._programs[full] = program, _write_step(program, self.decoder, self.cache, full=full)
+        return self._programs[full]
 
 
-def _write_step(program: Program, decoder: Any, cache: Sequence[KVCache], *, greedy: bool) -> Array:
-    """Instructions of a whole step; the array that its logits, or its best tokens, come in."""
+def _write_step(program: Program, decoder: Any, cache: Sequence[KVCache], *, full: bool) -> Outputs:
+    """Instructions of a whole step, and what its results come in."""
     config: ModelConfig = decoder.config
     x = program.floats(config.hidden_size)
     program.embed(decoder.embedding[1], x)
@@ -91,11 +98,11 @@ def _write_step(program: Program, decoder: Any, cache: Sequence[KVCache], *, gre
         work.feed_forward(layer, x)
     (head,) = decoder.head.linears
     last = program.prepare(x, head.layout, gain=decoder.final_norm, eps=config.rms_norm_eps, of_rows=True)
-    if greedy:
-        return program.best(last, head)
+    if not full:
+        return program.likeliest(last, head)
     logits = program.floats(config.vocab_size, of_rows=True)
     program.product(last, [head], [logits], of_rows=True)
-    return logits
+    return (logits,)
 
 
 class _Work:

@@ -93,11 +93,12 @@ struct Part {
 };
 
 constexpr Part kParts[] = {
-    {"guards", check_guards},           {"prepare", check_prepare},
-    {"product", check_product},         {"embed", check_embed},
-    {"rms_norm", check_rms_norm},       {"rope", check_rope},
-    {"elementwise", check_elementwise}, {"attention", check_attention},
-    {"copy_block", check_copy_block},   {"sample", check_sample},
+    {"guards", check_guards},       {"prepare", check_prepare},
+    {"product", check_product},     {"likeliest", check_likeliest},
+    {"embed", check_embed},         {"rms_norm", check_rms_norm},
+    {"rope", check_rope},           {"elementwise", check_elementwise},
+    {"attention", check_attention}, {"copy_block", check_copy_block},
+    {"sample", check_sample},
 };
 
 int run(int count, char** arguments) {

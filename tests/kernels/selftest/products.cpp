@@ -405,6 +405,61 @@ void check_product(Report& report) {
                {{kBf16, 16, 0, kNoScale, 3, 64}, Rounding::kBfloat16, kRowsTogether + 9, 1, false, false, false});
 }
 
+void check_likeliest(Report& report) {
+    for (const int64_t outputs : {1, 70, 1100}) {
+        for (const int64_t k : {1, 5, 64}) {
+            const int64_t rows = outputs == 70 ? kRowsTogether + 3 : 3, inputs = 33;
+            Random random(static_cast<uint64_t>(outputs + k));
+            const Weight weight = make_weight({kBf16, 16, 0, kNoScale, outputs, inputs}, random);
+            const Prepared prepared(rows, inputs);
+            prepare_rows(report.rows, make_rows(rows, inputs, false, random), nullptr, inputs, Rounding::kNone,
+                         prepared);
+            Buffer<float> y(static_cast<size_t>(rows * outputs)), floors(static_cast<size_t>(rows), -3.40282347e38f);
+            Buffer<float> logits(static_cast<size_t>(rows * k), -7.0f), wanted_logits;
+            Buffer<int32_t> ids(logits.size(), -7), wanted_ids;
+            Product all{};
+            all.x = prepared.record;
+            all.weight[0] = &weight.matrix;
+            all.y[0] = y.data();
+            all.y_stride[0] = outputs;
+            all.rows = rows;
+            all.members = 1;
+            Product few = all;
+            constexpr int64_t kPlaces = 2;
+            Buffer<Best> lists(static_cast<size_t>(kPlaces * rows * k));
+            Buffer<int32_t> held(static_cast<size_t>(kPlaces * rows)), taken(kPlaces);
+            few.y[0] = nullptr;
+            few.likeliest = {lists.data(), held.data(), floors.data(), taken.data(), kPlaces, k};
+            for (int64_t unit = product_units(all); unit-- > 0;) report.rows.product(all, unit);
+            for (int64_t unit = product_units(few); unit-- > 0;) {
+                taken[0] = static_cast<int32_t>(unit % 2);  // as if another thread were there
+                report.rows.product(few, unit);
+            }
+            const Reduce work{few.likeliest, rows, logits.data(), ids.data()};
+            for (int64_t row = 0; row < rows; ++row) {
+                report.rows.reduce(work, row);
+                const float* x = y.data() + row * outputs;
+                for (int64_t n = 0; n < outputs; ++n) {
+                    int64_t before = 0;
+                    for (int64_t m = 0; m < outputs; ++m) before += x[m] > x[n] || (x[m] == x[n] && m < n);
+                    if (before >= k) continue;
+                    wanted_ids.push_back(static_cast<int32_t>(n));
+                    wanted_logits.push_back(x[n]);
+                }
+                for (int64_t n = outputs; n < k; ++n) {
+                    wanted_ids.push_back(0);
+                    wanted_logits.push_back(-__builtin_inff());
+                }
+            }
+            const std::string what = format("likeliest %d of %d ", static_cast<int>(k), static_cast<int>(outputs));
+            report.same(what + "tokens", ids, wanted_ids);
+            report.same(what + "logits", logits, wanted_logits);
+            report.same(what + "left for the next", held, Buffer<int32_t>(held.size(), 0));
+            report.same(what + "floors for the next", floors, Buffer<float>(floors.size(), -3.40282347e38f));
+        }
+    }
+}
+
 void check_embed(Report& report) {
     std::vector<WeightShape> shapes{{kBf16, 16, 0, kNoScale, 70, 131},
                                     {StoredKind::kFloat16, 16, 0, kNoScale, 70, 131},

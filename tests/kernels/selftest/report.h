@@ -89,6 +89,7 @@ void check_guards(Report& report);
 // One function for each entry of the table of rows.
 void check_prepare(Report& report);
 void check_product(Report& report);
+void check_likeliest(Report& report);  // and reduce
 void check_embed(Report& report);
 void check_rms_norm(Report& report);
 void check_rope(Report& report);

@@ -4,7 +4,7 @@
 #include "bf16_products.h"
 #include "float_products.h"
 #include "integer_products.h"
-#include "sampling.h"
+#include "likeliest.h"
 
 namespace halve {
 namespace {
@@ -49,15 +49,7 @@ void product(const Product& p, int64_t unit) {
         for (int64_t i = 0; i < rows * kBlock; i += kLanes) store(sums + i, silu(load(sums + i)) * load(up + i));
     }
     const int64_t outputs = least(kBlock, p.weight[member]->out_features - block * kBlock);
-    if (p.best) {
-        const int64_t blocks = blocks_of(*p.weight[0]);
-        for (int64_t r = 0; r < rows; ++r) {
-            Best best = kNoBest;
-            improve(best, sums + r * kBlock, outputs, block * kBlock);
-            p.best[(first + r) * blocks + block] = best;
-        }
-        return;
-    }
+    if (p.likeliest.lists) return keep_likeliest(p, block, first, rows, outputs, sums);
     for (int64_t r = 0; r < rows; ++r) {
         float* y = p.y[member] + (first + r) * p.y_stride[member] + block * kBlock;
         const float* from = sums + r * kBlock;
@@ -73,13 +65,6 @@ void grouped(const Grouped& g, int64_t unit) {
     const Product* expert = g.experts;
     while (unit >= product_units(*expert)) unit -= product_units(*expert++);
     product(*expert, unit);
-}
-
-void reduce(const Reduce& a, int64_t row) {
-    const Best* best = a.best + row * a.blocks;
-    Best most = kNoBest;
-    for (int64_t b = 0; b < a.blocks; ++b) most = best[b].value > most.value ? best[b] : most;
-    a.ids[row] = most.value < kInfinity && most.value > -kInfinity ? most.id : -1;
 }
 
 }  // namespace

@@ -47,10 +47,25 @@ struct Prepare {
 
 constexpr int kMaxMembers = 4;
 
-// The likeliest token of a row so far, the first of equals. value +infinity: the logits are broken.
+// A token and its logit. value +infinity: the logits are broken; -infinity: there is none.
 struct Best {
     float value;
     int32_t id;
+};
+
+constexpr int64_t kMostCandidates = 64;
+
+// The k likeliest tokens of each row, kept in place of all its logits. Each thread that works on the product has a
+// place with a list for each row. `floors` tells the places of each other: where one holds k tokens of a row, what is
+// below the last of them is not among the k likeliest. A floor spares work and changes no answer, so it may be seen
+// late.
+struct Likeliest {
+    Best* lists;     // [places, T, k], or null
+    int32_t* held;   // [places, T], tokens in each list; 0 before the product, and `reduce` leaves it so
+    float* floors;   // [T], the lowest float before the product, and `reduce` leaves it so
+    int32_t* taken;  // [places], 0 while no thread is there
+    int64_t places;  // at least as many as threads
+    int64_t k;       // of a step, at most kMostCandidates
 };
 
 // Products of one input with several matrices, or one gated pair.
@@ -60,11 +75,11 @@ struct Product {
     const float* bias[kMaxMembers];  // [N] or null
     float* y[kMaxMembers];           // [T, y_stride]
     int64_t y_stride[kMaxMembers];
-    Best* best;       // [T, blocks of W0], or null: the largest output of each block, in y[0]'s place
-    int64_t rows;     // T
-    int32_t members;  // matrices
-    int32_t add;      // y += product: the residual stream
-    int32_t gated;    // two members, y[0] = silu(x W0) * (x W1) (arXiv:2002.05202)
+    Likeliest likeliest;  // in y[0]'s place
+    int64_t rows;         // T
+    int32_t members;      // matrices
+    int32_t add;          // y += product: the residual stream
+    int32_t gated;        // two members, y[0] = silu(x W0) * (x W1) (arXiv:2002.05202)
     Rounding rounding;
 };
 
@@ -103,11 +118,12 @@ inline int64_t grouped_units(const Grouped& g) {
     return units;
 }
 
-// The best of each row's blocks.
+// The k likeliest tokens of a row from those of all places.
 struct Reduce {
-    const Best* best;  // [T, blocks]
-    int32_t* ids;      // [T], -1 where the logits are broken
-    int64_t blocks;
+    Likeliest from;
+    int64_t rows;   // T
+    float* logits;  // [T, k], by id; -infinity where there are fewer, and one is +infinity where logits are broken
+    int32_t* ids;   // [T, k]
 };
 
 }  // namespace halve

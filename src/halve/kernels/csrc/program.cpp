@@ -71,11 +71,14 @@ int32_t run_one(int32_t isa, const Instruction& instruction, const StepInput& in
         case Operation::kProduct: {
             Product work = *static_cast<const Product*>(instruction.record);
             work.rows = rows;
+            work.likeliest.k = input.num_candidates;
             return spread(isa, &Rows::product, work, product_units(work), product_cost(work), threads);
         }
         case Operation::kReduce: {
-            const Reduce& work = *static_cast<const Reduce*>(instruction.record);
-            return spread(isa, &Rows::reduce, work, rows, rows * work.blocks, threads);
+            Reduce work = *static_cast<const Reduce*>(instruction.record);
+            work.from.k = input.num_candidates;
+            work.rows = rows;
+            return spread(isa, &Rows::reduce, work, rows, rows * work.from.places * work.from.k, threads);
         }
         case Operation::kSiluMul: {
             const Gate& gate = *static_cast<const Gate*>(instruction.record);

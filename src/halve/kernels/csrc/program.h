@@ -37,6 +37,7 @@ struct StepInput {
     const int32_t* token_ids;  // [T]
     const int32_t* rows;       // [R]
     int64_t num_rows;          // R
+    int64_t num_candidates;    // k of Likeliest
 };
 
 // Returns 0; 1 without rows for this instruction set; 2 without memory.

@@ -53,8 +53,7 @@ inline float stretch_max(const float* x, int64_t n) {
 
 constexpr Best kNoBest = {-kInfinity, 0};
 
-// Take n <= kStretch more logits, those of tokens first, first + 1, ...: what an epilogue of the last product calls on
-// each block of its outputs. Blocks come in order of ids.
+// Take n <= kStretch more logits, those of tokens first, first + 1, ..., in order of ids.
 inline void improve(Best& best, const float* x, int64_t n, int64_t first) {
     const float value = stretch_max(x, n);
     if (!(value > best.value)) return;
@@ -361,6 +360,12 @@ struct Candidates {
         leave([z, floor](int64_t i) { return z[i] >= floor; }, true);
     }
 
+    float lowest() const {
+        float least = top;
+        for (int64_t i = 0; i < n; ++i) least = scratch.kept_z[i] < least ? scratch.kept_z[i] : least;
+        return least;
+    }
+
     // The k largest. k >= 1.
     void cut_top_k(int64_t k, float floor) {
         if (k >= n) return;
@@ -455,6 +460,8 @@ inline int32_t draw_row(const Sampling& a, int64_t row, const float* z, float to
     Candidates candidates{scratch, top};
     candidates.gather(z, a.vocab, floor);
     candidates.cut_top_k(k, floor);
+    // From here on only the tokens that are left count, so that a row of the k likeliest alone gives the same token.
+    if (a.top_k[row] > 0) floor = candidates.lowest();
     const double total = weigh(scratch.kept_z, scratch.w, candidates.n, static_cast<double>(top), inverse);
     if (a.top_p[row] < 1.0f) candidates.cut_top_p(static_cast<double>(a.top_p[row]), total, temperature, floor);
     if (a.min_p[row] > 0.0f) candidates.cut_min_p(static_cast<double>(a.min_p[row]), temperature);
