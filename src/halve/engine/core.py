@@ -75,14 +75,8 @@ class EngineCore:
                 "load it with device 'cpu' and the C++ kernels, or do without deterministic"
             )
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.scheduler = Scheduler(
-            BlockPool(runner.num_blocks, runner.block_size),
-            context=runner.context,
-            max_num_seqs=self.config.max_num_seqs,
-            max_tokens_per_step=self.config.max_tokens_per_step,
-            max_prefill_beside_decode=self.config.max_prefill_beside_decode,
-            overtakes_per_priority=self.config.overtakes_per_priority,
-        )
+        pool = BlockPool(runner.num_blocks, runner.block_size)
+        self.scheduler = Scheduler.configured(self.config, pool, context=runner.context)
         self._texts: dict[Sequence, _AnswerText] = {}
         self._aborted: list[StepOutput] = []
         self._num_finished = self._num_aborted = self._num_failed = 0

@@ -28,10 +28,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from halve.core.errors import RequestError
 from halve.engine.block_pool import BlockPool
+from halve.engine.config import EngineConfig
 from halve.engine.request import Request
 from halve.engine.sequence import Key, Sequence, Status
 
@@ -110,6 +111,18 @@ class Scheduler:
         self._num_slots = 0
         self._forks: list[Sequence] = []  # split off in the step that is being planned
         self._num_in_flight = 0
+
+    @classmethod
+    def configured(cls, config: EngineConfig, pool: BlockPool, *, context: int) -> Self:
+        """The scheduler of an engine of this configuration."""
+        return cls(
+            pool,
+            context=context,
+            max_num_seqs=config.max_num_seqs,
+            max_tokens_per_step=config.max_tokens_per_step,
+            max_prefill_beside_decode=config.max_prefill_beside_decode,
+            overtakes_per_priority=config.overtakes_per_priority,
+        )
 
     @property
     def has_unfinished(self) -> bool:
