@@ -30,7 +30,7 @@ def scheduler():
 
 def advance(one, step):
     """Pretend that the step ran and that token 1 was sampled everywhere; end what is full."""
-    for sequence in one.commit(step, [1] * step.num_sampled):
+    for sequence, _, _ in one.commit(step, [1] * step.num_sampled):
         if sequence.status is not Status.FINISHED and len(sequence.token_ids) >= sequence.max_tokens:
             one.remove(sequence)
     one.check_invariants()
@@ -285,7 +285,7 @@ def test_a_step_is_planned_before_the_tokens_of_the_one_before_are_known(schedul
             ahead += int((batch.token_ids < 0).sum())
             launched = step, device.launch(step, batch, rows).copy()
         if flying:
-            for sequence in one.commit(flying[0], flying[1].tolist()):
+            for sequence, _, _ in one.commit(flying[0], flying[1].tolist()):
                 if sequence.status is Status.FINISHED:
                     continue
                 answer = tuple(sequence.token_ids[sequence.num_prompt_tokens :])

@@ -183,8 +183,8 @@ class _Run:
         self.clock += seconds
         self.busy += seconds
         self.running += seconds * scheduler.num_running
-        for sequence in scheduler.commit(step, [in_flight[sequence][0] for sequence in step.sampled]):
-            if (num_generated := sequence.num_generated) == 1:
+        for sequence, _, num_generated in scheduler.commit(step, [in_flight[one][0] for one in step.sampled]):
+            if num_generated == 1:
                 served = in_flight[sequence][1]
                 served.first_s, served.num_cached_tokens = self.clock, sequence.num_cached_tokens
             if len(sequence.token_ids) >= sequence.max_tokens:

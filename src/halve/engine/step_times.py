@@ -63,7 +63,7 @@ class StepTimes:
         """Seconds of a planned step."""
         num_tokens, num_pairs = 0, 0.0
         for chunk in step.chunks:
-            count = chunk.num_tokens
+            count = chunk.num_tokens + len(chunk.draft)
             num_tokens += count
             num_pairs += count * chunk.start + count * (count + 1) / 2
         return self.of(num_tokens, step.num_sampled, num_pairs)
