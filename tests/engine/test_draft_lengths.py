@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halve.engine.draft_lengths import FIRST_RATE, PAYS, Candidate, Rates, StepCosts, allot
+from halve.engine.draft_lengths import BEGIN, GO_ON, LEAST, Candidate, Rates, StepCosts, allot
 
 
 def test_costs_are_medians_of_the_latest_steps():
@@ -41,21 +41,22 @@ def test_large_steps_are_counted_together_with_their_neighbours():
 
 
 def test_a_request_begins_with_what_the_engine_knows_and_comes_to_its_own():
-    engine = Rates()
-    first, second = Rates(engine), Rates(engine)
-    assert first.of(2) == FIRST_RATE
+    kinds = {2: 0.3, 4: 0.6}
+    engine = Rates(kinds)
+    first, second = Rates(kinds, engine), Rates(kinds, engine)
+    assert first.of(2) == 0.3
     for _ in range(30):
         first.observe(2, 0, 4)
     assert first.of(2) < 0.1
     assert second.of(2) == engine.of(2) < 0.2
-    assert second.of(4) == FIRST_RATE  # another kind
+    assert second.of(4) == 0.6  # another kind
     for _ in range(30):
         second.observe(2, 4, 4)
     assert second.of(2) > 0.8
 
 
 def test_after_a_wrong_guess_the_ones_behind_it_are_not_counted():
-    one, other = Rates(), Rates()
+    one, other = Rates({0: 0.5}), Rates({0: 0.5})
     one.observe(0, 1, 8)
     other.observe(0, 1, 2)
     assert one.of(0) == other.of(0)
@@ -70,7 +71,7 @@ def by_rows(rows):
 
 
 def test_where_rows_are_free_all_guesses_pay_and_where_they_cost_what_they_bring_none():
-    assert allot([Candidate(0.5, 4)], 1, flat) == ([4], pytest.approx(1 + 0.5 + 0.25 + 0.125 + 0.0625))
+    assert allot([Candidate(0.6, 4)], 1, flat) == ([4], pytest.approx(1 + 0.6 + 0.36 + 0.216 + 0.1296))
     assert allot([Candidate(0.99, 4)], 1, by_rows) == ([0], 1.0)
     assert allot([], 1, flat) == ([], 1.0)
 
@@ -92,8 +93,13 @@ def test_with_more_sequences_fewer_guesses_pay():
 
 def test_a_small_gain_is_not_begun_but_kept():
     candidates = [Candidate(0.5, 1)]
-    assert allot(candidates, 1, lambda rows: {1: 1.0, 2: 1.49}[rows], pays=PAYS)[0] == [0]
-    assert allot(candidates, 1, lambda rows: {1: 1.0, 2: 1.49}[rows], pays=1.0)[0] == [1]
+    assert allot(candidates, 1, lambda rows: {1: 1.0, 2: 1.47}[rows], pays=BEGIN)[0] == [0]
+    assert allot(candidates, 1, lambda rows: {1: 1.0, 2: 1.47}[rows], pays=GO_ON)[0] == [1]
+
+
+def test_an_unlikely_guess_is_not_made_however_cheap():
+    assert allot([Candidate(0.4, 8)], 1, flat)[0] == [2]
+    assert allot([Candidate(LEAST / 2, 8)], 1, flat)[0] == [0]
 
 
 def test_guesses_that_take_time_to_make_must_pay_for_it():
@@ -105,7 +111,7 @@ def test_guesses_that_take_time_to_make_must_pay_for_it():
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3)), min_size=1, max_size=3),
+    st.lists(st.tuples(st.floats(0.5, 1), st.integers(0, 3)), min_size=1, max_size=3),
     st.lists(st.floats(0.01, 1), min_size=13, max_size=13),
 )
 def test_no_other_numbers_promise_more(given_candidates, steps):

@@ -12,16 +12,16 @@ many rows; rates are counts that forget, with those of the engine as a whole beh
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
 KEPT = 7  # times of a number of rows that the median is of
 SLOPE = 0.12  # what a further row is taken to cost, as a share of a step, before it was measured
 BELIEF = 3.0  # guesses of its own that weigh as much as all that the engine knows
-FIRST_RATE = 0.6  # before anything is known
 MEMORY = 0.95  # a count's weight after one more guess; of the engine's counts, 1 - (1 - MEMORY) / 10
-PAYS = 1.03  # guesses begin when they promise so much more, and end when they promise less than nothing
+LEAST = 0.1  # a guess less likely than this is not made: what it could bring is within what is not known of its cost
+BEGIN, GO_ON = 1.04, 1.01  # guesses begin when they promise so many times the speed, and end when they promise less
 
 
 class StepCosts:
@@ -47,6 +47,10 @@ class StepCosts:
     def knows(self, num_rows: int) -> bool:
         """Whether steps of about so many rows were seen."""
         return _rounded(num_rows) in self._times
+
+    def seen(self) -> list[tuple[int, float]]:
+        """Numbers of rows and seconds, as far as they were seen."""
+        return list(zip(self._rows, self._seconds, strict=True))
 
     def of(self, num_rows: int) -> float:
         """Seconds of a step; 0 while none was seen at all."""
@@ -92,10 +96,13 @@ class Rate:
 
 
 class Rates:
-    """Of guesses by their kind, such as the length of the context that agreed: of a request and of the engine."""
+    """Of guesses by their kind, such as the length of the context that agreed: of a request and of the engine.
 
-    def __init__(self, engine: "Rates | None" = None) -> None:
-        self._engine = engine
+    first: of each kind, what is taken for its rate before anything is known.
+    """
+
+    def __init__(self, first: Mapping[int, float], engine: "Rates | None" = None) -> None:
+        self._first, self._engine = first, engine
         self._of: dict[int, Rate] = {}
 
     def observe(self, kind: int, num_accepted: int, num_proposed: int) -> None:
@@ -108,7 +115,7 @@ class Rates:
 
     def of(self, kind: int) -> float:
         """The probability that a guess of this kind is right."""
-        prior = self._engine.of(kind) if self._engine else FIRST_RATE
+        prior = self._engine.of(kind) if self._engine else self._first[kind]
         rate = self._of.get(kind)
         return prior if rate is None else rate.among(prior, BELIEF)
 
@@ -126,7 +133,7 @@ def allot(
     cost: Callable[[int], float],
     *,
     draft_cost: Callable[[int], float] | None = None,
-    pays: float = PAYS,
+    pays: float = BEGIN,
 ) -> tuple[list[int], float]:
     """How many guesses each candidate should have for the most tokens per second, and how many times those without.
 
@@ -135,7 +142,8 @@ def allot(
     more tokens per second than no guesses.
     """
     gains = sorted(
-        ((rate**j, -j, i) for i, (rate, most) in enumerate(candidates) for j in range(1, most + 1)), reverse=True
+        ((rate**j, -j, i) for i, (rate, most) in enumerate(candidates) for j in range(1, most + 1) if rate**j >= LEAST),
+        reverse=True,
     )
     tokens, plain = float(num_rows), num_rows / max(cost(num_rows), 1e-12)
     numbers, best, best_speed = [0] * len(candidates), [0] * len(candidates), pays * plain

@@ -10,9 +10,10 @@ It draws its tokens as the target will draw them, with the same cuts, penalties 
 
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class DraftModel:
     """
 
     name = "the draft model"
+    first_rates: Mapping[int, float] = MappingProxyType({0: 0.7})
 
     def __init__(
         self,

@@ -10,10 +10,11 @@ kernels whose rows do not depend on their neighbours, and exactly distributed as
 **Why it accepts enough.** For a guess x that is certain (an n-gram, the likeliest token of a draft model) the rule of
 arXiv:2211.17192 accepts with probability min(1, p(x) / 1) = p(x) and else draws from p without x. Here token t is drawn
 from p and x kept when t = x, with probability p(x), and else t is distributed as p without x: the same thing. For a
-draft model that samples from q, that rule accepts 1 - TV(p, q) of the guesses, the most that any does. Here the draft
-model draws with the random number of the target's row: both look up the same u in their running sums, and agree where
-these overlap. That is less than the most, for the sake of the same text with and without; docs/LOG.md has it measured
-beside the others.
+draft model that samples from q, that rule accepts 1 - TV(p, q) of the guesses, the most that any does, but the token of
+a position then depends on whether it was guessed, and so on how long steps took: a seed would no longer give one text.
+Here the draft model draws with the random number of the target's row. Both look up the same u in their running sums over
+the ids and agree where these overlap: less often than the most (docs/LOG.md, "Guesses that are sampled"), and the text
+of a seed stays what it is.
 
 **When it pays** is decided for each step and sequence by `engine/draft_lengths.py` from measured times and rates. What
 does not pay is switched off, and tried again now and then within PROBE_SHARE of the time.
@@ -23,11 +24,12 @@ import logging
 import time
 import weakref
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from halve.engine.draft_lengths import PAYS, Candidate, Rates, StepCosts, allot
+from halve.engine.draft_lengths import BEGIN, GO_ON, Candidate, Rates, StepCosts, allot
 from halve.engine.ngram import NgramIndex
 from halve.engine.scheduler import Chunk, Step
 from halve.engine.sequence import Sequence
@@ -53,9 +55,10 @@ class Guess(NamedTuple):
 
 
 class Proposer(Protocol):
-    """Where guesses come from."""
+    """Where guesses come from. first_rates: of each kind of guess, how often it is right, before that is known."""
 
     name: str
+    first_rates: Mapping[int, float]
 
     def look(self, sequence: Sequence, most: int) -> Guess | None:
         """What it could offer behind the last token of a sequence, whose tokens are all known; at most so many."""
@@ -74,6 +77,7 @@ class NgramProposer:
     """What followed when the same tokens came before (`engine/ngram.py`)."""
 
     name = "n-grams"
+    first_rates: Mapping[int, float] = MappingProxyType({2: 0.3, 3: 0.4, 4: 0.6, 8: 0.8})
 
     def __init__(self) -> None:
         self._indices: weakref.WeakKeyDictionary[Sequence, NgramIndex] = weakref.WeakKeyDictionary()
@@ -107,7 +111,7 @@ class _State:
     """What is known of one sequence."""
 
     def __init__(self, rates: Rates) -> None:
-        self.rates = Rates(rates)
+        self.rates = rates
         self.kind = 0
         self.interval = PROBE_AFTER
         self.probe_at = 0  # tokens generated
@@ -125,7 +129,7 @@ class Speculator:
         self, proposer: Proposer, *, max_tokens: int = 8, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.proposer, self.max_tokens, self.clock = proposer, max_tokens, clock
-        self.costs, self.rates = StepCosts(), Rates()
+        self.costs, self.rates = StepCosts(), Rates(proposer.first_rates)
         self.num_switched_off = 0
         self._states: weakref.WeakKeyDictionary[Sequence, _State] = weakref.WeakKeyDictionary()
         self._proposed: list[tuple[Chunk, int]] = []
@@ -151,7 +155,7 @@ class Speculator:
             return
         looked = [(one, guess) for one in ready if (guess := self._look(one, rows)) is not None]
         candidates = [Candidate(self._state(one).rates.of(guess.kind), guess.most) for one, guess in looked]
-        numbers, _ = self._allot(candidates, rows, 1.0 if self._is_on else PAYS)
+        numbers, _ = self._allot(candidates, rows, GO_ON if self._is_on else BEGIN)
         self._is_on = any(numbers)
         for (one, guess), number in zip(looked, numbers, strict=True):
             state = self._state(one)
@@ -186,7 +190,7 @@ class Speculator:
     def _state(self, sequence: Sequence) -> _State:
         state = self._states.get(sequence)
         if state is None:
-            state = self._states[sequence] = _State(self.rates)
+            state = self._states[sequence] = _State(Rates(self.proposer.first_rates, self.rates))
         return state
 
     def _allot(self, candidates: list[Candidate], rows: int, pays: float) -> tuple[list[int], float]:
