@@ -25,10 +25,20 @@ def test_between_what_was_seen_costs_go_along_a_line_and_beyond_it_on():
     costs.observe(2, 1.0)
     assert costs.of(2) < costs.of(3) < 1.5
     assert 0.5 <= costs.of(1) < 1.0
-    costs.observe(6, 3.0)
-    assert costs.of(4) == pytest.approx(2.0)
-    assert costs.of(8) == pytest.approx(4.0)
-    assert costs.of(1) == pytest.approx(0.5)
+    costs.observe(6, 2.0)
+    assert costs.of(4) == pytest.approx(1.5)
+    assert costs.of(8) == pytest.approx(2.5)
+    assert costs.of(1) == pytest.approx(0.75)
+
+
+def test_the_first_step_of_a_number_of_rows_counts_no_more_than_could_be_expected():
+    costs = StepCosts()
+    costs.observe(1, 1.0)
+    costs.observe(9, 50.0)
+    assert costs.of(9) < 3.1
+    for _ in range(3):
+        costs.observe(9, 50.0)
+    assert costs.of(9) == 50.0
 
 
 def test_large_steps_are_counted_together_with_their_neighbours():

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 KEPT = 7  # times of a number of rows that the median is of
 SLOPE = 0.12  # what a further row is taken to cost, as a share of a step, before it was measured
+FIRST_AT_MOST = 1.5  # times what was expected, that the first step of a number of rows counts: memory is laid out in it
 BELIEF = 3.0  # guesses of its own that weigh as much as all that the engine knows
 MEMORY = 0.95  # a count's weight after one more guess; of the engine's counts, 1 - (1 - MEMORY) / 10
 LEAST = 0.1  # a guess less likely than this is not made: what it could bring is within what is not known of its cost
@@ -37,6 +38,8 @@ class StepCosts:
         rows = _rounded(num_rows)
         times = self._times.get(rows)
         if times is None:
+            if expected := self.of(rows):
+                seconds = min(seconds, FIRST_AT_MOST * expected)
             times = self._times[rows] = deque(maxlen=KEPT)
             at = bisect_left(self._rows, rows)
             self._rows.insert(at, rows)

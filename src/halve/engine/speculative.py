@@ -12,19 +12,18 @@ arXiv:2211.17192 accepts with probability min(1, p(x) / 1) = p(x) and else draws
 from p and x kept when t = x, with probability p(x), and else t is distributed as p without x: the same thing. For a
 draft model that samples from q, that rule accepts 1 - TV(p, q) of the guesses, the most that any does, but the token of
 a position then depends on whether it was guessed, and so on how long steps took: a seed would no longer give one text.
-Here the draft model draws with the random number of the target's row. Both look up the same u in their running sums over
-the ids and agree where these overlap: less often than the most (docs/LOG.md, "Guesses that are sampled"), and the text
-of a seed stays what it is.
+Here the draft model draws with the random number of the target's row. Both look up the same u in their running sums
+over the ids and agree where these overlap: less often than the most (docs/LOG.md, "Guesses that are sampled"), and the
+text of a seed stays what it is.
 
 **When it pays** is decided for each step and sequence by `engine/draft_lengths.py` from measured times and rates. What
 does not pay is switched off, and tried again now and then within PROBE_SHARE of the time.
 """
 
 import logging
-import time
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -122,13 +121,11 @@ class _State:
 class Speculator:
     """Decides which sequences guess how much, and learns from what came of it.
 
-    max_tokens: guesses behind a token, at most. clock: seconds; only differences matter.
+    max_tokens: guesses behind a token, at most.
     """
 
-    def __init__(
-        self, proposer: Proposer, *, max_tokens: int = 8, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.proposer, self.max_tokens, self.clock = proposer, max_tokens, clock
+    def __init__(self, proposer: Proposer, *, max_tokens: int = 8) -> None:
+        self.proposer, self.max_tokens = proposer, max_tokens
         self.costs, self.rates = StepCosts(), Rates(proposer.first_rates)
         self.num_switched_off = 0
         self._states: weakref.WeakKeyDictionary[Sequence, _State] = weakref.WeakKeyDictionary()
@@ -152,20 +149,28 @@ class Speculator:
             for one in ready:
                 if one.num_draft_tokens:
                     self._note(one, self._state(one), pays=False)
+            if self._probe_s < PROBE_SHARE * self._busy_s:  # costs may have been mistaken: one of them tries
+                self._ask([ready[self._num_steps % rows]], rows, BEGIN)
             return
+        numbers = self._ask(ready, rows, GO_ON if self._is_on else BEGIN)
+        self._is_on = any(numbers)
+
+    def _ask(self, ready: list[Sequence], rows: int, pays: float) -> list[int]:
+        """Look for guesses of these sequences and set how many each asks for; of those that pay, how many."""
         looked = [(one, guess) for one in ready if (guess := self._look(one, rows)) is not None]
         candidates = [Candidate(self._state(one).rates.of(guess.kind), guess.most) for one, guess in looked]
-        numbers, _ = self._allot(candidates, rows, GO_ON if self._is_on else BEGIN)
-        self._is_on = any(numbers)
+        numbers, _ = self._allot(candidates, rows, pays)
         for (one, guess), number in zip(looked, numbers, strict=True):
             state = self._state(one)
             state.kind = guess.kind
             one.num_drafts = number or self._probe(one, state, guess, rows)
             self._note(one, state, pays=number > 0)
+        return numbers
 
     def fill(self, step: Step) -> None:
         """After it was planned: put the guesses into it."""
         chunks = [chunk for chunk in step.chunks if chunk.num_drafts]
+        self._proposed = []  # of a step that failed, too
         if chunks:
             self.proposer.fill(chunks)
             self._proposed = [(chunk, len(chunk.draft)) for chunk in chunks]
