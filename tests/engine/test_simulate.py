@@ -9,7 +9,7 @@ from benchmarks.prefix_cache import Stack, hits_by_size, infinite_hits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halve.core.errors import RequestError
+from halve.core.errors import ConfigError, RequestError
 from halve.core.record import from_json, to_json
 from halve.core.workload import ServiceLevel, Workload, WorkloadRequest
 from halve.engine import EngineConfig, EngineCore, Percentiles, Request, SamplingParams, Simulation, StepTimes, simulate
@@ -78,6 +78,22 @@ def test_what_the_engine_can_never_serve_is_counted_and_told(caplog):
     assert told[-1] == (3, 3)
     with pytest.raises(RequestError, match="can serve none of its 1 requests"):
         simulate(workload((0.0, 100, 2)), FREE.of_step, num_blocks=64, context=50)
+
+
+def test_guesses_take_rows_and_bring_tokens_as_often_as_they_are_right():
+    there = workload((0.0, 1, 4001))
+    times = StepTimes(tokens=(1, 11), seconds=(1.0, 2.0))
+    plain = simulate(there, times.of_step, num_blocks=300)
+    sure = simulate(there, times.of_step, num_blocks=300, num_drafts=4, draft_rate=1.0)
+    assert sure.num_steps == 1 + 4000 / 5
+    assert sure.duration_s == pytest.approx(1 + 800 * 1.4)
+    half = simulate(there, times.of_step, num_blocks=300, num_drafts=2, draft_rate=0.5)
+    assert half.num_steps == pytest.approx(4000 / 1.75, rel=0.03)
+    assert half.num_accepted_tokens == 4000 - (half.num_steps - 1)
+    assert half.num_draft_tokens == pytest.approx(2 * (half.num_steps - 1), abs=3)
+    assert plain.output_tokens == sure.output_tokens == half.output_tokens == 4001
+    with pytest.raises(ConfigError, match=r"-1 num_drafts must be 0 or more, draft_rate 1.5 from 0 to 1"):
+        simulate(there, times.of_step, num_blocks=300, num_drafts=-1, draft_rate=1.5)
 
 
 def test_percentiles_of_nothing_are_zero():

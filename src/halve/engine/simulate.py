@@ -6,12 +6,13 @@ same workload gives the same figures, and a simulated hour takes seconds.
 """
 
 import logging
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from halve.core.errors import RequestError
+from halve.core.errors import ConfigError, RequestError
 from halve.core.workload import ServiceLevel, Workload
 from halve.engine.block_pool import BlockPool
 from halve.engine.config import EngineConfig
@@ -54,7 +55,8 @@ class Simulation:
     served; output_tok_s, total_tok_s: per second of the duration. hit_rate: tokens of prompts found in the cache when
     their request was first admitted, over those of all prompts. mean_running: sequences that hold blocks, over the busy
     time. ttft_s: from arrival to the first token. time_per_token_s: of the tokens after it, a request's mean; of
-    requests with more than one token. latency_s: from arrival to the last token. within_level: the share of requests
+    requests with more than one token. latency_s: from arrival to the last token. num_draft_tokens, num_accepted_tokens:
+    guesses, and of them those that were right. within_level: the share of requests
     that the workload's service level is kept for; level_met: whether it is the share that was asked for.
     """
 
@@ -71,6 +73,8 @@ class Simulation:
     num_hit_tokens: int
     num_steps: int
     num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     mean_running: float
     ttft_s: Percentiles
     time_per_token_s: Percentiles
@@ -108,15 +112,22 @@ def simulate(
     block_size: int = 16,
     context: int | None = None,
     config: EngineConfig | None = None,
+    num_drafts: int = 0,
+    draft_rate: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """Run a workload to its end.
 
     step_seconds: what a planned step takes, such as `StepTimes.of_step`. num_blocks, block_size: of the cache.
-    context: the most tokens of prompt and answer together, None for no limit. progress: requests ended, requests in
-    all. Raises ConfigError for a configuration, RequestError for a cache that can't be, or that serves no request.
+    context: the most tokens of prompt and answer together, None for no limit. num_drafts: guesses behind each token of
+    an answer, each right with probability draft_rate where those before it are; the number is held, whether it pays or
+    not. progress: requests ended, requests in all. Raises ConfigError for a configuration, or a rate that is none,
+    RequestError for a cache that can't be, or that serves no request.
     """
+    if num_drafts < 0 or not 0 <= draft_rate <= 1:
+        raise ConfigError(f"simulate: {num_drafts} num_drafts must be 0 or more, draft_rate {draft_rate} from 0 to 1")
     run = _Run(workload, step_seconds, BlockPool(num_blocks, block_size), context, config or EngineConfig())
+    run.num_drafts, run.draft_rate = num_drafts, draft_rate
     for num_ended in run.requests():
         if progress:
             progress(num_ended, len(workload.requests))
@@ -137,11 +148,13 @@ class _Run:
         self.workload, self.step_seconds = workload, step_seconds
         longest = max(r.prompt_tokens + r.output_tokens for r in workload.requests)
         self.scheduler = Scheduler.configured(config, pool, context=longest + 1 if context is None else context)
+        self.num_drafts, self.draft_rate = 0, 0.0
         self.clock = self.busy = self.running = 0.0
         self.served: list[_Served] = []
         self.num_refused = 0
         self._num_arrived = self._num_ended = 0
         self._in_flight: dict[Sequence, tuple[int, _Served]] = {}
+        self._random = random.Random(0)
 
     def requests(self) -> Iterable[int]:
         """Run to the end; yields how many requests have ended whenever that has changed."""
@@ -178,7 +191,12 @@ class _Run:
     def _step(self) -> None:
         """One step of the engine."""
         scheduler, in_flight = self.scheduler, self._in_flight
+        if self.num_drafts:
+            for sequence in scheduler.running:
+                sequence.num_drafts = self.num_drafts
         step = scheduler.schedule()
+        if self.num_drafts:
+            self._guess(step)
         seconds = self.step_seconds(step)
         self.clock += seconds
         self.busy += seconds
@@ -187,11 +205,18 @@ class _Run:
             if num_generated == 1:
                 served = in_flight[sequence][1]
                 served.first_s, served.num_cached_tokens = self.clock, sequence.num_cached_tokens
-            if len(sequence.token_ids) >= sequence.max_tokens:
+            if sequence.num_prompt_tokens + num_generated >= sequence.max_tokens:
                 _, served = in_flight.pop(sequence)
                 served.last_s, served.num_output_tokens = self.clock, num_generated
                 scheduler.remove(sequence)
                 self._num_ended += 1
+
+    def _guess(self, step: Step) -> None:
+        for chunk in step.chunks:
+            token = self._in_flight[chunk.sequence][0]
+            right = (self._random.random() < self.draft_rate for _ in range(chunk.num_drafts))
+            chunk.draft.extend(token if one else -1 for one in right)
+        step.number_rows()
 
     def result(self) -> Simulation:
         served, counts = self.served, self.scheduler.counts
@@ -219,6 +244,8 @@ class _Run:
             num_hit_tokens=hits,
             num_steps=counts.num_steps,
             num_preemptions=counts.num_preemptions,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_tokens=counts.num_accepted_tokens,
             mean_running=self.running / max(self.busy, np.finfo(np.float64).tiny),
             ttft_s=Percentiles.of(one.ttft_s for one in served),
             time_per_token_s=Percentiles.of(one.time_per_token_s for one in served if one.num_output_tokens > 1),
