@@ -6,17 +6,17 @@ before it must be right too. `allot` takes the likeliest guesses first and stops
 a step is bound by reading weights (a batch of one) rows are nearly free and many pay; where it is bound by arithmetic
 none do.
 
-Both sides are measured while the engine runs, so there is nothing to set: costs are medians of the latest steps of so
-many rows; rates are counts that forget, with those of the engine as a whole behind those of a request.
+Both sides are measured while the engine runs, so there is nothing to set: costs are the lower quarter of the latest
+steps of so many rows, since what disturbs a step only makes it longer; rates are counts that forget, with those of the
+engine as a whole behind those of a request.
 """
 
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import NamedTuple
 
-KEPT = 7  # times of a number of rows that the median is of
+KEPT = 8  # latest times of a number of rows
 SLOPE = 0.12  # what a further row is taken to cost, as a share of a step, before it was measured
 FIRST_AT_MOST = 1.5  # times what was expected, that the first step of a number of rows counts: memory is laid out in it
 BELIEF = 3.0  # guesses of its own that weigh as much as all that the engine knows
@@ -32,20 +32,26 @@ class StepCosts:
         self._times: dict[int, deque[float]] = {}
         self._rows: list[int] = []
         self._seconds: list[float] = []
+        self._capped: set[int] = set()  # numbers of rows whose one time is not what it took
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """A step of so many rows has taken so long."""
         rows = _rounded(num_rows)
         times = self._times.get(rows)
         if times is None:
-            if expected := self.of(rows):
-                seconds = min(seconds, FIRST_AT_MOST * expected)
+            most = FIRST_AT_MOST * self.of(rows)
+            if 0 < most < seconds:
+                seconds = most
+                self._capped.add(rows)
             times = self._times[rows] = deque(maxlen=KEPT)
             at = bisect_left(self._rows, rows)
             self._rows.insert(at, rows)
             self._seconds.insert(at, seconds)
+        elif rows in self._capped:
+            self._capped.discard(rows)
+            times.clear()
         times.append(seconds)
-        self._seconds[bisect_left(self._rows, rows)] = median(times)
+        self._seconds[bisect_left(self._rows, rows)] = sorted(times)[(len(times) - 1) // 4]
 
     def knows(self, num_rows: int) -> bool:
         """Whether steps of about so many rows were seen."""

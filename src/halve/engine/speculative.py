@@ -35,7 +35,7 @@ from halve.engine.sequence import Sequence
 
 log = logging.getLogger("halve.engine")
 
-PROBE = 2  # guesses of a sequence that is switched off, to see whether they would be right now
+PROBE = 4  # guesses of a sequence that is switched off, at most, to see whether they would be right and what they cost
 PROBE_AFTER = 16  # tokens until the first probe; twice as many after each that was wrong
 PROBE_SHARE = 0.005  # of the engine's time, that probes may take
 OFF_AFTER = 8  # times in a row that a guess was there and did not pay, until a sequence counts as switched off
@@ -133,7 +133,7 @@ class Speculator:
         self._is_on = False
         self._busy_s = self._probe_s = 0.0
         self._worth: dict[int, tuple[int, bool]] = {}  # rows -> step at which it was found out, and the answer
-        self._num_steps = self._num_plain = 0
+        self._num_steps = self._num_plain = self._num_probes = 0
 
     def plan(self, sequences: Iterable[Sequence]) -> None:
         """Before a step is planned: set how many guesses each of the running sequences asks for."""
@@ -223,13 +223,14 @@ class Speculator:
 
     def _probe(self, sequence: Sequence, state: _State, guess: Guess, rows: int) -> int:
         """Guesses of a sequence for which they do not pay as far as is known."""
-        number = min(PROBE, guess.most)
+        number = min(1 + self._num_probes % PROBE, guess.most)
         if guess.setup_s or sequence.num_generated < state.probe_at:
             return 0
         cost = self.costs.of(rows + number) - self.costs.of(rows) + number * self.proposer.draft_cost(1)
         if self._probe_s + cost > PROBE_SHARE * self._busy_s:
             return 0
         self._probe_s += cost
+        self._num_probes += 1
         state.probe_at = sequence.num_generated + state.interval
         state.interval *= 2
         return number
