@@ -227,6 +227,22 @@ def test_guesses_take_no_block_that_another_sequence_needs():
     assert core.metrics().num_preemptions == 0
 
 
+def test_guesses_keep_within_a_steps_tokens_and_leave_every_sequence_its_own():
+    runner = Repeating(num_blocks=100)
+    core = EngineCore(runner, config=EngineConfig(max_num_seqs=5, max_tokens_per_step=9))
+    core.speculator = Eager(NgramProposer(), max_tokens=8)
+    requests = [request(f"r{i}", [i, 1, i, 1], max_tokens=40) for i in range(5)]
+    for one in requests:
+        core.add(one)
+    while core.has_unfinished:
+        decoding = [s for s in core.scheduler.running if s.num_pending == 1]
+        told = {output.request_id for output in core.step()}
+        assert told >= {sequence.request.request_id for sequence in decoding}
+    sizes = [batch.num_tokens for batch in runner.batches]
+    assert max(sizes) == 9
+    assert core.metrics().num_accepted_tokens > 20
+
+
 class Breaking(Repeating):
     """Fails once."""
 
