@@ -242,10 +242,13 @@ class Speculator:
             state.was_switched_off = True
             if not self.num_switched_off:
                 log.info(
-                    "speculation by %s does not pay for request %r: %d of %d guesses were right; switched off there",
+                    "speculation by %s does not pay for request %r: %d of %d guesses were right, one more takes %.1f ms "
+                    "beside a step of %.1f ms; switched off there",
                     self.proposer.name,
                     sequence.request.request_id,
                     sequence.num_accepted_tokens,
                     sequence.num_draft_tokens,
+                    1e3 * (self.costs.of(2) - self.costs.of(1) + self.proposer.draft_cost(1)),
+                    1e3 * self.costs.of(1),
                 )
             self.num_switched_off += 1
