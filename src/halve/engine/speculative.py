@@ -242,8 +242,8 @@ class Speculator:
             state.was_switched_off = True
             if not self.num_switched_off:
                 log.info(
-                    "speculation by %s does not pay for request %r: %d of %d guesses were right, one more takes %.1f ms "
-                    "beside a step of %.1f ms; switched off there",
+                    "speculation by %s does not pay for request %r: %d of %d guesses were right, one more takes %.1f "
+                    "ms beside a step of %.1f ms; switched off there",
                     self.proposer.name,
                     sequence.request.request_id,
                     sequence.num_accepted_tokens,
