@@ -42,6 +42,12 @@ def test_a_path_that_does_not_exist(refused, tmp_path):
     assert "no such directory" in refused("verify", tmp_path / "nowhere", "--against", tmp_path)
 
 
+def test_a_draft_model_that_is_not_there_or_of_other_tokens(refused, tiny, tmp_path):
+    assert "no such directory" in refused("generate", tiny, "hi", "--speculate", tmp_path / "nowhere")
+    other = make_model(tmp_path / "other", vocab_size=320)
+    assert "its vocabulary has 320 tokens" in refused("generate", tiny, "hi", "--speculate", other)
+
+
 def test_a_file_instead_of_a_directory(refused, model):
     assert "a file; give the directory that holds config.json" in refused("inspect", model / "model.safetensors")
 

@@ -191,6 +191,27 @@ def test_every_sampling_flag_reaches_the_sampler(tiny, shell):
     assert [len(token["top"]) for token in logprobs] == [2] * 12
 
 
+def test_guessing_ahead_changes_no_answer_and_json_tells_of_it(tiny, optimized, shell, tmp_path):
+    story = [
+        "generate",
+        embedded_model_path(),
+        "One cat, two cats. One dog, two dogs. One",
+        "--max-tokens",
+        60,
+        "--json",
+    ]
+    plain, guessed = (shell(*story, "--speculate", word).json for word in ("off", "ngram"))
+    assert guessed["token_ids"] == plain["token_ids"]
+    assert plain["num_draft_tokens"] == 0
+    assert guessed["num_draft_tokens"] >= guessed["num_accepted_tokens"]
+    base = ["generate", tiny, "dabo kuma", "--max-tokens", 20]
+    assert shell(*base, "--speculate", optimized[1]).out == shell(*base).out
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "dabo kuma"}\n')
+    assert shell("batch", tiny, prompts, "-o", out, "--max-tokens", 20, "--speculate", "ngram").code == 0
+    assert json.loads(out.read_text())["completions"][0]["text"] + "\n" == shell(*base).out
+
+
 def test_an_answer_is_no_shorter_than_asked_and_keeps_its_stop_if_asked(shell):
     story = ["generate", embedded_model_path(), "Once upon a time there was", "--max-tokens", 30, "--stop", "."]
     cut = shell(*story).out

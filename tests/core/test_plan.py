@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.core.errors import PlanError
-from halve.core.plan import MIGRATIONS, VERSIONS, Activations, KVCache, Plan, WeightRule, Weights, migrate
+from halve.core.plan import MIGRATIONS, VERSIONS, Activations, KVCache, Plan, Speculation, WeightRule, Weights, migrate
 from halve.core.record import to_dict
 
 PLAN = Plan(
@@ -21,6 +21,7 @@ PLAN = Plan(
     ),
     activations=Activations(format="bf16"),
     kv_cache=KVCache(format="bf16"),
+    speculation=Speculation(method="draft", path="draft", max_tokens=4),
 )
 
 rules = st.builds(WeightRule, pattern=st.text(), format=st.text(), method=st.sampled_from(["rtn", "clip", None]))
@@ -30,12 +31,27 @@ plans = st.builds(
     weights=st.builds(Weights, rules=st.lists(rules, max_size=4).map(tuple)),
     activations=st.builds(Activations, format=st.sampled_from(["fp32", "bf16", "int8"])),
     kv_cache=st.builds(KVCache, format=st.sampled_from(["fp32", "bf16", "int8"])),
+    speculation=st.builds(Speculation, method=st.sampled_from(["none", "ngram"]), max_tokens=st.integers(1, 32)),
 )
 
 
 @given(plans)
 def test_every_plan_survives_json(plan):
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ('"method": "draft"', "speculation.path: None with method 'draft'; name a model"),
+        ('"method": "ngram", "path": "x"', "speculation.path: 'x' with method 'ngram'"),
+        ('"method": "ngram", "max_tokens": 0', "speculation.max_tokens: 0 must be from 1 to 32"),
+        ('"method": "eagle"', "'eagle' is not one of"),
+    ],
+)
+def test_speculation_that_cannot_be_is_refused(fields, what):
+    with pytest.raises(PlanError, match=what):
+        Plan.from_json(f'{{"version": 1, "speculation": {{{fields}, "version": 1}}}}')
 
 
 def test_sections_that_are_left_out_take_their_defaults():
@@ -62,7 +78,7 @@ def test_patterns_tell_capitals_apart_and_a_star_spans_dots():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"speculation": {"version": 1}}, r"^plan: unknown keys \['speculation'\]; known keys are \['activations', "),
+        ({"guesses": {"version": 1}}, r"^plan: unknown keys \['guesses'\]; known keys are \['activations', "),
         ({"weights": {"version": 1}}, r"^plan\.weights: missing keys \['rules'\]"),
         (
             {"weights": {"rules": [{"pattern": "*", "format": "int8", "method": "gptq"}], "version": 1}},

@@ -30,7 +30,7 @@ def scheduler():
 
 def advance(one, step):
     """Pretend that the step ran and that token 1 was sampled everywhere; end what is full."""
-    for sequence in one.commit(step, [1] * step.num_sampled):
+    for sequence, _, _ in one.commit(step, [1] * step.num_sampled):
         if sequence.status is not Status.FINISHED and len(sequence.token_ids) >= sequence.max_tokens:
             one.remove(sequence)
     one.check_invariants()
@@ -285,7 +285,7 @@ def test_a_step_is_planned_before_the_tokens_of_the_one_before_are_known(schedul
             ahead += int((batch.token_ids < 0).sum())
             launched = step, device.launch(step, batch, rows).copy()
         if flying:
-            for sequence in one.commit(flying[0], flying[1].tolist()):
+            for sequence, _, _ in one.commit(flying[0], flying[1].tolist()):
                 if sequence.status is Status.FINISHED:
                     continue
                 answer = tuple(sequence.token_ids[sequence.num_prompt_tokens :])
@@ -308,3 +308,22 @@ def test_no_more_than_one_step_is_planned_ahead(scheduler):
     advance(one, first)
     advance(one, second)
     run(one)
+
+
+def test_a_sequence_with_guesses_in_flight_sits_out_until_they_are_judged(scheduler):
+    one = scheduler()
+    sequence = one.add(request("a", range(3), max_tokens=10))
+    advance(one, one.schedule())
+    sequence.num_drafts = 5
+    step = one.schedule()
+    (chunk,) = step.chunks
+    chunk.draft.extend([1, 1, 7])  # fewer than it asked for
+    step.number_rows()
+    assert step.sampled == [sequence] * 4
+    assert not one.schedule().chunks
+    told = one.commit(step, [1, 1, 5, 6])
+    assert [(t.row, t.num_generated) for t in told] == [(0, 2), (1, 3), (2, 4)]
+    assert sequence.token_ids.tolist() == [0, 1, 2, 1, 1, 1, 5]
+    assert (sequence.num_pending, sequence.num_draft_tokens, sequence.num_accepted_tokens) == (1, 3, 2)
+    assert (one.counts.num_draft_tokens, one.counts.num_accepted_tokens) == (3, 2)
+    assert plan(one.schedule()) == [("a", 1)]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.core.certificate import Certificate, Measured
-from halve.core.plan import Activations, KVCache, Plan, WeightRule, Weights
+from halve.core.plan import Activations, KVCache, Plan, Speculation, WeightRule, Weights
 from halve.report import words
 
 
@@ -169,6 +169,14 @@ def test_a_plan_is_said_in_sentences() -> None:
     assert (
         "Keys and values of earlier tokens are rounded to 8-bit integers, one 16-bit scale for each token and" in said
     )
+
+
+def test_a_plan_says_where_guesses_come_from() -> None:
+    assert "guessed" not in " ".join(words.plan_sentences(Plan()))
+    said = " ".join(words.plan_sentences(Plan(speculation=Speculation(method="ngram"))))
+    assert "guessed from what followed before; answers are the same" in said
+    said = " ".join(words.plan_sentences(Plan(speculation=Speculation(method="draft", path="small"))))
+    assert "guessed by a smaller model (small)" in said
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from halve import __version__
 from halve.api.bundle import read_plan
+from halve.api.draft import choose_speculation, load_draft
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.files import read_object
 from halve.core.errors import KernelError, RequestError
-from halve.core.plan import Plan
+from halve.core.plan import Plan, Speculation
 from halve.engine import (
     Completion,
     Engine,
@@ -57,13 +59,15 @@ class Model:
         *,
         engine_config: EngineConfig | None = None,
         cache_bytes: int | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         self.path = checkpoint.path
         self.config, self.plan, self.ops, self.decoder = decoder.config, plan, ops, decoder
         self.tokenizer = tokenizer
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
         self._engine_config = engine_config or EngineConfig()
-        self._num_blocks = cache_blocks(self.config, self._engine_config, cache_bytes)
+        self._draft = draft
+        self._num_blocks = cache_blocks(self.config, self._engine_config, cache_bytes, draft.config if draft else None)
         self._engine: Engine | None = None
         self._making_engine = Lock()
 
@@ -77,8 +81,14 @@ class Model:
         """The engine behind `generate` and `stream`; its cache is allocated on first use."""
         with self._making_engine:
             if self._engine is None:
-                runner = ModelRunner(self.decoder, num_blocks=self._num_blocks, block_size=BLOCK_SIZE)
-                self._engine = Engine(runner, self.tokenizer, self._engine_config, eos_token_ids=self.eos_token_ids)
+                sizes = {"num_blocks": self._num_blocks, "block_size": BLOCK_SIZE}
+                self._engine = Engine(
+                    ModelRunner(self.decoder, **sizes),
+                    self.tokenizer,
+                    self._engine_config,
+                    eos_token_ids=self.eos_token_ids,
+                    draft=ModelRunner(self._draft, **sizes) if self._draft else None,
+                )
             return self._engine
 
     def generate(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> Completion:
@@ -159,6 +169,7 @@ def load(
     num_threads: int | None = None,
     cores: Sequence[int] = (),
     keep: bool = True,
+    speculation: str | Speculation | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
@@ -168,7 +179,9 @@ def load(
     num_threads: of the C++ kernels, None for every core that this process may use; cores: where to keep them, empty for
     wherever the system likes (one team for the process; `halve.kernels.team`).
     keep: whether compressed weights, once packed for the C++ kernels, are kept on disk for the next start
-    (`halve.models.ready` says where) and read from there. progress: layers done, layers in all.
+    (`halve.models.ready` says where) and read from there. speculation: where guesses of the next tokens come from,
+    which change how fast answers come and nothing else: `ngram`, the place of a draft model with the same tokenizer,
+    `off`; None is what `engine` or else the bundle's plan says. progress: layers done, layers in all.
     Raises CheckpointError, ConfigError, TextError naming what is wrong with the files, RequestError for cache_bytes
     that hold nothing.
     """
@@ -186,15 +199,31 @@ def load(
         decoder = load_decoder(checkpoint, config, ops, progress)
     for what, kernel in sorted(ops.kernels.items()):
         log.debug("%s: %s", what, kernel)
-    return Model(checkpoint, plan, ops, decoder, tokenizer, engine_config=engine, cache_bytes=cache_bytes)
+    engine = engine or EngineConfig()
+    if speculation is not None or engine.speculation.method == "none":
+        engine = replace(engine, speculation=choose_speculation(speculation, plan, checkpoint))
+    draft = None
+    if path := engine.speculation.path:
+        draft = load_draft(
+            path,
+            tokenizer,
+            config.vocab_size,
+            lambda activations: make_ops(device, activations, num_threads),
+            keep=keep,
+        )
+    return Model(checkpoint, plan, ops, decoder, tokenizer, engine_config=engine, cache_bytes=cache_bytes, draft=draft)
 
 
-def cache_blocks(config: ModelConfig, engine: EngineConfig, cache_bytes: int | None) -> int:
+def cache_blocks(
+    config: ModelConfig, engine: EngineConfig, cache_bytes: int | None, draft: ModelConfig | None = None
+) -> int:
     """Blocks of a model's cache within that memory, and no more than all sequences of the engine can fill.
 
-    Memory is taken as blocks are first written, not before. Raises RequestError when it holds no block.
+    draft: of the draft model, whose cache has as many blocks and shares the memory. Memory is taken as blocks are first
+    written, not before. Raises RequestError when it holds no block.
     """
-    size = config.kv_cache_bytes_per_token * BLOCK_SIZE
+    per_token = config.kv_cache_bytes_per_token + (draft.kv_cache_bytes_per_token if draft else 0)
+    size = per_token * BLOCK_SIZE
     most = blocks_for(max_num_seqs=engine.max_num_seqs, context=config.context, block_size=BLOCK_SIZE)
     return min(
         most, blocks_within(int(CACHE_SHARE * detect_cpu().memory_bytes) if cache_bytes is None else cache_bytes, size)

@@ -25,6 +25,14 @@ EXIT_USER = 1
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a bundle, or ORG/NAME.")]
+SpeculateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--speculate",
+        metavar="ngram|DRAFT|off",
+        help="Guess next tokens, for speed alone: from the text so far, or by a draft model. Without it: the plan's.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or a torch device such as cuda.")]
 
 
@@ -194,6 +202,7 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(help="Threads of the C++ kernels. Without it: every core this process may use.")
     ] = None,
+    speculate: SpeculateOption = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -223,7 +232,7 @@ def generate(
     if prompt == "-":
         prompt = _standard_input()
     with ShellProgress().task("Loading", "layers") as advance:
-        loaded = load(model, device=device, num_threads=threads, progress=advance)
+        loaded = load(model, device=device, num_threads=threads, speculation=speculate, progress=advance)
     if n == 1 and not json:
         for output in loaded.stream(prompt, sampling):
             typer.echo(output.text, nl=False)
@@ -250,6 +259,7 @@ def batch(
     threads: Annotated[
         int | None, typer.Option(help="Threads of the C++ kernels. Without it: every core this process may use.")
     ] = None,
+    speculate: SpeculateOption = None,
     json: Json = False,
 ) -> None:
     """Continue a file of prompts, in bounded memory; run it again to take up a killed run."""
@@ -259,7 +269,7 @@ def batch(
 
     sampling = SamplingParams.of(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with ShellProgress().task("Loading", "layers") as advance:
-        loaded = load(model, device=device, num_threads=threads, progress=advance)
+        loaded = load(model, device=device, num_threads=threads, speculation=speculate, progress=advance)
     with ShellProgress().task("Answering", "prompts") as advance:
         done = loaded.run_file(prompts, out, sampling, progress=advance)
     if json:

@@ -16,9 +16,18 @@ from halve.core.record import from_dict, parse_json, shown, to_dict
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 ActivationFormat = Literal["fp32", "bf16", "int8"]
 KVFormat = Literal["fp32", "bf16", "int8"]
+SpeculationMethod = Literal["none", "ngram", "draft"]
 
 # MIGRATIONS[section][n] turns version n of that section into version n + 1; "plan" is the outer object.
-MIGRATIONS: dict[str, dict[int, Migration]] = {"plan": {}, "weights": {}, "activations": {}, "kv_cache": {}}
+MIGRATIONS: dict[str, dict[int, Migration]] = {
+    "plan": {},
+    "weights": {},
+    "activations": {},
+    "kv_cache": {},
+    "speculation": {},
+}
+
+MAX_DRAFT_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +75,30 @@ class KVCache:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Speculation:
+    """Where guesses of the next tokens come from; answers are the same with and without.
+
+    ngram: from what followed when the same tokens came before. draft: from a smaller model with the same tokenizer, at
+    `path` (a directory, of a bundle also relative to it, or ORG/NAME). max_tokens: guesses at a time, at most; how many
+    pay is measured while it runs. Raises ConfigError.
+    """
+
+    method: SpeculationMethod = "none"
+    max_tokens: int = 8
+    path: str | None = None
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(f"speculation.max_tokens: {self.max_tokens} must be from 1 to {MAX_DRAFT_TOKENS}")
+        if (self.method == "draft") != bool(self.path):
+            raise ConfigError(
+                f"speculation.path: {self.path!r} with method {self.method!r}; name a model with method 'draft', and "
+                "none with another"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """How a model is stored and run.
 
@@ -77,6 +110,7 @@ class Plan:
     weights: Weights = field(default_factory=lambda: Weights(rules=()))
     activations: Activations = field(default_factory=Activations)
     kv_cache: KVCache = field(default_factory=KVCache)
+    speculation: Speculation = field(default_factory=Speculation)
     version: int = 1
 
     def to_json(self) -> str:
@@ -94,7 +128,7 @@ class Plan:
 
 # The version that this Halve writes, by section; "plan" is the outer object. It rises when what an older file says
 # would be read as something else; a new value of a field does not raise it: a Halve without it refuses it by name.
-VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 1}
+VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 1, "speculation": 1}
 
 
 def migrate(

@@ -6,6 +6,8 @@ from halve.engine.engine import Engine, Prompt, Stream
 from halve.engine.offline import OfflineRun, run_file
 from halve.engine.request import Candidate, Completion, Request, SamplingParams, StepOutput, TokenLogprobs
 from halve.engine.runner import ModelRunner, Runner, blocks_for, blocks_within
+from halve.engine.simulate import Percentiles, Simulation, simulate
+from halve.engine.step_times import StepTimes, measure_steps
 
 __all__ = [
     "Candidate",
@@ -16,15 +18,20 @@ __all__ = [
     "EngineMetrics",
     "ModelRunner",
     "OfflineRun",
+    "Percentiles",
     "Prompt",
     "Request",
     "Runner",
     "SamplingParams",
+    "Simulation",
     "StepError",
     "StepOutput",
+    "StepTimes",
     "Stream",
     "TokenLogprobs",
     "blocks_for",
     "blocks_within",
+    "measure_steps",
     "run_file",
+    "simulate",
 ]

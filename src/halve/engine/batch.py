@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from halve.engine.sequence import Sequence
 from halve.kernels.ops import Array, TokenBatch
 from halve.kernels.sampling import Ragged, SamplingBatch
 
+_NONE = array("i")
 _TINY, _HUGE = np.finfo(np.float32).tiny, np.finfo(np.float32).max
 
 
@@ -17,11 +19,11 @@ def token_batch(step: Step, block_size: int) -> tuple[TokenBatch, Array]:
     """The chunks of a step that was just planned, as one flat batch over the paged cache, and the rows to sample.
 
     Rows int32 [R]: the last token of each chunk that leaves nothing pending, once for each sequence that samples from
-    it. A token that is still in flight is -1 - r, r its row in the step before; only a runner that has that step's
-    tokens at hand can be given such a batch.
+    it, and each token of a draft behind it. A token that is still in flight is -1 - r, r its row in the step before;
+    only a runner that has that step's tokens at hand can be given such a batch.
     """
     chunks = step.chunks
-    counts = np.fromiter([chunk.num_tokens for chunk in chunks], np.int32, len(chunks))
+    counts = np.fromiter([chunk.num_tokens + len(chunk.draft) for chunk in chunks], np.int32, len(chunks))
     starts = np.fromiter([chunk.start for chunk in chunks], np.int32, len(chunks))
     cu_seqlens = np.zeros(len(chunks) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
@@ -34,6 +36,9 @@ def token_batch(step: Step, block_size: int) -> tuple[TokenBatch, Array]:
         _append_tokens(token_ids, chunk)
         if chunk.sampled:
             rows += [len(token_ids) - 1] * len(chunk.sampled)
+        if chunk.draft:
+            rows += range(len(token_ids), len(token_ids) + len(chunk.draft))
+            token_ids.extend(chunk.draft)
     positions = np.arange(len(token_ids), dtype=np.int32)
     positions += np.repeat(starts - cu_seqlens[:-1], counts)
     of = np.repeat(np.arange(len(chunks)), counts)
@@ -74,16 +79,40 @@ def block_copies(step: Step) -> list[Array]:
     return [np.array(pairs, np.int32) for pairs in calls]
 
 
-def sampling_batch(step: Step, eos_token_ids: Collection[int] = ()) -> SamplingBatch:
-    """How each row of a step is sampled. eos_token_ids: what `min_tokens` forbids, with a request's stop tokens.
+class SampledRow(NamedTuple):
+    """A row that is sampled: whose, after how many tokens of the answer, and the guessed ones among them."""
 
-    Penalties count the tokens that are known; a token in flight is not among them.
+    sequence: Sequence
+    num_generated: int
+    guessed: "array[int]"
+
+
+def sampled_rows(step: Step) -> list[SampledRow]:
+    """The rows of `token_batch`."""
+    rows = []
+    for chunk in step.chunks:
+        rows += [SampledRow(one, chunk.end - one.num_prompt_tokens, _NONE) for one in chunk.sampled]
+        if chunk.draft:
+            sequence, num_generated, _ = rows[-1]
+            behind = range(1, 1 + len(chunk.draft))
+            rows += [SampledRow(sequence, num_generated + i, chunk.draft[:i]) for i in behind]
+    return rows
+
+
+def sampling_batch(step: Step, eos_token_ids: Collection[int] = ()) -> SamplingBatch:
+    """How each row of a step is sampled: `sampling_of` its `sampled_rows`."""
+    return sampling_of(sampled_rows(step), eos_token_ids)
+
+
+def sampling_of(rows: list[SampledRow], eos_token_ids: Collection[int] = ()) -> SamplingBatch:
+    """How each row is sampled. eos_token_ids: what `min_tokens` forbids, with a request's stop tokens.
+
+    Penalties count the tokens that are known, and guessed ones; a token in flight is not among them.
     """
-    rows = [(sequence, chunk.end - sequence.num_prompt_tokens) for chunk in step.chunks for sequence in chunk.sampled]
-    if all(sequence.is_greedy and generated >= sequence.request.sampling.min_tokens for sequence, generated in rows):
+    if all(row.sequence.is_greedy and row.num_generated >= row.sequence.request.sampling.min_tokens for row in rows):
         return SamplingBatch.greedy(len(rows))
-    table = np.array([sequence.sampler_row for sequence, _ in rows]).T
-    sequences = [sequence for sequence, _ in rows]
+    sequences = [row.sequence for row in rows]
+    table = np.array([sequence.sampler_row for sequence in sequences]).T
     penalized = any(sequence.is_penalized for sequence in sequences)
     bias_tokens, bias_values = _biases(rows, eos_token_ids)
     return SamplingBatch(
@@ -97,33 +126,35 @@ def sampling_batch(step: Step, eos_token_ids: Collection[int] = ()) -> SamplingB
         repetition_penalty=table[7].astype(np.float32),
         num_logprobs=table[8].astype(np.int32),
         seed=np.array([sequence.seed for sequence in sequences], np.uint64),
-        step=np.array([generated for _, generated in rows], np.int64),
-        prompt_tokens=_histories(sequences, answer=False) if penalized else None,
-        output_tokens=_histories(sequences, answer=True) if penalized else None,
+        step=np.array([row.num_generated for row in rows], np.int64),
+        prompt_tokens=_histories(rows, answer=False) if penalized else None,
+        output_tokens=_histories(rows, answer=True) if penalized else None,
         bias_tokens=bias_tokens,
         bias_values=bias_values,
     )
 
 
-def _histories(sequences: list[Sequence], *, answer: bool) -> Ragged:
+def _histories(rows: list[SampledRow], *, answer: bool) -> Ragged:
     """Prompt or answer of each row that a penalty acts on; nothing for the others."""
     token_ids, offsets = array("i"), [0]
-    for sequence in sequences:
+    for sequence, _, guessed in rows:
         if sequence.is_penalized:
             cut = sequence.num_prompt_tokens
             token_ids += sequence.token_ids[cut:] if answer else sequence.token_ids[:cut]
+            if answer:
+                token_ids += guessed
         offsets.append(len(token_ids))
     return Ragged(np.array(token_ids, np.int32), np.array(offsets, np.int64))
 
 
-def _biases(rows: list[tuple[Sequence, int]], eos_token_ids: Collection[int]) -> tuple[Ragged | None, Array | None]:
+def _biases(rows: list[SampledRow], eos_token_ids: Collection[int]) -> tuple[Ragged | None, Array | None]:
     """What is added to logits, row by row; None where nothing is."""
     token_ids, values, offsets = array("i"), array("f"), [0]
-    for sequence, generated in rows:
+    for sequence, num_generated, _ in rows:
         p = sequence.request.sampling
-        if p.logit_bias or generated < p.min_tokens:
+        if p.logit_bias or num_generated < p.min_tokens:
             bias = dict(p.logit_bias)
-            if generated < p.min_tokens:
+            if num_generated < p.min_tokens:
                 ends = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *eos_token_ids)
                 bias.update(dict.fromkeys(ends, -np.inf))
             token_ids.extend(bias)

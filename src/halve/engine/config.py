@@ -1,8 +1,9 @@
 """How an engine divides its steps, and what it tells about itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from halve.core.errors import ConfigError
+from halve.core.plan import Speculation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +16,7 @@ class EngineConfig:
     overtakes_per_priority: how many later requests of one priority level lower go first (`engine/scheduler.py`).
     deterministic: refuse a runner that does not give a token the same result in every batch. With one that does, a
     seed gives the same text whatever the neighbours; without the flag other runners may differ by rounding.
-    Raises ConfigError.
+    speculation: where guesses of the next tokens come from (`engine/speculative.py`). Raises ConfigError.
     """
 
     max_num_seqs: int = 32
@@ -23,6 +24,7 @@ class EngineConfig:
     max_prefill_beside_decode: int | None = 256
     overtakes_per_priority: int = 100
     deterministic: bool = False
+    speculation: Speculation = field(default_factory=Speculation)
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -47,6 +49,8 @@ class EngineMetrics:
     num_computed_tokens: tokens that ran through the model, prompts and decodes. num_sampled_tokens: tokens chosen.
     num_hit_tokens: tokens found in the prefix cache instead. num_preemptions: sequences that gave up their blocks.
     num_finished, num_aborted, num_failed: answers that ended well, were aborted, or were in a step that failed.
+    num_draft_tokens: guesses that ran beside decodes (num_computed_tokens counts them too). num_accepted_tokens: of
+    them, those that the model chose too. num_switched_off: answers for which guesses were tried and did not pay.
     """
 
     num_waiting: int = 0
@@ -62,3 +66,6 @@ class EngineMetrics:
     num_finished: int = 0
     num_aborted: int = 0
     num_failed: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_switched_off: int = 0

@@ -4,6 +4,7 @@ Whatever ends a request, its blocks are back in the pool when the call that ende
 a thread around it.
 """
 
+import time
 from collections.abc import Collection
 
 import numpy as np
@@ -12,10 +13,12 @@ from halve.core.errors import ConfigError, EngineError, HalveError, RequestError
 from halve.engine.batch import block_copies, sampling_batch, token_batch
 from halve.engine.block_pool import BlockPool
 from halve.engine.config import EngineConfig, EngineMetrics
+from halve.engine.draft_model import DraftModel
 from halve.engine.request import Candidate, FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
 from halve.engine.runner import Runner
-from halve.engine.scheduler import Scheduler, Step
+from halve.engine.scheduler import Scheduler, Step, Told
 from halve.engine.sequence import Sequence, Status
+from halve.engine.speculative import NgramProposer, Speculator
 from halve.engine.stop import StopText
 from halve.kernels.sampling import Sampled
 from halve.text import Tokenizer
@@ -55,7 +58,8 @@ class EngineCore:
     """Runs many requests over one model, step by step.
 
     tokenizer: makes text of the tokens; without one outputs hold token ids only, and stop strings are refused.
-    eos_token_ids: tokens that end a text, of the model's generation config.
+    eos_token_ids: tokens that end a text, of the model's generation config. draft: of the draft model, where
+    `config.speculation` asks for one; its cache has the blocks of `runner`'s.
     Raises ConfigError when the configuration asks for what the runner does not do.
     """
 
@@ -66,6 +70,7 @@ class EngineCore:
         config: EngineConfig | None = None,
         *,
         eos_token_ids: Collection[int] = (),
+        draft: Runner | None = None,
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
         self.config = config or EngineConfig()
@@ -75,17 +80,29 @@ class EngineCore:
                 "load it with device 'cpu' and the C++ kernels, or do without deterministic"
             )
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.scheduler = Scheduler(
-            BlockPool(runner.num_blocks, runner.block_size),
-            context=runner.context,
-            max_num_seqs=self.config.max_num_seqs,
-            max_tokens_per_step=self.config.max_tokens_per_step,
-            max_prefill_beside_decode=self.config.max_prefill_beside_decode,
-            overtakes_per_priority=self.config.overtakes_per_priority,
-        )
+        self.speculator = self._speculator(draft)
+        pool = BlockPool(runner.num_blocks, runner.block_size)
+        self.scheduler = Scheduler.configured(self.config, pool, context=runner.context)
         self._texts: dict[Sequence, _AnswerText] = {}
         self._aborted: list[StepOutput] = []
         self._num_finished = self._num_aborted = self._num_failed = 0
+        self._clock = time.perf_counter
+        self._run_s = 0.0  # that the runner took for the latest step
+
+    def _speculator(self, draft: Runner | None) -> Speculator | None:
+        given = self.config.speculation
+        if (given.method == "draft") != (draft is not None):
+            raise ConfigError(
+                f"engine.speculation: method {given.method!r} {'with' if draft else 'without'} a draft model; give one "
+                "with method 'draft' and with no other (`halve.load` loads it)"
+            )
+        if given.method == "none":
+            return None
+        if draft is None:
+            return Speculator(NgramProposer(), max_tokens=given.max_tokens)
+        tokens = self.config.max_tokens_per_step
+        proposer = DraftModel(draft, self.runner, eos_token_ids=self.eos_token_ids, tokens_per_step=tokens)
+        return Speculator(proposer, max_tokens=given.max_tokens)
 
     @property
     def has_unfinished(self) -> bool:
@@ -144,10 +161,14 @@ class EngineCore:
         Raises StepError when the runner fails: the requests of this step have then ended and their blocks are free;
         those that wait are not touched, and the engine can go on.
         """
+        if self.speculator:
+            self.speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         outputs = []
         if step.chunks:
             try:
+                if self.speculator:
+                    self.speculator.fill(step)
                 sampled = self._run(step)
             except Exception as error:
                 self._fail(step, error)
@@ -175,6 +196,9 @@ class EngineCore:
             num_finished=self._num_finished,
             num_aborted=self._num_aborted,
             num_failed=self._num_failed,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_tokens=counts.num_accepted_tokens,
+            num_switched_off=self.speculator.num_switched_off if self.speculator else 0,
         )
 
     def check_invariants(self) -> None:
@@ -186,7 +210,10 @@ class EngineCore:
         batch, rows = token_batch(step, self.runner.block_size)
         for pairs in block_copies(step):
             self.runner.copy_blocks(pairs)
-        sampled = self.runner.run(batch, rows, sampling_batch(step, self.eos_token_ids))
+        sampling = sampling_batch(step, self.eos_token_ids)
+        started = self._clock()
+        sampled = self.runner.run(batch, rows, sampling)
+        self._run_s = self._clock() - started
         ids = sampled.token_ids
         if ids.shape != rows.shape or (len(ids) and not 0 <= ids.min() <= ids.max() < self.runner.vocab_size):
             raise HalveError(
@@ -195,20 +222,23 @@ class EngineCore:
         return sampled
 
     def _commit(self, step: Step, sampled: Sampled) -> list[StepOutput]:
-        token_ids = sampled.token_ids.tolist()
-        sequences = self.scheduler.commit(step, token_ids)
-        return [self._extend(sequence, token_ids[row], sampled, row) for row, sequence in enumerate(sequences)]
+        all_told = self.scheduler.commit(step, sampled.token_ids.tolist())
+        if self.speculator:
+            self.speculator.learn(step, self._run_s)
+        # A sequence may end by a token before, of the same step; what else it got is not told then.
+        return [self._extend(told, sampled) for told in all_told if told.sequence.status is not Status.FINISHED]
 
-    def _extend(self, sequence: Sequence, token_id: int, sampled: Sampled, row: int) -> StepOutput:
+    def _extend(self, told: Told, sampled: Sampled) -> StepOutput:
         """Tell a token, and end the answer where that ends it."""
+        sequence, token_id = told.sequence, int(sampled.token_ids[told.row])
         params = sequence.request.sampling
         text = self._texts.get(sequence)
         if text is None:
             text = self._texts[sequence] = _AnswerText(params, self.tokenizer)
-        logprobs = None if params.logprobs is None else _logprobs(sampled, row)
-        reason, piece, stopped = self._stop_reason(sequence, token_id), "", False
+        logprobs = None if params.logprobs is None else _logprobs(sampled, told.row)
+        reason, piece, stopped = self._stop_reason(told, token_id), "", False
         if reason != "stop" or params.include_stop:  # else a token that stops has no part in the text
-            piece, stopped = text.push(token_id, may_stop=sequence.num_generated > params.min_tokens)
+            piece, stopped = text.push(token_id, may_stop=told.num_generated > params.min_tokens)
         if reason is not None and not stopped:
             rest, stopped = text.end()
             piece += rest
@@ -219,11 +249,12 @@ class EngineCore:
             self._remove(sequence)
         return _output(sequence, token_id, piece, reason, logprobs=logprobs)
 
-    def _stop_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        params = sequence.request.sampling
+    def _stop_reason(self, told: Told, token_id: int) -> FinishReason | None:
+        params = told.sequence.request.sampling
         if token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos):
             return "stop"
-        return "length" if len(sequence.token_ids) >= sequence.max_tokens else None
+        num_tokens = told.sequence.num_prompt_tokens + told.num_generated
+        return "length" if num_tokens >= told.sequence.max_tokens else None
 
     def _fail(self, step: Step, error: Exception) -> None:
         request_ids = self._discard(step)
@@ -260,6 +291,8 @@ def _output(
         index=sequence.index if index is None else index,
         logprobs=logprobs,
         num_cached_tokens=sequence.num_cached_tokens,
+        num_draft_tokens=sequence.num_draft_tokens,
+        num_accepted_tokens=sequence.num_accepted_tokens,
     )
 
 

@@ -99,7 +99,8 @@ class Engine:
     block, or when the engine is no longer referred to. What is unfinished then ends with reason "abort".
     runner: the model; no one else may use it. tokenizer: makes text of tokens; without one, prompts are token ids,
     outputs hold ids only, and stop strings are refused. eos_token_ids: tokens that end a text, of the model's
-    generation config. Raises ConfigError when the configuration asks for what the runner does not do.
+    generation config. draft: as for `EngineCore`. Raises ConfigError when the configuration asks for what the runner
+    does not do.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         eos_token_ids: Collection[int] = (),
+        draft: Runner | None = None,
     ) -> None:
-        core = EngineCore(runner, tokenizer, config, eos_token_ids=eos_token_ids)
+        core = EngineCore(runner, tokenizer, config, eos_token_ids=eos_token_ids, draft=draft)
         self.config, self.tokenizer = core.config, tokenizer
         self._worker = Worker(core)
         self._numbers = itertools.count()

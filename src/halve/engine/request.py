@@ -10,7 +10,7 @@ from halve.core.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort"]
 
-VERSION = 2  # 2 adds fields with defaults to every record of version 1, so both are read
+VERSION = 3  # 2 and 3 add fields with defaults to records of the version before, so all are read
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 1024
 MAX_PRIORITY = 100
@@ -157,6 +157,8 @@ class StepOutput:
     finish_reason: why it ended ("stop": end-of-sequence, stop token or stop string; "length": max_tokens or the
     context; "abort"), None while it goes on.
     logprobs: of this token, where they were asked for. num_cached_tokens: prompt tokens that were in the cache.
+    num_draft_tokens: tokens of this answer that were guessed so far. num_accepted_tokens: of them, those that the model
+    chose too.
     """
 
     request_id: str
@@ -167,6 +169,8 @@ class StepOutput:
     index: int = 0
     logprobs: TokenLogprobs | None = None
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     version: int = VERSION
 
 
@@ -175,7 +179,8 @@ class Completion:
     """A finished answer. token_ids holds the token that ended it; text holds neither that nor a stop string, unless
     the request said include_stop.
 
-    logprobs: one for each token, None where they were not asked for.
+    logprobs: one for each token, None where they were not asked for. num_draft_tokens, num_accepted_tokens: as
+    `StepOutput` has them.
     """
 
     request_id: str
@@ -187,6 +192,8 @@ class Completion:
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     version: int = VERSION
 
     @classmethod
@@ -206,6 +213,8 @@ class Completion:
             index=last.index,
             logprobs=logprobs or None,
             num_cached_tokens=last.num_cached_tokens,
+            num_draft_tokens=last.num_draft_tokens,
+            num_accepted_tokens=last.num_accepted_tokens,
         )
 
 
@@ -238,4 +247,8 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, tuple) and all(_is_whole(i, 0) for i in value)
+    if not isinstance(value, tuple):
+        return False
+    if set(map(type, value)) <= {int}:  # of a long prompt, a tenth of the time that one by one takes
+        return min(value, default=0) >= 0
+    return all(_is_whole(i, 0) for i in value)

@@ -15,6 +15,12 @@ and there is none, the running sequence of the highest rank gives up its blocks 
 again, with its tokens kept; they are computed again, but for the full blocks that are still in the prefix cache. The
 sequence of the lowest rank is never preempted, and alone it fits, so every step makes progress.
 
+**Guesses.** A sequence that decodes may run tokens that were guessed to follow its last one in the same step
+(`engine/speculative.py` sets `Sequence.num_drafts` before and fills `Chunk.draft` after planning). Each is a row of its
+own; `commit` keeps those that the model chose too, and one more. The step is counted as if none were kept, and `commit`
+adds those that are, so what comes to nothing is simply written over. Guesses take blocks and room that nobody else
+needs: they never preempt, and no sequence loses its token for one.
+
 **Samples.** The n answers of a request share the blocks of its prompt. They split off when it is computed; whoever
 writes into a block that others hold gets a copy first.
 
@@ -28,14 +34,16 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from halve.core.errors import RequestError
 from halve.engine.block_pool import BlockPool
+from halve.engine.config import EngineConfig
 from halve.engine.request import Request
 from halve.engine.sequence import Key, Sequence, Status
 
 _KEY = attrgetter("key")
+_NO_DRAFT = array("i")  # never filled
 
 
 class Chunk(NamedTuple):
@@ -43,7 +51,8 @@ class Chunk(NamedTuple):
 
     sampled: the sequences whose next token comes from its last row: none while tokens are still pending, more than one
     where a request's samples split off. source: the row of the step before that samples its last token, if that token
-    is still in flight. admission: which stay in the running set it belongs to.
+    is still in flight. admission: which stay in the running set it belongs to. draft: tokens guessed to follow its last
+    one, at most num_drafts; they run behind it, and each has a row that is sampled. `commit` leaves those it kept.
     """
 
     sequence: Sequence
@@ -52,6 +61,13 @@ class Chunk(NamedTuple):
     sampled: tuple[Sequence, ...]
     source: int
     admission: int
+    num_drafts: int = 0
+    draft: "array[int]" = _NO_DRAFT
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are sampled."""
+        return len(self.sampled) + len(self.draft)
 
     @property
     def end(self) -> int:
@@ -69,19 +85,44 @@ class Step:
 
     @property
     def sampled(self) -> list[Sequence]:
-        """The sequences that get a token, in the order of the rows."""
-        return [sequence for chunk in self.chunks for sequence in chunk.sampled]
+        """The sequence of each row; one that has guesses behind its token comes once for each of them too."""
+        return [
+            sequence
+            for chunk in self.chunks
+            for sequence in (chunk.sampled * chunk.num_rows if chunk.draft else chunk.sampled)
+        ]
+
+    def number_rows(self) -> None:
+        """Count the rows again, after the drafts were filled."""
+        self.num_sampled = 0
+        for chunk in self.chunks:
+            for row, sequence in enumerate(chunk.sampled, start=self.num_sampled):
+                sequence.flight_row = row
+            self.num_sampled += chunk.num_rows
+
+
+class Told(NamedTuple):
+    """A token that a sequence has got: from which row, and how many it has generated with it."""
+
+    sequence: Sequence
+    row: int
+    num_generated: int
 
 
 @dataclass(slots=True)
 class Counts:
-    """What has happened so far. num_hit_tokens: tokens found in the prefix cache instead of computed."""
+    """What has happened so far. num_hit_tokens: tokens found in the prefix cache instead of computed.
+
+    num_draft_tokens: tokens that were guessed and ran. num_accepted_tokens: of them, those that the model chose too.
+    """
 
     num_steps: int = 0
     num_computed_tokens: int = 0
     num_sampled_tokens: int = 0
     num_hit_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -111,6 +152,18 @@ class Scheduler:
         self._forks: list[Sequence] = []  # split off in the step that is being planned
         self._num_in_flight = 0
 
+    @classmethod
+    def configured(cls, config: EngineConfig, pool: BlockPool, *, context: int) -> Self:
+        """The scheduler of an engine of this configuration."""
+        return cls(
+            pool,
+            context=context,
+            max_num_seqs=config.max_num_seqs,
+            max_tokens_per_step=config.max_tokens_per_step,
+            max_prefill_beside_decode=config.max_prefill_beside_decode,
+            overtakes_per_priority=config.overtakes_per_priority,
+        )
+
     @property
     def has_unfinished(self) -> bool:
         """Whether any sequence waits or runs."""
@@ -120,6 +173,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences in the queue."""
         return len(self._waiting) - self._num_dead
+
+    @property
+    def running(self) -> SequenceOf[Sequence]:
+        """The sequences that hold blocks, the most urgent first."""
+        return self._running
 
     @property
     def num_running(self) -> int:
@@ -186,7 +244,7 @@ class Scheduler:
         assert self._num_in_flight <= 1, "more than one step is in flight"
         step, preemptions = Step(), self.counts.num_preemptions
         self._schedule_decodes(step)
-        room = self.max_tokens_per_step - len(step.chunks)
+        room = self.max_tokens_per_step - sum(1 + chunk.num_drafts for chunk in step.chunks)
         if step.chunks:
             room = min(room, self.max_prefill_beside_decode)
         for sequence in self._running:
@@ -202,27 +260,60 @@ class Scheduler:
             self.counts.num_steps += 1
         return step
 
-    def commit(self, step: Step, token_ids: SequenceOf[int]) -> list[Sequence]:
-        """Take the tokens of a step that has run, in the order of its rows, one for each of `step.sampled`.
+    def commit(self, step: Step, token_ids: SequenceOf[int]) -> list[Told]:
+        """Take the tokens of a step that has run, one for each row of `step.sampled`.
 
-        Returns `step.sampled` again; those that were removed meanwhile (status FINISHED) have got no token. Full blocks
-        go into the prefix cache now that they hold something.
+        Returns what each sequence has got; those that were removed meanwhile (status FINISHED) have got nothing. Full
+        blocks go into the prefix cache now that they hold something.
         """
-        sampled = step.sampled
-        for sequence, token_id in zip(sampled, token_ids, strict=True):
-            if sequence.status is not Status.FINISHED:
-                sequence.token_ids.append(token_id)
+        told: list[Told] = []
+        row = 0
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            full = chunk.end // self.pool.block_size
-            if full > sequence.num_published and self._is_current(chunk):
-                names = sequence.hashes(full, self.pool.block_size)
-                for i in range(sequence.num_published, full):
-                    self.pool.publish(sequence.blocks[i], names[i])
-                sequence.num_published = full
+            num_rows = chunk.num_rows
+            for i, sequence in enumerate(chunk.sampled, start=row):
+                if sequence.status is not Status.FINISHED:
+                    sequence.token_ids.append(token_ids[i])
+                    told.append(Told(sequence, i, sequence.num_generated))
+            if chunk.num_drafts:
+                self._keep(chunk, token_ids, row, told)
+            if self._is_current(chunk):
+                self._publish(chunk.sequence, chunk.end + len(chunk.draft))
+            row += num_rows
+        assert row == len(token_ids), "a token for each row"
         self._num_in_flight -= 1
-        self.counts.num_sampled_tokens += len(sampled)
-        return sampled
+        self.counts.num_sampled_tokens += len(told)
+        return told
+
+    def _keep(self, chunk: Chunk, token_ids: SequenceOf[int], row: int, told: list[Told]) -> None:
+        """Take the tokens of the guesses that the model chose too; `row` is that of the token before them."""
+        sequence, draft = chunk.sequence, chunk.draft
+        num_kept = 0
+        while num_kept < len(draft) and draft[num_kept] == token_ids[row + num_kept]:
+            num_kept += 1
+        self.counts.num_draft_tokens += len(draft)
+        self.counts.num_computed_tokens += len(draft)
+        self.counts.num_accepted_tokens += num_kept
+        sequence.num_draft_tokens += len(draft)
+        sequence.num_accepted_tokens += num_kept
+        sequence.is_guessing = False
+        del draft[num_kept:]
+        if sequence.status is Status.FINISHED:
+            return
+        for i in range(row + 1, row + 1 + num_kept):
+            sequence.token_ids.append(token_ids[i])
+            told.append(Told(sequence, i, sequence.num_generated))
+        sequence.num_tokens += num_kept
+        if self._is_current(chunk):
+            sequence.num_computed += num_kept
+
+    def _publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """Put the full blocks of its first tokens into the prefix cache."""
+        full = num_tokens // self.pool.block_size
+        if full > sequence.num_published:
+            names = sequence.hashes(full, self.pool.block_size)
+            for i in range(sequence.num_published, full):
+                self.pool.publish(sequence.blocks[i], names[i])
+            sequence.num_published = full
 
     def discard(self, step: Step) -> set[str]:
         """End every request that a failed step held; what it has written is not used. Returns their ids."""
@@ -249,12 +340,28 @@ class Scheduler:
     def _schedule_decodes(self, step: Step) -> None:
         """One token of each sequence that decodes, in order of rank; a sequence after it may be preempted for it."""
         position = 0
+        spare = self.max_tokens_per_step - len(self._running)  # tokens that may be guesses
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            wants = sequence.num_pending == 1 and sequence.num_tokens < sequence.max_tokens
+            wants = sequence.num_pending == 1 and sequence.num_tokens < sequence.max_tokens and not sequence.is_guessing
             if wants and self._make_room(step, sequence):
-                self._append(step, sequence, 1)
+                num_drafts = self._room_for_drafts(sequence, spare) if sequence.num_drafts else 0
+                spare -= num_drafts
+                self._append(step, sequence, 1, num_drafts)
+
+    def _room_for_drafts(self, sequence: Sequence, spare: int) -> int:
+        """How many of the guesses that a sequence asks for it may have, with blocks for them."""
+        known = len(sequence.token_ids)
+        wanted, sequence.num_drafts = sequence.num_drafts, 0
+        if known < sequence.num_tokens:
+            return 0
+        free = max(0, self.pool.num_available - len(self._running))
+        within = (len(sequence.blocks) + free) * self.pool.block_size - known
+        granted = max(0, min(wanted, spare, sequence.max_tokens - known - 1, within))
+        while len(sequence.blocks) < self.pool.blocks_for(known + granted):
+            sequence.blocks.append(self.pool.allocate())
+        return granted
 
     def _make_room(self, step: Step, sequence: Sequence) -> bool:
         """See that the next token's slot is there and is the sequence's own. False: it was preempted itself."""
@@ -322,7 +429,7 @@ class Scheduler:
         self.counts.num_hit_tokens += sequence.num_computed
         return True
 
-    def _append(self, step: Step, sequence: Sequence, num_tokens: int) -> int:
+    def _append(self, step: Step, sequence: Sequence, num_tokens: int, num_drafts: int = 0) -> int:
         """Put the next tokens of a sequence into the step; its next token counts from now on."""
         start, source = sequence.num_computed, sequence.flight_row
         sequence.num_computed += num_tokens
@@ -333,7 +440,13 @@ class Scheduler:
             for row, one in enumerate(sampled, start=step.num_sampled):
                 one.flight_row = row
             step.num_sampled += len(sampled)
-        step.chunks.append(Chunk(sequence, start, num_tokens, sampled, source, sequence.num_admissions))
+        if num_drafts:
+            sequence.is_guessing = True
+            draft = array("i")
+            chunk = Chunk(sequence, start, num_tokens, sampled, source, sequence.num_admissions, num_drafts, draft)
+        else:
+            chunk = Chunk(sequence, start, num_tokens, sampled, source, sequence.num_admissions)
+        step.chunks.append(chunk)
         self.counts.num_computed_tokens += num_tokens
         return num_tokens
 
@@ -351,7 +464,7 @@ class Scheduler:
         """Send a sequence that has just left the running ones back to the queue."""
         self._let_go(sequence)
         sequence.status = Status.WAITING
-        sequence.num_computed = sequence.num_published = 0
+        sequence.num_computed = sequence.num_published = sequence.num_drafts = 0
         heappush(self._waiting, (sequence.key, sequence))
         self.counts.num_preemptions += 1
 

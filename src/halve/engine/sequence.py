@@ -28,7 +28,9 @@ class Sequence:
     Tokens are counted before they are known: num_tokens includes the one that a step in flight will sample,
     token_ids holds those that are here. num_computed: tokens whose keys and values are in the cache, or will be when
     the steps scheduled so far have run. max_tokens: of prompt and answer. num_forks: samples that will split off when
-    the prompt is computed. seed: of the sampler. num_cached_tokens: prompt tokens that were in the cache.
+    the prompt is computed. seed: of the sampler. num_cached_tokens: prompt tokens that were in the cache. num_drafts:
+    guesses that it asks to run in the next step; is_guessing: a step in flight holds some. num_draft_tokens,
+    num_accepted_tokens: guesses that ran, and of them those that the model chose too.
     """
 
     def __init__(self, request: Request, key: Key, max_tokens: int) -> None:
@@ -43,6 +45,8 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_admissions = 0
         self.flight_row = -1  # where the latest step that samples it has its token
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.is_guessing = False
         given = request.sampling.seed
         self.seed = secrets.randbits(64) if given is None else given
         self._hashes: list[BlockHash] = []

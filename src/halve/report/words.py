@@ -235,10 +235,18 @@ def _other_sentences(plan: Plan) -> list[str]:
         **floats,
         "int8": "with integer weights are rounded to 8-bit integers, one scale for each token; others are not rounded",
     }
+    guessed = {
+        "none": [],
+        "ngram": ["Next tokens are guessed from what followed before; answers are the same without."],
+        "draft": [
+            f"Next tokens are guessed by a smaller model ({plan.speculation.path}); answers are the same without."
+        ],
+    }
     kept = {**floats, "int8": "are rounded to 8-bit integers, one 16-bit scale for each token and head,"}
     return [
         f"The inputs of every projection {inputs[plan.activations.format]}.",
         f"Keys and values of earlier tokens {kept[plan.kv_cache.format]} in the cache.",
+        *guessed[plan.speculation.method],
         "The model directory opens in transformers and other engines that read compressed-tensors."
         if plan.portable
         else "The model directory is made for Halve: every part may be compressed, and other engines may refuse it.",

@@ -59,6 +59,14 @@ class Tokenizer:
             _check_vocabulary(backend, vocab_size, path)
         return cls(backend, config, ChatTemplates.read(path, config), path, vocab_size or 0)
 
+    def difference(self, other: "Tokenizer") -> str | None:
+        """What another tokenizer has under an id that this one has something else under, in words; None for nothing."""
+        ours, theirs = ({i: t for t, i in one._backend.get_vocab(True).items()} for one in (self, other))
+        if ours == theirs:
+            return None
+        token_id = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+        return f"where token {token_id} is {theirs.get(token_id)!r}, not {ours.get(token_id)!r}"
+
     @property
     def chat_template(self) -> str | None:
         """Source of the default chat template, None where the checkpoint has none."""
