@@ -192,7 +192,7 @@ def generate(
     include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep that text in the answer.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
     threads: Annotated[
-        int | None, typer.Option(help="Threads of the C++ kernels. Without it: every core this process may use.")
+        int | None, typer.Option(help="Threads of the C++ kernels. Without it: one for each physical core.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -248,7 +248,7 @@ def batch(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
     threads: Annotated[
-        int | None, typer.Option(help="Threads of the C++ kernels. Without it: every core this process may use.")
+        int | None, typer.Option(help="Threads of the C++ kernels. Without it: one for each physical core.")
     ] = None,
     json: Json = False,
 ) -> None:
