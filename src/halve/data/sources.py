@@ -199,7 +199,7 @@ def _plain_name(file: Path) -> str:
 
 def _read_file(file: Path, *, whole: bool) -> tuple[list[Document], int]:
     """Documents of one file, and how many blank ones were left out. whole: plain text is not cut."""
-    text = _read_text(file)
+    text = read_text(file)
     if _plain_name(file).endswith(".jsonl"):
         found = [_read_line(line, f"{file}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         documents = [document for document in found if document is not None]
@@ -220,7 +220,7 @@ def _cut(text: str) -> tuple[str, list[str]]:
     return "none", [text]
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     """The whole file, decompressed and decoded."""
     try:
         if not file.is_file():  # a pipe would block, and a device may never end
