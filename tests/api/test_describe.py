@@ -1,11 +1,14 @@
 """The verbs that only look."""
 
 import json
+import os
 
 import halve
+from halve.api.describe import processor_facts
 from halve.core.certificate import Measured
 from halve.core.record import to_dict
 from halve.formats import FORMATS
+from halve.hardware.topology import Core, Topology
 from halve.kernels.ceilings import Ceilings
 
 CEILINGS = Ceilings(
@@ -69,6 +72,35 @@ def test_doctor_names_what_outsiders_rely_on():
         assert row.keys() == {"op", "format", "kernel", "refused"}
         assert all(refused.keys() == {"kernel", "reason"} for refused in row["refused"])
     json.dumps(facts, allow_nan=False)
+
+
+def machine(*cores):
+    """Cores as their node and logical processors."""
+    made = tuple(Core(cpus=cpus, node=node) for node, cpus in cores)
+    return Topology(cores=made, quota=None, here=None, num_online=sum(len(core.cpus) for core in made))
+
+
+def test_doctor_says_how_many_threads_there_are_and_why():
+    facts = to_dict(halve.doctor())["processors"]
+    assert facts["default_threads"] <= facts["num_cores"] <= facts["num_cpus"] <= facts["num_online"]
+    assert facts["reason"].startswith("one for each of ")
+    assert sorted(cpu for cpus in facts["nodes"].values() for cpu in cpus) == sorted(os.sched_getaffinity(0))
+
+
+def test_two_engines_on_one_node_are_told_to_share_it_by_whole_cores():
+    facts = processor_facts(machine(*((0, (cpu, cpu + 4)) for cpu in range(4))))
+    assert (facts.num_cpus, facts.num_cores, facts.default_threads) == (8, 4, 4)
+    assert "taskset -c 0,1,4,5 halve ...; taskset -c 2,3,6,7 halve ..." in facts.advice
+
+
+def test_two_engines_on_two_nodes_are_told_to_take_one_each():
+    facts = processor_facts(machine((0, (0,)), (0, (1,)), (1, (2,)), (1, (3,))))
+    assert facts.nodes == {"0": (0, 1), "1": (2, 3)}
+    assert "numactl --cpunodebind=0 --membind=0 halve ...; numactl --cpunodebind=1" in facts.advice
+
+
+def test_a_single_core_is_not_shared():
+    assert processor_facts(machine((0, (0, 1)))).advice is None
 
 
 def test_doctor_says_why_the_native_kernels_are_not_there(monkeypatch):

@@ -13,7 +13,7 @@ from halve.models.embedded import embedded_model_path
 from tests.api.test_describe import CEILINGS
 from tests.api.tiny import VOCABULARY, command, environment, halve, python, write_text
 
-VERBS = ["optimize", "verify", "generate", "batch", "demo", "inspect", "doctor"]
+VERBS = ["optimize", "verify", "generate", "batch", "demo", "bench", "inspect", "doctor"]
 
 # Run the command in a fresh process, and then say what of these it has loaded.
 LOADED = """

@@ -6,14 +6,7 @@ import platform
 import pytest
 
 from halve.hardware import detect_cpu, free_memory_bytes
-from halve.hardware.detect import (
-    parse_cpu_quota,
-    parse_cpuinfo,
-    parse_meminfo,
-    parse_sysctl,
-    tiles_are_lent,
-    usable_cores,
-)
+from halve.hardware.detect import parse_cpuinfo, parse_meminfo, parse_sysctl, tiles_are_lent, usable_cores
 
 X86 = """\
 processor\t: 0
@@ -89,25 +82,6 @@ def test_tiles_of_amx_are_asked_for_where_the_processor_has_them():
 @pytest.mark.parametrize("text", ["", "\n", "model name\t:\nflags\t:\nbugs : avx2\n"])
 def test_a_text_that_says_nothing_gives_no_name_and_no_features(text):
     assert parse_cpuinfo(text) == (None, set())
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"),
-    [
-        ("max 100000\n", None),
-        ("100000 100000\n", 1),
-        ("150000 100000\n", 2),
-        ("200000 100000\n", 2),
-        ("1000 100000", 1),
-        ("50000 25000", 2),
-        ("", None),
-        ("100000", None),
-        ("100000 0", None),
-        ("-1 100000", None),
-    ],
-)
-def test_a_cgroup_quota_is_rounded_up_to_whole_cores(text, cores):
-    assert parse_cpu_quota(text) == cores
 
 
 def test_available_memory_is_read_in_bytes():

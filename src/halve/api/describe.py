@@ -11,7 +11,7 @@ from halve.api.facts import versions
 from halve.api.progress import SILENT, Progress
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.header import spec_bytes
-from halve.hardware import detect_cpu, free_memory_bytes
+from halve.hardware import Topology, default_threads, detect_cpu, free_memory_bytes, read_topology
 from halve.kernels import ceilings, native_library, native_rows
 from halve.kernels.ceilings import Ceilings
 from halve.models import load_config, stored_formats
@@ -62,10 +62,30 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessorFacts:
+    """Where threads may run, and how many there are by default.
+
+    num_cpus: logical processors of this process, of num_online that the machine has; num_cores: physical cores of
+    these; nodes: node -> logical processors of this process at it; quota: processors' worth of time that the cgroup
+    allows, null for no limit. default_threads: of the kernels, reason: why so many. advice: for several engines here.
+    """
+
+    num_cpus: int
+    num_online: int
+    num_cores: int
+    nodes: Mapping[str, tuple[int, ...]]
+    quota: float | None
+    default_threads: int
+    reason: str
+    advice: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MachineFacts:
     """What `halve doctor` says. ceilings is null where they were not measured (`halve doctor --measure`)."""
 
     device: Mapping[str, Any]
+    processors: ProcessorFacts
     features: tuple[str, ...]
     memory_bytes: int
     free_memory_bytes: int | None
@@ -163,6 +183,7 @@ def doctor(*, measure: bool = False, progress: Progress = SILENT) -> MachineFact
         ]
     return MachineFacts(
         device={"name": device.name, "model": device.model, "cores": device.num_cores, "machine": device.machine},
+        processors=processor_facts(read_topology()),
         features=tuple(sorted(device.features)),
         memory_bytes=device.memory_bytes,
         free_memory_bytes=free_memory_bytes(),
@@ -171,6 +192,39 @@ def doctor(*, measure: bool = False, progress: Progress = SILENT) -> MachineFact
         ceilings=_ceilings(progress) if measure else None,
         versions=versions(),
     )
+
+
+def processor_facts(topology: Topology) -> ProcessorFacts:
+    """Cores, nodes and quota of this process, the number of threads that follows, and how engines share a machine."""
+    threads = default_threads(topology)
+    nodes = {n: [core.cpus for core in topology.cores if core.node == n] for n in topology.nodes}
+    return ProcessorFacts(
+        num_cpus=len(topology.cpus),
+        num_online=topology.num_online,
+        num_cores=len(topology.cores),
+        nodes={str(n): tuple(sorted(cpu for cpus in cores for cpu in cpus)) for n, cores in nodes.items()},
+        quota=topology.quota,
+        default_threads=threads.num_threads,
+        reason=threads.reason,
+        advice=_advice(topology),
+    )
+
+
+def _advice(topology: Topology) -> str | None:
+    """How two engines share this machine, each with cores that the other leaves alone; None where one has all there is.
+
+    Whole cores with all their hyper-threads on either side, and a memory node for each where there are nodes.
+    """
+    if len(topology.nodes) > 1:
+        each = [f"numactl --cpunodebind={n} --membind={n} halve ..." for n in topology.nodes]
+        return f"an engine on one node leaves the others idle; run one for each: {'; '.join(each)}"
+    if len(topology.cores) < 2:
+        return None
+    half = len(topology.cores) // 2
+    sides = (topology.cores[:half], topology.cores[half:])
+    lists = [",".join(str(cpu) for cpu in sorted(cpu for core in side for cpu in core.cpus)) for side in sides]
+    each = [f"taskset -c {cpus} halve ..." for cpus in lists]
+    return f"two engines at once slow each other down unless each has cores of its own: {'; '.join(each)}"
 
 
 def _ceilings(progress: Progress) -> Ceilings:

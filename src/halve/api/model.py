@@ -30,7 +30,7 @@ from halve.engine import (
 from halve.hardware import detect_cpu
 from halve.kernels import native, native_library
 from halve.kernels.ops import Array, Ops, TokenBatch
-from halve.kernels.team import pin
+from halve.kernels.team import home, pin
 from halve.models import Decoder, ModelConfig, ReadySource, load_config, load_decoder
 from halve.text import Tokenizer
 
@@ -176,8 +176,9 @@ def load(
 
     device: `auto` (our C++ on CPU), or a torch device such as `cuda`. engine: how its engine divides its steps.
     cache_bytes: memory for keys and values; None is a tenth of the machine's, or less where the engine can't fill it.
-    num_threads: of the C++ kernels, None for every core that this process may use; cores: where to keep them, empty for
-    wherever the system likes (one team for the process; `halve.kernels.team`).
+    num_threads: of the C++ kernels, None for one for each physical core (`halve doctor` says how many and why); cores:
+    where to keep them, empty for wherever the system likes, on a machine of several memory nodes for one of them (one
+    team for the process; `halve.kernels.team`).
     keep: whether compressed weights, once packed for the C++ kernels, are kept on disk for the next start
     (`halve.models.ready` says where) and read from there. speculation: where guesses of the next tokens come from,
     which change how fast answers come and nothing else: `ngram`, the place of a draft model with the same tokenizer,
@@ -236,7 +237,7 @@ def make_ops(device: str, activations: str, num_threads: int | None = None, core
         reason = native_library.available()
         if reason is None:
             ops = native.NativeOps(activations=activations, num_threads=num_threads)
-            pin(cores)
+            pin(cores or home(num_threads))
             return ops
         log.warning("running on torch instead of the C++ kernels: %s", reason)
         device = "cpu"

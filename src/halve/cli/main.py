@@ -11,7 +11,7 @@ import typer
 
 from halve import __version__
 from halve.cli.screen import ShellProgress, error_console, print_json, talks_to_terminal
-from halve.core.errors import HalveError, RequestError, TextError
+from halve.core.errors import ConfigError, HalveError, RequestError, TextError
 
 app = typer.Typer(
     name="halve",
@@ -200,7 +200,7 @@ def generate(
     include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep that text in the answer.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
     threads: Annotated[
-        int | None, typer.Option(help="Threads of the C++ kernels. Without it: every core this process may use.")
+        int | None, typer.Option(help="Threads of the C++ kernels. Without it: one for each physical core.")
     ] = None,
     speculate: SpeculateOption = None,
     json: Json = False,
@@ -257,7 +257,7 @@ def batch(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
     threads: Annotated[
-        int | None, typer.Option(help="Threads of the C++ kernels. Without it: every core this process may use.")
+        int | None, typer.Option(help="Threads of the C++ kernels. Without it: one for each physical core.")
     ] = None,
     speculate: SpeculateOption = None,
     json: Json = False,
@@ -311,6 +311,78 @@ def demo(
         )
         return
     show_demo(result)
+
+
+@app.command()
+def bench(
+    model: ModelArgument,
+    vs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND:PATH", help="An engine beside it: llama.cpp, onnx, openvino, vllm, halve, openai."),
+    ] = None,
+    peers_env: Annotated[
+        list[Path] | None, typer.Option(help="A virtual environment that has such engines, or a folder of some.")
+    ] = None,
+    parts: Annotated[str, typer.Option(help="What to measure: decode, prefill, replay.")] = "decode,prefill,replay",
+    batch: Annotated[str, typer.Option(help="Sizes of the batch for decoding, 1 to 32.")] = "1,8,32",
+    trace: Annotated[
+        Path | None, typer.Option(help="Requests to replay: a trace of Azure's or Mooncake's format.")
+    ] = None,
+    trace_requests: Annotated[int, typer.Option(help="How many requests of the trace.")] = 16,
+    trace_tokens: Annotated[int, typer.Option(help="Only requests of at most so many tokens, answer included.")] = 1024,
+    tpot_ms: Annotated[float, typer.Option(help="Time per token that 95 % of the requests must keep.")] = 200.0,
+    rounds: Annotated[int, typer.Option(help="Rounds of every measure; loads of the replay, at most.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Of a decoding turn, about.")] = 3.0,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of every engine. Without it: one for each physical core.")
+    ] = None,
+    usd_per_hour: Annotated[
+        str | None, typer.Option(help="Price of this machine. Without it nothing is priced.")
+    ] = None,
+    disturbed_above: Annotated[float, typer.Option(help="Cores that other programs may use meanwhile.")] = 0.15,
+    repeats: Annotated[int, typer.Option(help="How often a disturbed turn is taken again.")] = 2,
+    logs: Annotated[Path | None, typer.Option(help="A directory for what the engines print.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also write a page (.html) or a drawing (.svg).")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Show how fast a model is here, beside this machine's limits and other engines."""
+    from halve.api.bench import bench as verb
+    from halve.cli.bench import show_bench
+
+    try:
+        sizes = [int(size) for size in batch.split(",")]
+    except ValueError:
+        raise ConfigError(f"batch: {batch!r} is not a list of sizes, such as 1,8,32") from None
+    result = verb(
+        model,
+        vs=vs,
+        peers_env=peers_env,
+        parts=parts.split(","),
+        batches=sizes,
+        trace=trace,
+        trace_requests=trace_requests,
+        trace_tokens=trace_tokens,
+        tpot_ms=tpot_ms,
+        rounds=rounds,
+        seconds=seconds,
+        threads=threads,
+        usd_per_hour=usd_per_hour,
+        disturbed_above=disturbed_above,
+        repeats=repeats,
+        logs=logs,
+        plot=plot,
+        save=save,
+        progress=ShellProgress(),
+    )
+    if json:
+        print_json(result)
+    else:
+        show_bench(result)
+    for engine in result.failed:
+        print(f"halve: {engine.name}: {engine.failed}", file=sys.stderr)
+    if result.failed:
+        raise typer.Exit(EXIT_USER)
 
 
 @app.command()

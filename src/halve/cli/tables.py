@@ -12,7 +12,7 @@ from halve.core.units import format_bytes
 
 if TYPE_CHECKING:  # the verbs' modules load torch, which looking at a model does not need
     from halve.api.demo import Demonstrated
-    from halve.api.describe import MachineFacts, ModelFacts
+    from halve.api.describe import MachineFacts, ModelFacts, ProcessorFacts
     from halve.api.verify import Verified
     from halve.kernels.ceilings import Ceilings
 
@@ -124,6 +124,7 @@ def show_model(facts: "ModelFacts") -> None:
 def show_machine(facts: "MachineFacts") -> None:
     """A machine's facts and the kernel of each format."""
     typer.echo(f"{facts.device['model']}, {facts.device['cores']} cores, {facts.device['machine']}")
+    show_processors(facts.processors)
     typer.echo(f"features: {' '.join(facts.features) or 'none known'}")
     free = "unknown" if facts.free_memory_bytes is None else format_bytes(facts.free_memory_bytes)
     typer.echo(f"memory: {format_bytes(facts.memory_bytes)}, free {free}")
@@ -138,6 +139,20 @@ def show_machine(facts: "MachineFacts") -> None:
     console().print(table)
     if facts.ceilings is not None:
         show_ceilings(facts.ceilings)
+
+
+def show_processors(facts: "ProcessorFacts") -> None:
+    """Cores, nodes, quota, and how many threads follow."""
+    quota = "no limit" if facts.quota is None else f"{facts.quota:g} processors"
+    nodes = len(facts.nodes)
+    typer.echo(
+        f"processors: {facts.num_cpus} of {facts.num_online} may be used, {facts.num_cores} physical "
+        f"core{'s' if facts.num_cores > 1 else ''} at {nodes} memory node{'s' if nodes > 1 else ''}; "
+        f"cgroup quota: {quota}"
+    )
+    typer.echo(f"threads: {facts.default_threads} by default: {facts.reason}")
+    if facts.advice:
+        typer.echo(f"engines: {facts.advice}")
 
 
 def show_ceilings(ceilings: "Ceilings") -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halve.hardware.topology import read_topology
+
 # Linux's words for the features our kernels ask for, to one spelling on every system.
 _LINUX_FEATURES = {
     "avx2": "avx2",
@@ -53,7 +55,7 @@ class Device:
     kind: str  # "cpu", "cuda", "mps", "xpu", "mtia"
     model: str  # "AMD EPYC", "NVIDIA H200"
     features: frozenset[str]
-    num_cores: int  # that this process may use
+    num_cores: int  # physical, that this process may use
     memory_bytes: int
     machine: str  # "x86_64", "aarch64"
     version: int = 1
@@ -74,19 +76,8 @@ def detect_cpu() -> Device:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its affinity mask, cut to the cgroup's CPU quota (rounded up)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota_file = Path("/sys/fs/cgroup/cpu.max")
-    quota = parse_cpu_quota(quota_file.read_text()) if quota_file.exists() else None
-    return cores if quota is None else min(cores, quota)
-
-
-def parse_cpu_quota(text: str) -> int | None:
-    """Cores of a cgroup's cpu.max (`150000 100000`: one and a half, so 2), None for `max` or words unknown."""
-    quota, _, period = text.strip().partition(" ")
-    if not (quota.isdecimal() and period.isdecimal() and int(period)):
-        return None
-    return max(1, -(-int(quota) // int(period)))
+    """Physical cores that this process may use: of its affinity, cut to the cgroup's quota (rounded up)."""
+    return read_topology().num_cores
 
 
 def free_memory_bytes() -> int | None:

@@ -1,9 +1,11 @@
 """From arrivals and ceilings to figures, on numbers made up so that the answers are known."""
 
 import json
+from decimal import Decimal
 
 import pytest
-from benchmarks.versus.figures import (
+
+from halve.api.versus.figures import (
     Ceiling,
     Cell,
     Measure,
@@ -17,10 +19,11 @@ from benchmarks.versus.figures import (
     plain,
     prefill_rate,
     ratios_of,
-    rows_of,
+    row_of,
     spread,
     steps_within,
     turn_of,
+    usd_per_mtok,
 )
 
 DECODE_1, DECODE_8 = Measure("decode_b1", 1, 128, 64), Measure("decode_b8", 8, 128, 64)
@@ -30,7 +33,11 @@ CEILING = Ceiling(read_gb_s=40.0, gmac_s={"int8": 200.0, "int4": 250.0, "fp32": 
 
 
 def turn(tok_s, others=0.0):
-    return Turn(tok_s=tok_s, bandwidth_fraction=0.5, int8_fraction=0.25, others=others)
+    return Turn(tok_s, bandwidth_fraction=0.5, arithmetic_fraction=0.25, arithmetic="int8", others=others)
+
+
+def rows(measure, cells, *names, usd_per_hour=None):
+    return [row_of(measure, cells, usd_per_hour, engine="e", model="m", name=n, format=None) for n in names]
 
 
 def lockstep(batch, new_tokens, *, prompt_s=1.0, step_s=0.1):
@@ -86,17 +93,18 @@ def test_a_turn_never_has_more_tokens_than_the_measure():
 
 
 def test_decoding_reads_every_weight_once_a_step_and_multiplies_for_every_sequence():
-    assert WORK.of(DECODE_1, 20.0) == (20e9, 22e9)
-    assert WORK.of(DECODE_8, 10.0) == (10e9, 88e9)
+    assert (WORK.bytes_of(20.0), WORK.macs_of(DECODE_1, 20.0)) == (20e9, 22e9)
+    assert (WORK.bytes_of(10.0), WORK.macs_of(DECODE_8, 10.0)) == (10e9, 88e9)
+    assert Work(None, 1, 1).bytes_of(10.0) is None
 
 
 def test_a_prompt_needs_the_head_for_its_last_token_only():
-    assert WORK.of(PREFILL, 0.5) == (0.5e9, pytest.approx((512e9 + 0.1e9) / 2))
+    assert WORK.macs_of(PREFILL, 0.5) == pytest.approx((512e9 + 0.1e9) / 2)
 
 
 def test_a_turn_is_told_as_fractions_of_the_ceilings_beside_it():
     found = turn_of(DECODE_8, 80.0, 10.0, WORK, CEILING, cached_bytes=0, others=0.1)
-    assert found == Turn(tok_s=80.0, bandwidth_fraction=0.25, int8_fraction=0.44, others=0.1)
+    assert found == Turn(80.0, bandwidth_fraction=0.25, arithmetic_fraction=0.44, arithmetic="int8", others=0.1)
 
 
 def test_more_bytes_than_memory_gave_are_mismeasured():
@@ -117,9 +125,35 @@ def test_more_products_than_the_fastest_arithmetic_gives_are_mismeasured():
         turn_of(PREFILL, 300.0, 300 / 512, WORK, CEILING, cached_bytes=0, others=0.0)
 
 
-def test_without_byte_arithmetic_there_is_no_fraction_of_it():
+def test_weights_that_a_cache_holds_are_not_bound_by_memory():
+    found = turn_of(DECODE_1, 100.0, 100.0, WORK, CEILING, cached_bytes=10**9, others=0.0)
+    assert found.bandwidth_fraction is None
+
+
+def test_an_engine_elsewhere_has_no_limits_here():
+    found = turn_of(DECODE_1, 1e6, 1e6, WORK, CEILING, cached_bytes=0, others=None, here=False)
+    assert found == Turn(1e6, None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("stored", "kind"),
+    [("int4-g32", "int8"), ("Q4_0", "int8"), (None, "int8"), ("bf16", "fp32"), ("F32", "fp32"), ("fp8", "fp32")],
+)
+def test_arithmetic_is_told_by_the_format_and_by_what_the_machine_has(stored, kind):
+    assert CEILING.kind_for(stored) == kind
+
+
+def test_half_precision_weights_are_held_against_half_precision_arithmetic():
+    machine = Ceiling(40.0, {"int8": 200.0, "bf16": 100.0, "fp32": 50.0})
+    assert [machine.kind_for(stored) for stored in ("bf16", "F16", "fp32")] == ["bf16", "bf16", "fp32"]
+    found = turn_of(DECODE_8, 80.0, 10.0, WORK, machine, cached_bytes=0, others=0.1, stored="bf16")
+    assert (found.arithmetic_fraction, found.arithmetic) == (0.88, "bf16")
+
+
+def test_without_byte_arithmetic_floats_are_the_ceiling():
     plain_machine = Ceiling(read_gb_s=40.0, gmac_s={"fp32": 100.0})
-    assert turn_of(DECODE_1, 10.0, 10.0, WORK, plain_machine, cached_bytes=0, others=0.0).int8_fraction is None
+    found = turn_of(DECODE_1, 10.0, 10.0, WORK, plain_machine, cached_bytes=0, others=0.0)
+    assert (found.arithmetic_fraction, found.arithmetic) == (0.11, "fp32")
 
 
 def test_the_ceiling_of_a_turn_is_the_faster_of_before_and_after():
@@ -133,6 +167,7 @@ def test_the_ceiling_of_a_turn_is_the_faster_of_before_and_after():
 def test_a_round_is_disturbed_when_others_ran_in_any_turn():
     assert not is_disturbed(Cell({"a": turn(1.0, 0.1), "b": turn(1.0, 0.15)}), 0.15)
     assert is_disturbed(Cell({"a": turn(1.0, 0.0), "b": turn(1.0, 0.2)}), 0.15)
+    assert not is_disturbed(Cell({"a": turn(1.0, None)}), 0.15)  # whose own use can't be told from theirs
 
 
 def test_the_less_disturbed_attempt_is_kept_unless_it_measured_less():
@@ -144,28 +179,41 @@ def test_the_less_disturbed_attempt_is_kept_unless_it_measured_less():
 
 def test_disturbed_rounds_are_left_out_of_the_medians():
     cells = [Cell({"a": turn(v)}) for v in (10.0, 11.0, 12.0)] + [Cell({"a": turn(1.0, 1.0)}, disturbed=True)] * 2
-    (row,) = rows_of(DECODE_1, cells, ["a"])
-    assert (row["value"], row["low"], row["high"], row["n"], row["disturbed"]) == (11.0, 10.0, 12.0, 3, False)
+    (row,) = rows(DECODE_1, cells, "a")
+    assert (row.value, row.low, row.high, row.runs, row.disturbed) == (11.0, 10.0, 12.0, 3, False)
 
 
 def test_too_few_undisturbed_rounds_are_told_with_a_mark():
     cells = [Cell({"a": turn(10.0)})] * 2 + [Cell({"a": turn(4.0, 1.0)}, disturbed=True)] * 3
-    (row,) = rows_of(DECODE_1, cells, ["a"])
-    assert (row["value"], row["n"], row["disturbed"]) == (4.0, 5, True)
+    (row,) = rows(DECODE_1, cells, "a")
+    assert (row.value, row.runs, row.disturbed) == (4.0, 5, True)
 
 
 def test_an_engine_refused_in_most_rounds_has_no_figure_but_its_reasons():
     cells = [Cell({"a": turn(10.0), "b": turn(1.0)})] + [Cell({"a": turn(10.0)}, refused={"b": "too fast"})] * 2
-    a, b = rows_of(DECODE_1, cells, ["a", "b"])
-    assert a["value"] == 10.0
-    assert (b["value"], b["n"], b["refused"]) == (None, 0, ["too fast", "too fast"])
+    a, b = rows(DECODE_1, cells, "a", "b", usd_per_hour=Decimal(1))
+    assert a.value == 10.0
+    assert (b.value, b.runs, b.refused) == (None, 0, ("too fast", "too fast"))
+    assert (b.ceiling_fraction, b.usd_per_mtok) == (None, None)
+
+
+def test_a_row_tells_the_nearest_of_its_ceilings():
+    (row,) = rows(DECODE_1, [Cell({"a": turn(10.0)})] * 3, "a")
+    assert (row.ceiling, row.ceiling_fraction, row.usd_per_mtok) == ("memory", 0.5, None)
+
+
+def test_a_price_is_that_of_an_hour_over_the_millions_of_tokens_of_an_hour():
+    assert usd_per_mtok(Decimal("0.36"), 100.0) == pytest.approx(1.0)
+    assert usd_per_mtok(None, 100.0) is None  # unknown is never zero
+    (row,) = rows(DECODE_1, [Cell({"a": turn(10.0)})] * 3, "a", usd_per_hour=Decimal("0.36"))
+    assert row.usd_per_mtok == pytest.approx(10.0)
 
 
 def test_a_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round():
     cells = [Cell({"h": turn(20.0), "p": turn(10.0)}), Cell({"h": turn(9.0), "p": turn(3.0)}), Cell({"h": turn(9.0)})]
-    (row,) = ratios_of(DECODE_1, cells, ["h"], ["p"])
-    assert (row["value"], row["low"], row["high"], row["n"]) == (2.5, 2.0, 3.0, 2)
-    assert (row["halve"], row["peer"], row["metric"]) == ("h", "p", "decode_b1_tok_s")
+    (row,) = ratios_of(DECODE_1, cells, "h", ["p", "q"])
+    assert (row.value, row.low, row.high, row.runs) == (2.5, 2.0, 3.0, 2)
+    assert (row.engine, row.over, row.metric) == ("h", "p", "decode_b1_tok_s")
 
 
 def test_every_engine_goes_first_in_some_round():
