@@ -1,0 +1,297 @@
+"""How near products on a CUDA device come to what the device can do.
+
+Few tokens: every weight is read once, so the ceiling is memory bandwidth, taken as a large copy's (read and write
+counted). The figure is bytes of codes and scales over time, as a fraction of it; the goal is 0.75. Weights are read in
+turn from enough copies that the L2 cache does not hold them, in a captured graph, so that launches cost what they cost
+in the engine. Many tokens: the ceiling is the tensor cores', taken as the best rate of torch's own fp8, int8 and bf16
+products in this run; the goal is 0.70 of the fp8 rate for 8-bit activations at 4096 tokens.
+
+Every figure comes with its error against float64, relative to the sum of the terms' sizes. Whatever time was left out
+to end in time is named. The last line is one JSON object.
+
+    PYTHONPATH=src python3 benchmarks/cuda_kernels.py [--seconds 110]
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from halve.formats import FORMATS
+from halve.kernels.cuda import configs, tuning
+from halve.kernels.cuda.packing import CudaMatrix, to_cells
+from halve.kernels.cuda.product_rows import cuda_device
+from halve.kernels.cuda.products import Activations, grouped_project
+from halve.kernels.cuda.workspace import workspace
+
+DEVICE = torch.device("cuda", 0)
+FEW = [(4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192)]  # outputs, inputs
+MANY = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672)]
+FEW_GOAL, MANY_GOAL = 0.75, 0.70
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def seconds_of(run: Callable[[], object], repeats: int = 7) -> float:
+    """The median seconds of one run, by events."""
+    run()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return sorted(times)[repeats // 2]
+
+
+def make(name: str, shape: tuple[int, ...], activations: str = "bf16") -> tuple[CudaMatrix, Callable[[int, int], Any]]:
+    """A random matrix made on the device, and its rows first .. last in float64."""
+    fmt = FORMATS[name]
+    workspace(DEVICE)
+    if not fmt.scaled:
+        codes = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+    elif fmt.kind == "float":
+        codes = torch.randn(shape, device=DEVICE).to(torch.float8_e4m3fn)
+    else:
+        half = 1 << (fmt.bits - 1)
+        codes = torch.randint(-half, half, shape, device=DEVICE, dtype=torch.int8)
+    groups = 1 if fmt.group_size is None else shape[-1] // fmt.group_size
+    kind = torch.bfloat16 if activations == "bf16" else torch.float32
+    scale = (torch.rand((*shape[:-2], groups, shape[-2]), device=DEVICE) + 0.5).to(kind) if fmt.scaled else None
+    stored = codes
+    if fmt.scaled and activations == "bf16":
+        stored = to_cells(codes.view(torch.int8), fmt.bits)
+    matrix = CudaMatrix(
+        format=fmt, shape=shape, activations=activations, codes=stored, scale=scale, group_size=fmt.group_size or 0
+    )
+
+    def rows(first: int, last: int) -> torch.Tensor:
+        wide = codes[..., first:last, :].double()
+        if scale is None:
+            return wide
+        spread = scale[..., first:last].double().transpose(-1, -2)
+        return wide * spread.repeat_interleave(shape[-1] // groups, dim=-1)
+
+    return matrix, rows
+
+
+def error_of(matrix: CudaMatrix, rows: Callable[[int, int], torch.Tensor], choice: tuning.Choice, tokens: int) -> float:
+    """The largest error of a corner of the product against float64, relative to the sum of the terms' sizes."""
+    x = tuning.example(matrix, tokens)
+    out = torch.empty((tokens, matrix.out_features), dtype=torch.bfloat16, device=DEVICE)
+    choice.kernel.run(matrix, x, out, None, choice.config)
+    worst = 0.0
+    for first in (0, matrix.out_features - 256):
+        dense = x.values[-32:].double() * (1 if x.scale is None else x.scale[-32:, None].double())
+        weights = rows(first, first + 256)
+        difference = (out[-32:, first : first + 256].double() - dense @ weights.T).abs()
+        worst = max(worst, float((difference / (dense.abs() @ weights.T.abs())).max()))
+    return worst
+
+
+def ceilings() -> dict[str, float]:
+    """What the device does at most, here and now."""
+    found = {}
+    a, b = (torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    found["copy_gb_s"] = 2 * a.numel() / seconds_of(functools.partial(b.copy_, a)) / 1e9
+    del a, b
+    n = 8192
+    x, y = (torch.randn((n, n), device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    work = 2 * n**3 / 1e12
+    found["bf16_tflops"] = work / seconds_of(lambda: x @ y.T)
+    x8, y8 = (t.to(torch.float8_e4m3fn) for t in (x, y))
+    ones = torch.ones((n, 1), device=DEVICE)
+    one = torch.ones((), device=DEVICE)
+    scaled: dict[str, Callable[[], object]] = {
+        "fp8_rows_tflops": lambda: torch._scaled_mm(
+            x8, y8.T, scale_a=ones, scale_b=ones.T, out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+        "fp8_tflops": lambda: torch._scaled_mm(
+            x8, y8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+    }
+    xi, yi = (t.mul(30).clamp(-127, 127).to(torch.int8) for t in (x, y))
+    scaled["int8_tflops"] = lambda: torch._int_mm(xi, yi.T)
+    for name, run in scaled.items():
+        try:
+            found[name] = work / seconds_of(run)
+        except RuntimeError as error:
+            say(f"{name}: {error}")
+    return found
+
+
+def few(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, Any]]:
+    """Products of few tokens: bytes a second against a copy."""
+    plan = [("int4-g32", (1, 8)), ("int4-g128", (1, 4, 8)), ("bf16", (1,)), ("int8", (1,)), ("fp8", (1,))]
+    plan += [("int4-g64", (1,)), ("int3-g64", (1,)), ("int2-g32", (1,)), ("int6-g64", (1,)), ("int4-g128", (16, 64))]
+    runs: list[dict[str, Any]] = []
+    for name, tokens in plan:
+        for shape in FEW if name.startswith("int4") else FEW[:1]:
+            for count in tokens:
+                if left() < 45:
+                    runs.append({"format": name, "shape": shape, "tokens": count, "skipped": "no time left"})
+                    continue
+                matrix, rows = make(name, shape)
+                choice = tuning.tune(matrix, [count])[count]
+                assert choice.microseconds is not None
+                rate = matrix.size_bytes / choice.microseconds / 1e3
+                run = {
+                    "format": name,
+                    "activations": "bf16",
+                    "shape": shape,
+                    "tokens": count,
+                    "us": round(choice.microseconds, 2),
+                    "gb_s": round(rate),
+                    "ceiling_fraction": round(rate / found["copy_gb_s"], 3),
+                    "goal": FEW_GOAL,
+                    "error": error_of(matrix, rows, choice, count),
+                    "row": choice.kernel.name,
+                    "config": str(choice.config),
+                }
+                runs.append(run)
+                say(f"{name} {shape} T={count}: {run['us']} us, {run['ceiling_fraction']:.2f} of copy, {choice.config}")
+                del matrix, rows
+    return runs
+
+
+def many(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, Any]]:
+    """Products of 4096 tokens: every row's best rate against torch's fp8 (8-bit activations) or bf16 rate."""
+    runs: list[dict[str, Any]] = []
+    best_fp8 = max((v for k, v in found.items() if k.startswith("fp8")), default=float("nan"))
+    plan = [("fp8", "fp8", MANY), ("int8", "int8", MANY), ("int4-g128", "bf16", MANY[1:2]), ("bf16", "bf16", MANY[1:2])]
+    for name, kind, shapes in plan:
+        for shape in shapes:
+            if left() < 8:
+                runs.append({"format": name, "activations": kind, "shape": shape, "skipped": "no time left"})
+                continue
+            matrix, rows = make(name, shape, kind)
+            x = tuning.example(matrix, 4096)
+            out = torch.empty((4096, shape[0]), dtype=torch.bfloat16, device=DEVICE)
+            ceiling = best_fp8 if kind != "bf16" else found["bf16_tflops"]
+            fastest: dict[str, tuple[float, tuning.Choice]] = {}
+            for choice in tuning.choices(matrix, 4096):
+                try:
+                    seconds = seconds_of(functools.partial(choice.kernel.run, matrix, x, out, None, choice.config), 5)
+                except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+                    say(f"{choice.kernel.name} {choice.config}: {error}")
+                    continue
+                row = choice.kernel.name
+                if row not in fastest or seconds < fastest[row][0]:
+                    fastest[row] = (seconds, choice)
+            for row, (seconds, choice) in fastest.items():
+                rate = 2 * 4096 * shape[0] * shape[1] / seconds / 1e12
+                run = {
+                    "format": name,
+                    "activations": kind,
+                    "shape": shape,
+                    "tokens": 4096,
+                    "us": round(seconds * 1e6, 1),
+                    "tflops": round(rate, 1),
+                    "ceiling_fraction": round(rate / ceiling, 3),
+                    "goal": MANY_GOAL,
+                    "error": error_of(matrix, rows, choice, 4096),
+                    "row": row,
+                    "config": str(choice.config),
+                }
+                runs.append(run)
+                say(f"{name} x {kind} {shape} {row}: {rate:.0f} TFLOP/s, {rate / ceiling:.2f}, {choice.config}")
+            del matrix, rows
+    return runs
+
+
+def run_grouped(matrix: CudaMatrix, x: Activations, offsets: torch.Tensor, out: torch.Tensor) -> None:
+    """One grouped product."""
+    grouped_project(matrix, x, offsets, out)
+
+
+def experts(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, Any]]:
+    """Grouped products, 64 experts of which 8 tokens choose 2 each, and 512 tokens all: bytes read against a copy."""
+    runs: list[dict[str, Any]] = []
+    for name in ("int4-g128", "bf16"):
+        for tokens in (16, 1024):
+            if left() < 5:
+                runs.append({"format": name, "experts": 64, "tokens": tokens, "skipped": "no time left"})
+                continue
+            matrix, _ = make(name, (64, 2048, 2048))
+            used = min(tokens, 64)
+            counts = torch.full((64,), tokens // used)
+            counts[used:] = 0
+            offsets = torch.cat((torch.zeros(1), counts.cumsum(0))).to(torch.int32).to(DEVICE)
+            x = tuning.example(matrix, tokens)
+            out = torch.empty((tokens, 2048), dtype=torch.bfloat16, device=DEVICE)
+            took = tuning.measure(functools.partial(run_grouped, x=x, offsets=offsets, out=out), [matrix])
+            rate = matrix.size_bytes * used / 64 / took / 1e3
+            runs.append(
+                {
+                    "format": name,
+                    "experts": 64,
+                    "experts_used": used,
+                    "tokens": tokens,
+                    "us": round(took, 2),
+                    "ceiling_fraction": round(rate / found["copy_gb_s"], 3),
+                    "note": "weights may stay in the L2 cache" if used < 64 else "",
+                    "config": str(configs.default(matrix, -(-tokens // 64), grouped=True)),
+                }
+            )
+            say(f"grouped {name} T={tokens}: {took:.1f} us")
+    return runs
+
+
+def main() -> int:
+    """Measure, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=110, help="leave out what would take longer than this")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+
+    def left() -> float:
+        return float(arguments.seconds) - (time.monotonic() - started)
+
+    if not torch.cuda.is_available():
+        print(json.dumps({"question": "cuda_kernels", "error": "no CUDA device"}))
+        return 1
+    result: dict[str, Any] = {
+        "question": "cuda_kernels",
+        "hardware": cuda_device(DEVICE).model,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "command": " ".join(["python3", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result["commit"] = commit.stdout.strip() or None
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["HALVE_CACHE"] = str(Path(cache))  # measured now, not found
+        found = result["ceilings"] = ceilings()
+        say(json.dumps(found))
+        for name, part in (("few", few), ("many", many), ("experts", experts)):
+            try:
+                result[name] = part(found, left)
+            except Exception:
+                result[name] = {"error": traceback.format_exc()}
+                say(result[name]["error"])
+            torch.cuda.empty_cache()
+    result["seconds"] = round(time.monotonic() - started, 1)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
