@@ -22,7 +22,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,38 +136,92 @@ def ceilings() -> dict[str, float]:
     return found
 
 
+def guarded(run: Callable[..., dict[str, Any]], *words: Any) -> dict[str, Any]:
+    """A figure, or why there is none."""
+    try:
+        return run(*words)
+    except Exception:
+        say(traceback.format_exc())
+        return {"what": [str(w) for w in words[1:]], "error": traceback.format_exc()[-1500:]}
+
+
+def few_run(found: dict[str, float], name: str, shape: tuple[int, int], count: int) -> dict[str, Any]:
+    """One product of few tokens, as fast as it was found to run."""
+    matrix, rows = make(name, shape)
+    choice = tuning.tune(matrix, [count])[count]
+    assert choice.microseconds is not None
+    rate = matrix.size_bytes / choice.microseconds / 1e3
+    fraction = rate / found["copy_gb_s"]
+    say(f"{name} {shape} T={count}: {choice.microseconds:.2f} us, {fraction:.2f} of copy, {choice.config}")
+    return {
+        "format": name,
+        "activations": "bf16",
+        "shape": shape,
+        "tokens": count,
+        "us": round(choice.microseconds, 2),
+        "gb_s": round(rate),
+        "ceiling_fraction": round(fraction, 3),
+        "goal": FEW_GOAL,
+        "error": error_of(matrix, rows, choice, count),
+        "row": choice.kernel.name,
+        "config": str(choice.config),
+    }
+
+
 def few(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, Any]]:
     """Products of few tokens: bytes a second against a copy."""
-    plan = [("int4-g32", (1, 8)), ("int4-g128", (1, 4, 8)), ("bf16", (1,)), ("int8", (1,)), ("fp8", (1,))]
-    plan += [("int4-g64", (1,)), ("int3-g64", (1,)), ("int2-g32", (1,)), ("int6-g64", (1,)), ("int4-g128", (16, 64))]
+    plan = [("int4-g128", (1, 8)), ("int4-g32", (1, 8)), ("bf16", (1,)), ("int8", (1,)), ("fp8", (1,))]
+    plan += [("int4-g128", (4, 16, 64)), ("int4-g64", (1,)), ("int3-g64", (1,)), ("int2-g32", (1,)), ("int6-g64", (1,))]
     runs: list[dict[str, Any]] = []
     for name, tokens in plan:
-        for shape in FEW if name.startswith("int4") else FEW[:1]:
+        for shape in FEW if name in ("int4-g32", "int4-g128") and 1 in tokens else FEW[:1]:
             for count in tokens:
-                if left() < 45:
+                if left() < 4:
                     runs.append({"format": name, "shape": shape, "tokens": count, "skipped": "no time left"})
                     continue
-                matrix, rows = make(name, shape)
-                choice = tuning.tune(matrix, [count])[count]
-                assert choice.microseconds is not None
-                rate = matrix.size_bytes / choice.microseconds / 1e3
-                run = {
-                    "format": name,
-                    "activations": "bf16",
-                    "shape": shape,
-                    "tokens": count,
-                    "us": round(choice.microseconds, 2),
-                    "gb_s": round(rate),
-                    "ceiling_fraction": round(rate / found["copy_gb_s"], 3),
-                    "goal": FEW_GOAL,
-                    "error": error_of(matrix, rows, choice, count),
-                    "row": choice.kernel.name,
-                    "config": str(choice.config),
-                }
-                runs.append(run)
-                say(f"{name} {shape} T={count}: {run['us']} us, {run['ceiling_fraction']:.2f} of copy, {choice.config}")
-                del matrix, rows
+                runs.append(guarded(few_run, found, name, shape, count))
+                print(json.dumps(runs), flush=True)
     return runs
+
+
+def many_run(ceiling: float, name: str, shape: tuple[int, int], kind: str) -> dict[str, Any]:
+    """One product of 4096 tokens, by every row as fast as it runs here."""
+    matrix, rows = make(name, shape, kind)
+    x = tuning.example(matrix, 4096)
+    out = torch.empty((4096, shape[0]), dtype=torch.bfloat16, device=DEVICE)
+    fastest: dict[str, tuple[float, tuning.Choice]] = {}
+    failed: dict[str, str] = {}
+    for choice in tuning.choices(matrix, 4096):
+        row = choice.kernel.name
+        try:
+            seconds = seconds_of(functools.partial(choice.kernel.run, matrix, x, out, None, choice.config), 5)
+        except (RuntimeError, ValueError, triton.runtime.errors.OutOfResources) as error:
+            failed[f"{row} {choice.config}"] = str(error)[-500:]
+            continue
+        if row not in fastest or seconds < fastest[row][0]:
+            fastest[row] = (seconds, choice)
+    work = 2 * 4096 * shape[0] * shape[1] / 1e12
+    by_row = {
+        row: {
+            "us": round(seconds * 1e6, 1),
+            "tflops": round(work / seconds, 1),
+            "ceiling_fraction": round(work / seconds / ceiling, 3),
+            "error": error_of(matrix, rows, choice, 4096),
+            "config": str(choice.config),
+        }
+        for row, (seconds, choice) in fastest.items()
+    }
+    say(f"{name} x {kind} {shape}: " + ", ".join(f"{r} {d['ceiling_fraction']}" for r, d in by_row.items()))
+    return {
+        "format": name,
+        "activations": kind,
+        "shape": shape,
+        "tokens": 4096,
+        "goal": MANY_GOAL,
+        "ceiling_fraction": max((work / s / ceiling for s, _ in fastest.values()), default=None),
+        "rows": by_row,
+        "failed": failed,
+    }
 
 
 def many(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, Any]]:
@@ -178,41 +231,11 @@ def many(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, A
     plan = [("fp8", "fp8", MANY), ("int8", "int8", MANY), ("int4-g128", "bf16", MANY[1:2]), ("bf16", "bf16", MANY[1:2])]
     for name, kind, shapes in plan:
         for shape in shapes:
-            if left() < 8:
+            if left() < 6:
                 runs.append({"format": name, "activations": kind, "shape": shape, "skipped": "no time left"})
                 continue
-            matrix, rows = make(name, shape, kind)
-            x = tuning.example(matrix, 4096)
-            out = torch.empty((4096, shape[0]), dtype=torch.bfloat16, device=DEVICE)
-            ceiling = best_fp8 if kind != "bf16" else found["bf16_tflops"]
-            fastest: dict[str, tuple[float, tuning.Choice]] = {}
-            for choice in tuning.choices(matrix, 4096):
-                try:
-                    seconds = seconds_of(functools.partial(choice.kernel.run, matrix, x, out, None, choice.config), 5)
-                except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
-                    say(f"{choice.kernel.name} {choice.config}: {error}")
-                    continue
-                row = choice.kernel.name
-                if row not in fastest or seconds < fastest[row][0]:
-                    fastest[row] = (seconds, choice)
-            for row, (seconds, choice) in fastest.items():
-                rate = 2 * 4096 * shape[0] * shape[1] / seconds / 1e12
-                run = {
-                    "format": name,
-                    "activations": kind,
-                    "shape": shape,
-                    "tokens": 4096,
-                    "us": round(seconds * 1e6, 1),
-                    "tflops": round(rate, 1),
-                    "ceiling_fraction": round(rate / ceiling, 3),
-                    "goal": MANY_GOAL,
-                    "error": error_of(matrix, rows, choice, 4096),
-                    "row": row,
-                    "config": str(choice.config),
-                }
-                runs.append(run)
-                say(f"{name} x {kind} {shape} {row}: {rate:.0f} TFLOP/s, {rate / ceiling:.2f}, {choice.config}")
-            del matrix, rows
+            runs.append(guarded(many_run, best_fp8 if kind != "bf16" else found["bf16_tflops"], name, shape, kind))
+            print(json.dumps(runs), flush=True)
     return runs
 
 
@@ -221,43 +244,78 @@ def run_grouped(matrix: CudaMatrix, x: Activations, offsets: torch.Tensor, out: 
     grouped_project(matrix, x, offsets, out)
 
 
+def experts_run(found: dict[str, float], name: str, tokens: int) -> dict[str, Any]:
+    """One grouped product of 64 experts; of few tokens, each goes to an expert of its own."""
+    matrix, rows = make(name, (64, 2048, 2048))
+    used = min(tokens, 64)
+    counts = torch.full((64,), tokens // used)
+    counts[used:] = 0
+    offsets = torch.cat((torch.zeros(1), counts.cumsum(0))).to(torch.int32).to(DEVICE)
+    x = tuning.example(matrix, tokens)
+    out = torch.empty((tokens, 2048), dtype=torch.bfloat16, device=DEVICE)
+    took = tuning.measure(functools.partial(run_grouped, x=x, offsets=offsets, out=out), [matrix])
+    mine = slice(int(offsets[used - 1]), int(offsets[used]))  # of the last expert that has any
+    dense, weights = x.values[mine].double(), rows(0, 256)[used - 1]
+    error = (out[mine, :256].double() - dense @ weights.T).abs() / (dense.abs() @ weights.T.abs())
+    rate = matrix.size_bytes * used / 64 / took / 1e3
+    say(f"grouped {name} T={tokens}: {took:.1f} us")
+    return {
+        "format": name,
+        "experts": 64,
+        "experts_used": used,
+        "tokens": tokens,
+        "us": round(took, 2),
+        "ceiling_fraction": round(rate / found["copy_gb_s"], 3),
+        "note": "weights may stay in the L2 cache" if used < 64 else "",
+        "error": float(error.max()),
+        "config": str(configs.default(matrix, -(-tokens // 64), grouped=True)),
+    }
+
+
 def experts(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, Any]]:
     """Grouped products, 64 experts of which 8 tokens choose 2 each, and 512 tokens all: bytes read against a copy."""
     runs: list[dict[str, Any]] = []
     for name in ("int4-g128", "bf16"):
         for tokens in (16, 1024):
-            if left() < 5:
+            if left() < 2:
                 runs.append({"format": name, "experts": 64, "tokens": tokens, "skipped": "no time left"})
                 continue
-            matrix, _ = make(name, (64, 2048, 2048))
-            used = min(tokens, 64)
-            counts = torch.full((64,), tokens // used)
-            counts[used:] = 0
-            offsets = torch.cat((torch.zeros(1), counts.cumsum(0))).to(torch.int32).to(DEVICE)
-            x = tuning.example(matrix, tokens)
-            out = torch.empty((tokens, 2048), dtype=torch.bfloat16, device=DEVICE)
-            took = tuning.measure(functools.partial(run_grouped, x=x, offsets=offsets, out=out), [matrix])
-            rate = matrix.size_bytes * used / 64 / took / 1e3
-            runs.append(
-                {
-                    "format": name,
-                    "experts": 64,
-                    "experts_used": used,
-                    "tokens": tokens,
-                    "us": round(took, 2),
-                    "ceiling_fraction": round(rate / found["copy_gb_s"], 3),
-                    "note": "weights may stay in the L2 cache" if used < 64 else "",
-                    "config": str(configs.default(matrix, -(-tokens // 64), grouped=True)),
-                }
-            )
-            say(f"grouped {name} T={tokens}: {took:.1f} us")
+            runs.append(guarded(experts_run, found, name, tokens))
+            print(json.dumps(runs), flush=True)
     return runs
+
+
+PARTS = {"few": few, "many": many, "experts": experts}
+SHARE = {"few": 0.6, "many": 0.75, "experts": 1.0}  # of the seconds that are left
+
+
+def in_its_own_process(part: str, found: dict[str, float], seconds: float, cache: str) -> Any:
+    """One part's figures; what kills its process, or the device's context, costs only them."""
+    words = ["--part", part, "--seconds", f"{seconds:.0f}", "--ceilings", json.dumps(found)]
+    environment = {**os.environ, "HALVE_CACHE": cache}
+    try:
+        result = subprocess.run(
+            [sys.executable, __file__, *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=seconds + 15,
+        )
+        printed, ended = result.stdout, f"exit code {result.returncode}"
+    except subprocess.TimeoutExpired as error:
+        printed = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        ended = f"still running {seconds + 15:.0f} s after its start"
+    lines = [line for line in printed.splitlines() if line.startswith(("[", "{"))]
+    return {"ended": ended, "runs": json.loads(lines[-1]) if lines else []}
 
 
 def main() -> int:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=110, help="leave out what would take longer than this")
+    parser.add_argument("--part", choices=PARTS, help="measure this alone, in this process")
+    parser.add_argument("--ceilings", type=json.loads, help="those of this run, as JSON")
     arguments = parser.parse_args()
     started = time.monotonic()
 
@@ -267,6 +325,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(json.dumps({"question": "cuda_kernels", "error": "no CUDA device"}))
         return 1
+    if arguments.part:
+        try:
+            print(json.dumps(PARTS[arguments.part](arguments.ceilings or ceilings(), left)))
+        except Exception:
+            say(traceback.format_exc())
+            print(json.dumps({"error": traceback.format_exc()[-2000:]}))
+        return 0
     result: dict[str, Any] = {
         "question": "cuda_kernels",
         "hardware": cuda_device(DEVICE).model,
@@ -277,17 +342,12 @@ def main() -> int:
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result["commit"] = commit.stdout.strip() or None
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["HALVE_CACHE"] = str(Path(cache))  # measured now, not found
-        found = result["ceilings"] = ceilings()
-        say(json.dumps(found))
-        for name, part in (("few", few), ("many", many), ("experts", experts)):
-            try:
-                result[name] = part(found, left)
-            except Exception:
-                result[name] = {"error": traceback.format_exc()}
-                say(result[name]["error"])
-            torch.cuda.empty_cache()
+    found = result["ceilings"] = ceilings()
+    torch.cuda.empty_cache()
+    say(json.dumps(found))
+    with tempfile.TemporaryDirectory() as cache:  # measured now, not found
+        for part in PARTS:
+            result[part] = in_its_own_process(part, found, left() * SHARE[part], cache)
     result["seconds"] = round(time.monotonic() - started, 1)
     print(json.dumps(result))
     return 0
