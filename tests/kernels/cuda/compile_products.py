@@ -1,6 +1,6 @@
 """Compile kernels of products for sm_90, without a device, and print one JSON line each: registers, spills, memory.
 
-python compile_products.py few|many|grouped|other [FORMAT ...]
+python compile_products.py few|many|grouped|persistent|other [FORMAT ...]
 """
 
 import json
@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halve.formats import FORMATS
-from halve.kernels.cuda import configs, gemm, launching, widen
+from halve.kernels.cuda import configs, gemm, launching, persistent, widen
 from halve.kernels.cuda.packing import CELL_BITS, COLUMNS, PLANES, CudaMatrix
 
 TYPES = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int16: "*i16", torch.float8_e4m3fn: "*fp8e4nv"}
@@ -134,7 +134,47 @@ def other():
     )
 
 
+def persistent_jobs(names):
+    for name in names:
+        activations = STORED_AS.get(name, "bf16")
+        matrix = matrix_of(name, activations, (4096, 4096))
+        element = TYPES[matrix.codes.dtype].removeprefix("*")
+        for config in configs.persistent_candidates(matrix):
+            for residual in (False, True):
+                pointers = dict.fromkeys(("scale_ptr", "bias_ptr", "token_scale_ptr"), "*fp32")
+                pointers |= dict.fromkeys(("add_ptr", "out_ptr"), "*bf16")
+                descriptors = {
+                    "x_descriptor": f"tensordesc<{element}[{config.bt}, {config.cols}]>",
+                    "codes_descriptor": f"tensordesc<{element}[{config.bn}, {config.cols}]>",
+                }
+                numbers = dict.fromkeys(("T", "N", "K", "add_row", "out_row"), "i32")
+                constants = {
+                    "HAS_SCALE": matrix.scale is not None,
+                    "HAS_BIAS": residual,
+                    "HAS_ADD": residual,
+                    "ACT": activations,
+                    "BT": config.bt,
+                    "BN": config.bn,
+                    "COLS": config.cols,
+                    "SWIZZLE": config.swizzle,
+                    "FLATTEN": config.flatten,
+                }
+                yield (
+                    f"persistent {name} x {activations} {config}{' + bias + residual' if residual else ''}",
+                    lambda s={**descriptors, **pointers, **numbers}, c=constants, k=config: compiled(
+                        persistent.persistent,
+                        s,
+                        c,
+                        ("scale_ptr", "out_ptr", "add_ptr", "bias_ptr", "N", "K", "add_row", "out_row"),
+                        {"num_warps": k.warps, "num_stages": k.stages},
+                    ),
+                )
+
+
 def jobs(what, names):
+    if what == "persistent":
+        yield from persistent_jobs(names)
+        return
     if what == "other":
         yield from other()
         return

@@ -18,7 +18,8 @@ SHARED_BYTES = 227 << 10  # that one program may have on sm_90
 @pytest.mark.parametrize(
     "arguments",
     [("few", "int4-g32", "int4-g128"), ("few", "int8", "fp8", "bf16"), ("many", "int4-g128", "int8", "fp8"),
-     ("grouped", "int4-g128", "fp8", "bf16"), ("few", "int3-g64", "int5-g32", "int6-g64"), ("other",)],
+     ("grouped", "int4-g128", "fp8", "bf16"), ("few", "int3-g64", "int5-g32", "int6-g64"),
+     ("persistent", "int8", "fp8", "bf16"), ("other",)],
     ids="-".join,
 )  # fmt: skip
 def test_kernels_compile_for_sm_90_and_keep_what_they_use_in_registers(arguments):

@@ -12,11 +12,12 @@ import torch
 
 from halve.core.errors import KernelError
 from halve.formats import FORMATS, Weight, pack_codes
-from halve.kernels.cuda import configs, libraries
+from halve.hardware import Device
+from halve.kernels.cuda import libraries
 from halve.kernels.cuda.configs import Config
-from halve.kernels.cuda.launching import launch
+from halve.kernels.cuda.launching import launch, launch_persistent
 from halve.kernels.cuda.packing import activations_refusal, concatenate, pack, pack_fp8
-from halve.kernels.cuda.product_rows import TABLE, cuda_device, runnable
+from halve.kernels.cuda.product_rows import TABLE, cuda_device, cuts, runnable
 from halve.kernels.cuda.products import Activations, grouped_project, project
 from halve.kernels.cuda.workspace import workspace
 from halve.kernels.dispatch import Spec
@@ -267,12 +268,30 @@ def test_every_row_of_this_device_agrees_with_float64(name, kind, residual):
     extra = torch.linspace(-1, 1, 256).double().expand(80, 256) + (1 if residual else 0)
     for row in runnable(matrix, 80, cuda_device(DEVICE), torch.bfloat16):
         out = torch.zeros((80, 256), dtype=torch.bfloat16, device=DEVICE)
-        config = configs.default(matrix, 80) if row.name == "triton" else None
-        row.run(matrix, x, out, add, config)
+        row.run(matrix, x, out, add, cuts(row, matrix, 80)[0])
         error = (out.double().cpu() - (dense @ exact(weight).T + extra)).abs()
         # torch's rows round the product, then the sum with the bias, then that with the residual; widened weights too
         bound = 2**-7 * (dense.abs() @ exact(weight).T.abs() + 2)
         assert (error <= bound).all(), row.name
+
+
+@pytest.mark.parametrize(("name", "kind"), [("int8", "int8"), ("fp8", "fp8"), ("bf16", "bf16")])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_persistent_kernel_goes_through_all_tiles_and_their_edges(name, kind, shift):
+    weight = make_weight(name, (80, 192))
+    matrix = pack(weight, DEVICE, activations=kind, bias=np.ones(80))
+    x, dense = make_activations(kind, 70, 192)
+    if shift:  # rows that its descriptors can't reach
+        wide = torch.zeros((70, 193), dtype=x.values.dtype, device=DEVICE)
+        wide[:, 1:].view(torch.uint8 if kind != "bf16" else torch.int16).copy_(
+            x.values.view(torch.uint8 if kind != "bf16" else torch.int16)
+        )
+        x = Activations(wide[:, 1:], x.scale)
+    out = torch.zeros((70, 80), dtype=torch.bfloat16, device=DEVICE)
+    add = torch.full((70, 80), 2, dtype=torch.bfloat16, device=DEVICE)
+    config = Config(bt=32, bn=32, cols=128, swizzle=2, warps=4, stages=2, flatten=True)
+    launch_persistent(matrix, x, out, add, config)
+    assert_near(out, dense, exact(weight), kind=kind, extra=torch.full((70, 80), 3.0, dtype=torch.float64))
 
 
 def test_torchs_rows_agree_with_float64_where_torch_runs_them_on_a_cpu():
@@ -296,12 +315,13 @@ def test_sums_of_int8_are_scaled_with_bias_and_residual(residual):
     assert_near(out, dense, exact(weight), extra=torch.full((80, 40), 3.0 if residual else 1.0, dtype=torch.float64))
 
 
-OLD = cuda_device(DEVICE).__class__(
-    name="cuda", kind="cuda", model="old", features=frozenset(), num_cores=1, memory_bytes=0, machine="cuda"
-)
-AMPERE = OLD.__class__(
-    name="cuda", kind="cuda", model="A100", features=frozenset({"sm_80"}), num_cores=1, memory_bytes=0, machine="cuda"
-)
+def device_of(kind, *features):
+    return Device(
+        name=kind, kind=kind, model="", features=frozenset(features), num_cores=1, memory_bytes=0, machine=kind
+    )
+
+
+OLD, AMPERE, HOPPER = device_of("cuda"), device_of("cuda", "sm_80"), device_of("cuda", "sm_80", "sm_89", "sm_90")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +330,11 @@ AMPERE = OLD.__class__(
         ("triton", OLD, {}, "sm_80"),
         ("triton", AMPERE, {"format": "fp8", "activations": "fp8"}, "sm_89"),
         ("triton", AMPERE, {"format": "int4-g32", "activations": "int8"}, "int8 activations meet int8 weights"),
+        ("triton_persistent", AMPERE, {"format": "int8", "activations": "int8"}, "sm_90"),
+        ("triton_persistent", HOPPER, {"format": "int8-g32", "activations": "int8"}, "one scale a row"),
+        ("triton_persistent", HOPPER, {"format": "int8", "activations": "bf16"}, "as they are stored"),
+        ("triton_persistent", HOPPER, {"format": "int8", "activations": "fp8"}, "fp8 activations meet fp8 weights"),
+        ("triton_persistent", HOPPER, {"format": "int8", "activations": "int8", "in_features": 24}, "multiples of 16"),
         ("torch_scaled_mm", AMPERE, {"format": "fp8", "activations": "fp8"}, "sm_89"),
         ("torch_scaled_mm", AMPERE, {"format": "int8", "activations": "int8"}, "fp8 with fp8"),
         ("torch_int_mm", AMPERE, {"format": "fp8", "activations": "fp8"}, "int8 with int8"),
@@ -334,10 +359,9 @@ def test_a_row_says_why_it_refuses(row, device, spec, reason):
 
 
 def test_torchs_rows_refuse_a_machine_without_a_device():
-    assert "CUDA device" in TABLE[2].refusal(
-        OLD.__class__(name="cpu", kind="cpu", model="", features=frozenset(), num_cores=1, memory_bytes=0, machine=""),
-        Spec(op="project", format=FORMATS["int8"], activations="int8"),
-    )
+    row = next(k for k in TABLE if k.name == "torch_int_mm")
+    spec = Spec(op="project", format=FORMATS["int8"], activations="int8")
+    assert "CUDA device" in row.refusal(device_of("cpu"), spec)
 
 
 @pytest.mark.parametrize("activations", ["int8", "fp8", "fp4"])

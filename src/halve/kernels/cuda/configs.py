@@ -24,6 +24,7 @@ class Config:
     swizzle: int = 1
     warps: int = 4
     stages: int = 4
+    flatten: bool = False  # see `persistent.persistent`; nothing to `gemm.product`
 
 
 def token_class(num_tokens: int) -> int:
@@ -87,3 +88,13 @@ def candidates(matrix: CudaMatrix, tokens: int, *, grouped: bool = False) -> lis
     square = Config(bt=128, bn=128, cols=cols, swizzle=8, warps=4, stages=4)
     ordered = [large, small] if tokens >= 1024 and not matrix.group_size else [small, large]
     return [*ordered, square]
+
+
+def persistent_candidates(matrix: CudaMatrix) -> list[Config]:
+    """What is worth trying of `persistent.persistent`, the default first."""
+    cols = 64 if matrix.activations == "bf16" else 128
+    return [
+        Config(bt=128, bn=256, cols=cols, swizzle=8, warps=8, stages=4, flatten=True),
+        Config(bt=128, bn=256, cols=cols, swizzle=8, warps=8, stages=3),
+        Config(bt=128, bn=128, cols=cols, swizzle=8, warps=4, stages=4, flatten=True),
+    ]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halve.kernels.cuda import configs, gemm
+from halve.kernels.cuda import configs, gemm, persistent
 from halve.kernels.cuda.configs import Config
 from halve.kernels.cuda.packing import CudaMatrix
 from halve.kernels.cuda.workspace import COUNTERS, PARTIAL_ELEMENTS, num_sms, workspace
 
+ALIGNMENT = 16  # bytes, of what the tensor memory accelerator fetches
 INTERPRETED = not isinstance(gemm.product, triton.JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
 
 
@@ -49,6 +51,57 @@ def launch(
     """Run `gemm.product`. offsets: int32 [experts + 1] for a stack of matrices."""
     arguments, named, tiles, splits = _arguments(matrix, x, out, add, config, offsets)
     gemm.product[(tiles, splits)](*arguments, **named)
+
+
+def launch_persistent(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, config: Config) -> None:
+    """Run `persistent.persistent`; rows of x that do not begin on a multiple of 16 bytes go to `launch`."""
+    values = x.values
+    if values.data_ptr() % ALIGNMENT or values.stride(0) * values.element_size() % ALIGNMENT:
+        launch(matrix, x, out, add, configs.default(matrix, len(values)))
+        return
+    arguments, named, programs = _persistent_arguments(matrix, x, out, add, config)
+    persistent.persistent[(programs,)](*arguments, **named)
+
+
+def warm_persistent(matrix: CudaMatrix, x: Activations, out: Tensor, config: Config) -> None:
+    """Compile what `launch_persistent` would run, without running it; safe in threads."""
+    arguments, named, programs = _persistent_arguments(matrix, x, out, None, config)
+    persistent.persistent.warmup(*arguments, grid=(programs,), **named)
+
+
+def _persistent_arguments(
+    matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, config: Config
+) -> tuple[list[object], dict[str, object], int]:
+    """What `persistent.persistent` takes, by position and by name, and its programs."""
+    tiles = -(-len(x.values) // config.bt) * -(-matrix.out_features // config.bn)
+    arguments: list[object] = [
+        TensorDescriptor.from_tensor(x.values, [config.bt, config.cols]),
+        TensorDescriptor.from_tensor(matrix.codes, [config.bn, config.cols]),
+        matrix.scale,
+        matrix.bias,
+        x.scale,
+        add,
+        out,
+        len(x.values),
+        matrix.out_features,
+        matrix.in_features,
+        0 if add is None else add.stride(0),
+        out.stride(0),
+    ]
+    named: dict[str, object] = {
+        "HAS_SCALE": matrix.scale is not None,
+        "HAS_BIAS": matrix.bias is not None,
+        "HAS_ADD": add is not None,
+        "ACT": matrix.activations,
+        "BT": config.bt,
+        "BN": config.bn,
+        "COLS": config.cols,
+        "SWIZZLE": config.swizzle,
+        "FLATTEN": config.flatten,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    return arguments, named, min(tiles, num_sms(x.values.device))
 
 
 def warm(matrix: CudaMatrix, x: Activations, out: Tensor, config: Config) -> None:

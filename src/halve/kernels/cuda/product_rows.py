@@ -1,14 +1,14 @@
 """The rows of CUDA products: which code multiplies tokens with a packed matrix, and where each one refuses."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from halve.hardware import Device
-from halve.kernels.cuda import libraries
+from halve.kernels.cuda import configs, libraries
 from halve.kernels.cuda.configs import Config
-from halve.kernels.cuda.launching import INTERPRETED, Activations, launch
+from halve.kernels.cuda.launching import INTERPRETED, launch, launch_persistent
 from halve.kernels.cuda.packing import CudaMatrix, activations_refusal
 from halve.kernels.dispatch import Kernel, Spec
 
@@ -58,12 +58,28 @@ def _library_refusal(device: Device, spec: Spec, multiple: int) -> str | None:
     """What all of torch's rows ask for: a device, tokens enough, and sizes that its kernels take."""
     if device.kind != "cuda":
         return "needs a CUDA device"
+    return _sizes_refusal(spec, multiple)
+
+
+def _sizes_refusal(spec: Spec, multiple: int) -> str | None:
     if spec.num_tokens is not None and spec.num_tokens < MANY:
         return f"needs {MANY} tokens or more"
     for name, size in (("out_features", spec.out_features), ("in_features", spec.in_features)):
         if size is not None and size % multiple:
             return f"needs {name} in multiples of {multiple}, not {size}"
     return None
+
+
+def _persistent_refusal(device: Device, spec: Spec) -> str | None:
+    if "sm_90" not in device.features:
+        return "needs sm_90 or later, for its tensor memory accelerator"
+    if reason := _triton_refusal(device, spec):
+        return reason
+    if spec.format is not None and spec.format.group_size:
+        return "knows one scale a row"
+    if spec.format is not None and spec.format.scaled and spec.activations == "bf16":
+        return "multiplies elements as they are stored"
+    return _sizes_refusal(spec, 16)
 
 
 def _scaled_mm_refusal(device: Device, spec: Spec) -> str | None:
@@ -98,10 +114,6 @@ def _bf16_refusal(device: Device, spec: Spec) -> str | None:
     return _library_refusal(device, spec, 8)
 
 
-def _run_triton(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, config: Config) -> None:
-    launch(matrix, x, out, add, config)
-
-
 def _row(name: str, refusal: Any, run: Any) -> Kernel:
     """A row that has nothing to cut."""
     return Kernel(
@@ -113,7 +125,8 @@ def _row(name: str, refusal: Any, run: Any) -> Kernel:
 
 
 TABLE = [
-    Kernel(name="triton", op="project", refusal=_triton_refusal, run=_run_triton),
+    Kernel(name="triton", op="project", refusal=_triton_refusal, run=launch),
+    Kernel(name="triton_persistent", op="project", refusal=_persistent_refusal, run=launch_persistent),
     _row("torch_scaled_mm", _scaled_mm_refusal, libraries.scaled_fp8),
     _row("torch_int_mm", _int_mm_refusal, libraries.int8),
     _row("torch_mm", _bf16_refusal, libraries.bf16),
@@ -136,9 +149,18 @@ def spec_of(matrix: CudaMatrix, num_tokens: int) -> Spec:
 def runnable(matrix: CudaMatrix, num_tokens: int, device: Device, out_dtype: torch.dtype) -> list[Kernel]:
     """Rows that do not refuse a product, in the order of the table.
 
-    torch's rows are for bf16 outputs, and `torch_scaled_mm` for one scale a row.
+    torch's rows are for bf16 outputs; blocks under scales of their own are `triton`'s.
     """
     rows = [row for row in TABLE if row.refusal(device, spec_of(matrix, num_tokens)) is None]
-    if out_dtype != torch.bfloat16 or (matrix.group_size and matrix.activations == "fp8"):
+    if out_dtype != torch.bfloat16:
+        rows = [row for row in rows if row.name.startswith("triton")]
+    if matrix.group_size and matrix.activations == "fp8":
         rows = [row for row in rows if row.name == "triton"]
     return rows
+
+
+def cuts(row: Kernel, matrix: CudaMatrix, num_tokens: int) -> Sequence[Config | None]:
+    """How a row may cut a product, the default first; None alone where it has nothing to choose."""
+    if row.name == "triton":
+        return configs.candidates(matrix, configs.token_class(num_tokens))
+    return configs.persistent_candidates(matrix) if row.name == "triton_persistent" else [None]

@@ -27,7 +27,7 @@ from torch import Tensor
 from halve.core.errors import KernelError
 from halve.kernels.cuda import configs, product_rows
 from halve.kernels.cuda.configs import Config
-from halve.kernels.cuda.launching import INTERPRETED, Activations, warm
+from halve.kernels.cuda.launching import INTERPRETED, Activations, warm, warm_persistent
 from halve.kernels.cuda.packing import CudaMatrix
 from halve.kernels.cuda.product_rows import TABLE, cuda_device, runnable
 from halve.kernels.dispatch import Kernel
@@ -76,13 +76,13 @@ def _look_up(matrix: CudaMatrix, num_tokens: int, out_dtype: torch.dtype) -> Cho
 
 
 def _default(matrix: CudaMatrix, num_tokens: int, rows: dict[str, Kernel]) -> Choice:
-    """Without measurements: torch's rows where tensor cores are the limit, ours elsewhere."""
+    """Without measurements: torch's rows or `triton_persistent` where tensor cores are the limit, else `triton`."""
     if num_tokens >= 512:
-        for name in ("torch_mm", "torch_scaled_mm", "widen_torch_mm"):
+        for name in ("torch_mm", "torch_scaled_mm", "triton_persistent", "widen_torch_mm"):
             if name in rows:
-                return Choice(rows[name], None)
+                return Choice(rows[name], product_rows.cuts(rows[name], matrix, num_tokens)[0])
     row = next(iter(rows.values()))
-    return Choice(row, configs.default(matrix, num_tokens) if row.name == "triton" else None)
+    return Choice(row, product_rows.cuts(row, matrix, num_tokens)[0])
 
 
 def key(matrix: CudaMatrix, tokens: int) -> str:
@@ -116,13 +116,9 @@ def tune(matrix: CudaMatrix, tokens: Iterable[int] = TOKENS, *, again: bool = Fa
 
 def choices(matrix: CudaMatrix, num_tokens: int) -> list[Choice]:
     """Every row and cut that is worth a measurement."""
-    found = []
-    for row in runnable(matrix, num_tokens, cuda_device(matrix.codes.device), torch.bfloat16):
-        cuts: Sequence[Config | None] = [None]
-        if row.name == "triton":
-            cuts = configs.candidates(matrix, num_tokens)
-        found += [Choice(row, cut) for cut in cuts]
-    return found
+    device = cuda_device(matrix.codes.device)
+    rows = runnable(matrix, num_tokens, device, torch.bfloat16)
+    return [Choice(row, cut) for row in rows for cut in product_rows.cuts(row, matrix, num_tokens)]
 
 
 def _fastest(matrix: CudaMatrix, num_tokens: int) -> Choice:
@@ -139,7 +135,7 @@ def _fastest(matrix: CudaMatrix, num_tokens: int) -> Choice:
         with ThreadPoolExecutor(8) as threads:  # compiling is most of the time
             for choice in tried:
                 if choice.config is not None:
-                    threads.submit(_compiles, matrix, x, out, choice.config)
+                    threads.submit(_compiles, choice, matrix, x, out)
     measured = []
     for choice in tried:
 
@@ -155,10 +151,11 @@ def _fastest(matrix: CudaMatrix, num_tokens: int) -> Choice:
     return min(measured, key=lambda c: c.microseconds or 0.0)
 
 
-def _compiles(matrix: CudaMatrix, x: Activations, out: Tensor, config: Config) -> None:
+def _compiles(choice: Choice, matrix: CudaMatrix, x: Activations, out: Tensor) -> None:
     """Compile one cut ahead; whatever goes wrong shows when it is run."""
+    assert choice.config is not None
     with suppress(Exception):
-        warm(matrix, x, out, config)
+        (warm if choice.kernel.name == "triton" else warm_persistent)(matrix, x, out, choice.config)
 
 
 def example(matrix: CudaMatrix, num_tokens: int) -> Activations:
