@@ -45,18 +45,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def seconds_of(run: Callable[[], object], repeats: int = 7) -> float:
-    """The median seconds of one run, by events."""
+def seconds_of(run: Callable[[], object], repeats: int = 7, together: int = 4) -> float:
+    """The median seconds of one run, by events around some together, so that launching one hides behind another."""
     run()
     torch.cuda.synchronize()
     times: list[float] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        run()
+        for _ in range(together):
+            run()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
+        times.append(start.elapsed_time(end) / 1000 / together)
     return sorted(times)[repeats // 2]
 
 
@@ -184,6 +185,11 @@ def few(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, An
     return runs
 
 
+def run_choice(matrix: CudaMatrix, choice: tuning.Choice, x: Activations, out: torch.Tensor) -> None:
+    """One product by one row."""
+    choice.kernel.run(matrix, x, out, None, choice.config)
+
+
 def many_run(ceiling: float, name: str, shape: tuple[int, int], kind: str) -> dict[str, Any]:
     """One product of 4096 tokens, by every row as fast as it runs here."""
     matrix, rows = make(name, shape, kind)
@@ -194,7 +200,8 @@ def many_run(ceiling: float, name: str, shape: tuple[int, int], kind: str) -> di
     for choice in tuning.choices(matrix, 4096):
         row = choice.kernel.name
         try:
-            seconds = seconds_of(functools.partial(choice.kernel.run, matrix, x, out, None, choice.config), 5)
+            run = functools.partial(run_choice, choice=choice, x=x, out=out)
+            seconds = tuning.measure(run, [matrix], repeats=3) / 1e6
         except (RuntimeError, ValueError, triton.runtime.errors.OutOfResources) as error:
             failed[f"{row} {choice.config}"] = str(error)[-500:]
             continue
