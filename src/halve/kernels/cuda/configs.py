@@ -5,9 +5,10 @@ until about six programs wait for memory on every multiprocessor. Many: the tens
 large as the registers hold (128 x 256 sums for 8-bit activations, 128 x 128 where weights are widened on the way).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halve.kernels.cuda.packing import CELL_BITS, COLUMNS, PLANES, CudaMatrix
+from halve.kernels.cuda.workspace import shared_bytes
 
 MANY_TOKENS = 16384  # the largest class of tokens
 
@@ -53,7 +54,29 @@ def default(matrix: CudaMatrix, num_tokens: int, *, grouped: bool = False) -> Co
 
 
 def candidates(matrix: CudaMatrix, tokens: int, *, grouped: bool = False) -> list[Config]:
-    """What is worth trying for a class of tokens, the default first."""
+    """What is worth trying for a class of tokens, the default first; all fit the device's shared memory."""
+    found = (_fitting(matrix, config) for config in _wished(matrix, tokens, grouped=grouped))
+    return list(dict.fromkeys(found))
+
+
+def shared_memory(matrix: CudaMatrix, config: Config) -> int:
+    """Bytes that a program of `gemm.product` takes at most: the inputs of every stage."""
+    inputs = inputs_a_step(matrix, config.cols) * config.unroll
+    bits = matrix.format.bits if matrix.format.scaled else 16
+    return config.stages * inputs * (config.bt * (2 if matrix.activations == "bf16" else 1) + config.bn * bits // 8)
+
+
+def _fitting(matrix: CudaMatrix, config: Config) -> Config:
+    """The same with fewer stages, then fewer tokens, until it fits."""
+    limit = shared_bytes(matrix.codes.device)
+    while shared_memory(matrix, config) > limit and (config.stages, config.bt) != (2, 8):
+        less_deep, less_wide = replace(config, stages=config.stages - 1), replace(config, bt=config.bt // 2)
+        config = less_deep if config.stages > 2 else less_wide
+    return config
+
+
+def _wished(matrix: CudaMatrix, tokens: int, *, grouped: bool) -> list[Config]:
+    """What is worth trying, were shared memory endless."""
     cols = columns(matrix)
     wide = matrix.in_cells and len(PLANES[matrix.format.bits]) > 1  # a step is long already
     twice = 1 if wide else 2
@@ -77,9 +100,11 @@ def candidates(matrix: CudaMatrix, tokens: int, *, grouped: bool = False) -> lis
     if matrix.activations == "bf16":
         found = [
             Config(bt=128, bn=128, cols=cols, swizzle=8, warps=8, stages=3),
-            Config(bt=64, bn=128, cols=cols, swizzle=8, warps=4, stages=4),
+            Config(bt=64, bn=128, cols=cols, swizzle=8, warps=8, stages=4),
             Config(bt=128, bn=64, cols=cols, swizzle=8, warps=4, stages=3),
         ]
+        if matrix.in_cells and matrix.format.bits <= 3:
+            return found[1:]  # so many fields at once do not fit the registers beside 128 x 128 sums
         if not matrix.in_cells:
             found.append(Config(bt=256, bn=128, cols=cols, swizzle=8, warps=8, stages=3))
         return found

@@ -41,3 +41,12 @@ def _workspace(device: torch.device) -> Workspace:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a device; 2 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have; an H200's 227 KiB where there is no device."""
+    if device.type != "cuda":
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
