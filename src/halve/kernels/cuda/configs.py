@@ -101,7 +101,7 @@ def _wished(matrix: CudaMatrix, tokens: int, *, grouped: bool) -> list[Config]:
         found = [
             Config(bt=128, bn=128, cols=cols, swizzle=8, warps=8, stages=3),
             Config(bt=64, bn=128, cols=cols, swizzle=8, warps=8, stages=4),
-            Config(bt=128, bn=64, cols=cols, swizzle=8, warps=4, stages=3),
+            Config(bt=128, bn=64, cols=cols, swizzle=8, warps=8, stages=3),
         ]
         if matrix.in_cells and matrix.format.bits <= 3:
             return found[1:]  # so many fields at once do not fit the registers beside 128 x 128 sums
