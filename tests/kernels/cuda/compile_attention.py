@@ -69,7 +69,8 @@ def compiled(name, function, constants, num_warps, num_stages=3, *, fusion=True,
         "stack": int(stack),
         "shared": kernel.metadata.shared,
     }
-    print(json.dumps(record), flush=True)
+    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.flush()
 
 
 def run(tool, *arguments):
