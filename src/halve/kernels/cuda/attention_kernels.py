@@ -198,7 +198,7 @@ def _parts(length, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, 
     return lowest, first, tiles, tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
     q, keys, values, key_scales, value_scales, block_tables, seq_lens, sinks, out, parts, sums,
     q_stride, out_stride, table_stride, scale,
@@ -281,7 +281,7 @@ def join_kernel(
     tl.store(out + s * out_stride + head * D + d, result.to(out.dtype.element_ty), d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def prefill_kernel(
     q, keys, values, key_scales, value_scales, block_tables, cu_seqlens, seq_lens, sinks, out,
     q_stride, out_stride, table_stride, num_sequences, scale,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "rows"])
 def adjust_kernel(
     logits, bias, counts, seen, allowed, penalties, out, stride, words, rows, V: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -164,7 +164,7 @@ def _uniform(seed, step):
     return (c0 >> 11).to(tl.float64) * 1.1102230246251565e-16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def draw_kernel(logits, floats, whole, chosen, status, stride, rows, V: tl.constexpr, WIDTH: tl.constexpr):
     """A token for a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -204,7 +204,7 @@ def draw_kernel(logits, floats, whole, chosen, status, stride, rows, V: tl.const
     tl.store(status + row, state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def cut_kernel(logits, floats, whole, out, stride, rows, V: tl.constexpr, WIDTH: tl.constexpr):
     """Logits of the tokens that top_k, top_p and min_p keep, -inf for others."""
     row = tl.program_id(0).to(tl.int64)
@@ -224,7 +224,7 @@ def cut_kernel(logits, floats, whole, out, stride, rows, V: tl.constexpr, WIDTH:
         tl.store(out + row * V + i, tl.where(kept, z, float("-inf")), i < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def logprob_kernel(logits, chosen, wanted, logprobs, ids, values, stride, most, V: tl.constexpr, WIDTH: tl.constexpr):
     """Log-probabilities of a row: of its token and of the likeliest."""
     row = tl.program_id(0).to(tl.int64)
