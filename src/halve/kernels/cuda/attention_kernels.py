@@ -1,0 +1,346 @@
+"""The kernels of `halve.kernels.cuda.attention`, which says what they compute and how they are launched.
+
+Products take bf16, or fp16 where the cache holds bytes (they are exact in it, and probabilities have three bits more),
+and sum in float32. Scores are in powers of two: exp(x) = exp2(x * log2(e)).
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _encode(x1, x2, KV: tl.constexpr):
+    """Halves of heads [HEADS, HALF] float32 as stored, and bf16 scales [HEADS]."""
+    scale = tl.zeros([x1.shape[0]], tl.float32)
+    if KV == "int8":
+        absmax = tl.maximum(tl.max(tl.abs(x1), 1), tl.max(tl.abs(x2), 1))
+        scale = tl.math.div_rn(absmax, 127.0).to(tl.bfloat16).to(tl.float32)
+        scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
+        step = tl.where(scale == 0.0, 1.0, scale)[:, None]
+        # Adding and taking 1.5 * 2^23 rounds to nearest even.
+        c1 = (tl.math.div_rn(x1, step) + 12582912.0) - 12582912.0
+        c2 = (tl.math.div_rn(x2, step) + 12582912.0) - 12582912.0
+        y1 = tl.minimum(tl.maximum(c1, -127.0), 127.0).to(tl.int8)
+        y2 = tl.minimum(tl.maximum(c2, -127.0), 127.0).to(tl.int8)
+    elif KV == "fp8":
+        y1 = tl.minimum(tl.maximum(x1, -448.0), 448.0).to(tl.float8e4nv)
+        y2 = tl.minimum(tl.maximum(x2, -448.0), 448.0).to(tl.float8e4nv)
+    else:
+        y1 = x1.to(tl.bfloat16)
+        y2 = x2.to(tl.bfloat16)
+    return y1, y2, scale.to(tl.bfloat16)
+
+
+@triton.jit
+def write_kernel(
+    qkv, q_out, keys, values, key_scales, value_scales, positions, slots, table, qkv_stride, q_stride,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, KV: tl.constexpr,
+    HEADS: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one token."""
+    t = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, HALF)
+    pair = i < D // 2
+    inside = (head < H + 2 * G)[:, None] & pair[None, :]
+    source = qkv + t * qkv_stride + head[:, None] * D + i[None, :]
+    x1 = tl.load(source, inside, 0.0).to(tl.float32)
+    x2 = tl.load(source + D // 2, inside, 0.0).to(tl.float32)
+    if ROPE:
+        angle = table + tl.load(positions + t).to(tl.int64) * D + i
+        turns = (head < H + G)[:, None]
+        cos = tl.where(turns, tl.load(angle, pair, 0.0)[None, :], 1.0)
+        sin = tl.where(turns, tl.load(angle + D // 2, pair, 0.0)[None, :], 0.0)
+        turned = x1 * cos - x2 * sin
+        x2 = x2 * cos + x1 * sin
+        x1 = turned
+    to = q_out + t * q_stride + head[:, None] * D + i[None, :]
+    asks = inside & (head < H)[:, None]
+    tl.store(to, x1.to(tl.bfloat16), asks)
+    tl.store(to + D // 2, x2.to(tl.bfloat16), asks)
+
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot >= 0:
+        y1, y2, scale = _encode(x1, x2, KV)
+        is_key = (head >= H) & (head < H + G)
+        is_value = (head >= H + G) & (head < H + 2 * G)
+        g = tl.where(is_key, head - H, head - H - G)
+        place = (slot // P) * G + g  # head of a block
+        offset = slot % P
+        to_key = (place * P + offset)[:, None] * D + i[None, :]
+        tl.store(keys + to_key, y1, is_key[:, None] & inside)
+        tl.store(keys + to_key + D // 2, y2, is_key[:, None] & inside)
+        if KV == "bf16":
+            tl.store(values + to_key, y1, is_value[:, None] & inside)
+            tl.store(values + to_key + D // 2, y2, is_value[:, None] & inside)
+        else:
+            to_value = place[:, None] * (D * P) + i[None, :] * P + offset
+            tl.store(values + to_value, y1, is_value[:, None] & inside)
+            tl.store(values + to_value + D // 2 * P, y2, is_value[:, None] & inside)
+        if KV == "int8":
+            tl.store(key_scales + place * P + offset, scale, is_key)
+            tl.store(value_scales + place * P + offset, scale, is_value)
+
+
+@triton.jit
+def _read(at, mask, other, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(at, mask, other)
+    else:  # noqa: RET505 - a branch at compile time
+        return tl.load(at)
+
+
+@triton.jit
+def _widen(x, KV: tl.constexpr, ASM: tl.constexpr):
+    """Keys or values as products take them, exactly.
+
+    Codes of int8 would go through the conversion unit one by one; four at a time they become the low bytes of fp16
+    1024 + (code + 128), less 1152.
+    """
+    if KV == "bf16":
+        return x
+    elif KV == "int8" and ASM:  # noqa: RET505 - a branch at compile time
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 u, c;
+            xor.b32 u, $2, 0x80808080;
+            mov.b32 c, 0x64806480;
+            prmt.b32 $0, u, 0x64646464, 0x4140;
+            prmt.b32 $1, u, 0x64646464, 0x4342;
+            sub.f16x2 $0, $0, c;
+            sub.f16x2 $1, $1, c;
+            }""",
+            "=&r,=&r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return x.to(tl.float16)
+
+
+@triton.jit
+def _tile(
+    q, acc, most, total, first, limit, lowest, pos, tables, keys, values, key_scales, value_scales, g, scale,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, KV: tl.constexpr,
+    N: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take N tokens from `first` into a running softmax: (acc, most, total) afterwards.
+
+    A row sees tokens up to pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest`
+    are not loaded.
+    """
+    n = first + tl.arange(0, N)
+    d = tl.arange(0, DIM)
+    there = (n < limit) & (n >= lowest)
+    # Loads go by runs of 16 tokens, never beyond a block, so that masks leave vectors of them whole.
+    near = (n // 16 < (limit + 15) // 16) & (n // 16 >= lowest // 16)
+    block = _read(tables + n // P, near, 0, MASKED)
+    block = tl.max_constancy(block, 16)
+    place = block.to(tl.int64) * G + g
+    token = place * P + n % P
+    key_at = keys + token[None, :] * D + d[:, None]
+    if KV == "bf16":
+        value_at = values + token[:, None] * D + d[None, :]
+    else:
+        value_at = values + (place * (D * P) + n % P)[:, None] + d[None, :] * P
+    real = d < D
+    if MASKED:
+        k = _read(key_at, near[None, :] & real[:, None], 0.0, True)
+        v_real = near[:, None] & real[None, :]
+    else:
+        k = _read(key_at, real[:, None], 0.0, D != DIM)
+        v_real = real[None, :]
+    scores = tl.dot(q, _widen(k, KV, ASM)) * scale
+    if KV == "int8":
+        scores *= _read(key_scales + token, there, 0.0, MASKED).to(tl.float32)[None, :]
+    if MASKED:
+        seen = (n[None, :] <= pos[:, None]) & there[None, :]
+        if WINDOW > 0:
+            seen = seen & (n[None, :] > pos[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    top = tl.maximum(most, tl.max(scores, 1))
+    base = top
+    if MASKED and WINDOW > 0:
+        base = tl.where(top == float("-inf"), 0.0, top)  # a row may see nothing of its first tiles
+    kept = tl.math.exp2(most - base)
+    p = tl.math.exp2(scores - base[:, None])
+    total = total * kept + tl.sum(p, 1)
+    if KV == "int8":
+        p *= _read(value_scales + token, there, 0.0, MASKED).to(tl.float32)[None, :]
+    v = _widen(_read(value_at, v_real, 0.0, MASKED or D != DIM), KV, ASM)
+    if MASKED and KV != "int8":
+        v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
+    acc = tl.dot(p.to(q.dtype), v, acc * kept[:, None])
+    return acc, top, total
+
+
+@triton.jit
+def _query(q, at, mask, KV: tl.constexpr):
+    """Queries [ROWS, DIM] in the type of the products."""
+    x = tl.load(q + at, mask, 0.0)
+    if KV != "bf16":
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+    return x
+
+
+@triton.jit
+def _parts(length, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+    """First tile that the last token sees, tiles, and tiles in a part."""
+    lowest = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(length - WINDOW, 0)
+    first = lowest // N
+    tiles = tl.cdiv(length, N) - first
+    return lowest, first, tiles, tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def decode_kernel(
+    q, keys, values, key_scales, value_scales, block_tables, seq_lens, sinks, out, parts, sums,
+    q_stride, out_stride, table_stride, scale,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    WINDOW: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    SINKS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The query heads of one key-value head over one part of one sequence."""
+    g, s, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    length = tl.load(seq_lens + s)
+    lowest, first, tiles, each = _parts(length, WINDOW, N, SPLITS, LEAST)
+    begin = first + part * each
+    end = tl.minimum(begin + each, first + tiles)
+    if SPLITS == 1 or begin < end:
+        r = tl.arange(0, ROWS)
+        d = tl.arange(0, DIM)
+        head = g * GROUP + r
+        mask = (r < GROUP)[:, None] & (d < D)[None, :]
+        at = head[:, None] * D + d[None, :]
+        rows = _query(q, s * q_stride + at, mask, KV)
+        acc = tl.zeros([ROWS, DIM], tl.float32)
+        most = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        pos = tl.zeros([ROWS], tl.int32) + (length - 1)
+        tables = block_tables + s * table_stride
+        whole = begin
+        if WINDOW == 0:
+            whole = tl.minimum(end, length // N)
+            for tile in range(begin, whole):
+                acc, most, total = _tile(
+                    rows, acc, most, total, tile * N, length, lowest, pos, tables, keys, values, key_scales,
+                    value_scales, g, scale, G, D, DIM, P, 0, KV, N, ASM, False,
+                )  # fmt: skip
+        for tile in range(tl.maximum(begin, whole), end):
+            acc, most, total = _tile(
+                rows, acc, most, total, tile * N, length, lowest, pos, tables, keys, values, key_scales, value_scales,
+                g, scale, G, D, DIM, P, 0, KV, N, ASM, True,
+            )  # fmt: skip
+        if SPLITS == 1:
+            if SINKS:
+                sink = tl.load(sinks + head, r < GROUP, 0.0) * 1.4426950408889634
+                top = tl.maximum(most, sink)
+                acc = acc * tl.math.exp2(most - top)[:, None]
+                total = total * tl.math.exp2(most - top) + tl.math.exp2(sink - top)
+            result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+            tl.store(out + s * out_stride + at, result.to(out.dtype.element_ty), mask)
+        else:
+            where = (s * (G * GROUP) + head) * SPLITS + part
+            tl.store(parts + where[:, None] * D + d[None, :], acc, mask)
+            tl.store(sums + where * 2, most, r < GROUP)
+            tl.store(sums + where * 2 + 1, total, r < GROUP)
+
+
+@triton.jit
+def join_kernel(
+    parts, sums, seq_lens, sinks, out, out_stride,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, N: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The parts of one head of one sequence."""
+    head, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _, _, tiles, each = _parts(tl.load(seq_lens + s), WINDOW, N, SPLITS, LEAST)
+    used = tl.cdiv(tiles, each)
+    part = tl.arange(0, PARTS)
+    d = tl.arange(0, DIM)
+    where = (s * (G * GROUP) + head) * SPLITS + part
+    most = tl.load(sums + where * 2, part < used, float("-inf"))
+    total = tl.load(sums + where * 2 + 1, part < used, 0.0)
+    top = tl.max(most, 0)
+    if SINKS:
+        sink = tl.load(sinks + head) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)  # an empty sequence
+    share = tl.math.exp2(most - top)
+    whole = tl.sum(total * share, 0)
+    if SINKS:
+        whole += tl.math.exp2(sink - top)
+    acc = tl.load(parts + where[:, None] * D + d[None, :], (part < used)[:, None] & (d < D)[None, :], 0.0)
+    result = tl.sum(acc * share[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
+    tl.store(out + s * out_stride + head * D + d, result.to(out.dtype.element_ty), d < D)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_sequences"])
+def prefill_kernel(
+    q, keys, values, key_scales, value_scales, block_tables, cu_seqlens, seq_lens, sinks, out,
+    q_stride, out_stride, table_stride, num_sequences, scale,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    ROWS: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, SINKS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """QUERIES tokens of one sequence times the query heads of one key-value head."""
+    g = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most: they go first
+    low = tile * 0
+    high = num_sequences  # sequence s has its tiles from cu_seqlens[s] // QUERIES + s on
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens + middle) // QUERIES + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    s = low - 1
+    start = tl.load(cu_seqlens + s)
+    asked = tl.load(cu_seqlens + s + 1) - start
+    own = (tile - (start // QUERIES + s)) * QUERIES  # first query of this tile
+    if own < asked:
+        length = tl.load(seq_lens + s)
+        before = length - asked
+        r = tl.arange(0, ROWS)
+        d = tl.arange(0, DIM)
+        query = own + r // GROUP
+        head = g * GROUP + r % GROUP
+        pos = before + query
+        mask = ((query < asked) & (r // GROUP < QUERIES))[:, None] & (d < D)[None, :]
+        row = (start + query).to(tl.int64)
+        at = head[:, None] * D + d[None, :]
+        rows = _query(q, row[:, None] * q_stride + at, mask, KV)
+        acc = tl.zeros([ROWS, DIM], tl.float32)
+        most = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        tables = block_tables + s.to(tl.int64) * table_stride
+        limit = tl.minimum(length, before + own + QUERIES)
+        lowest = 0
+        whole = (before + own + 1) // N  # tiles that all queries see to their end
+        if WINDOW > 0:
+            lowest = tl.maximum(before + own - WINDOW + 1, 0)
+            whole = lowest // N
+        else:
+            for i in range(0, whole):
+                acc, most, total = _tile(
+                    rows, acc, most, total, i * N, limit, lowest, pos, tables, keys, values, key_scales,
+                    value_scales, g, scale, G, D, DIM, P, WINDOW, KV, N, ASM, False,
+                )  # fmt: skip
+        for i in range(whole, tl.cdiv(limit, N)):
+            acc, most, total = _tile(
+                rows, acc, most, total, i * N, limit, lowest, pos, tables, keys, values, key_scales, value_scales,
+                g, scale, G, D, DIM, P, WINDOW, KV, N, ASM, True,
+            )  # fmt: skip
+        if SINKS:
+            sink = tl.load(sinks + head) * 1.4426950408889634
+            top = tl.maximum(most, sink)
+            acc = acc * tl.math.exp2(most - top)[:, None]
+            total = total * tl.math.exp2(most - top) + tl.math.exp2(sink - top)
+        result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        tl.store(out + row[:, None] * out_stride + at, result.to(out.dtype.element_ty), mask)
