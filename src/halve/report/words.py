@@ -234,8 +234,13 @@ def _other_sentences(plan: Plan) -> list[str]:
     inputs = {
         **floats,
         "int8": "with integer weights are rounded to 8-bit integers, one scale for each token; others are not rounded",
+        "fp8": "with fp8 weights are rounded to 8-bit floats, one scale for each token; others are not rounded",
     }
-    kept = {**floats, "int8": "are rounded to 8-bit integers, one 16-bit scale for each token and head,"}
+    kept = {
+        **floats,
+        "int8": "are rounded to 8-bit integers, one 16-bit scale for each token and head,",
+        "fp8": "are rounded to 8-bit floats (e4m3)",
+    }
     return [
         f"The inputs of every projection {inputs[plan.activations.format]}.",
         f"Keys and values of earlier tokens {kept[plan.kv_cache.format]} in the cache.",
