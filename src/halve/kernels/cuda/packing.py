@@ -24,8 +24,8 @@ from torch import Tensor
 from halve.core.errors import KernelError
 from halve.formats import FORMATS, Format, Weight
 from halve.formats.base import Array
+from halve.kernels.cuda.upload import unpacked, upload
 from halve.kernels.cuda.workspace import workspace
-from halve.kernels.reference import to_torch
 
 ACTIVATIONS = ("bf16", "int8", "fp8")
 COLUMNS = 32  # cells of a chunk, inputs of a field of it
@@ -94,13 +94,14 @@ def pack(
     where = torch.device(device)
     workspace(where)
     if activations != "bf16" or not fmt.scaled:
-        codes = to_torch(weight.codes, where)
+        codes = upload(weight.codes, where)
         codes = codes if fmt.scaled else codes.to(torch.bfloat16)
     elif fmt.kind == "int":
-        codes = to_cells(torch.from_numpy(weight.unpacked_codes()).to(where), fmt.bits)
+        stored = upload(weight.codes, where)
+        codes = to_cells(stored if fmt.bits == 8 else unpacked(stored, fmt.bits, weight.shape[-1]), fmt.bits)
     else:
-        codes = to_cells(to_torch(weight.codes, where).view(torch.int8), 8)
-    scale = None if weight.scale is None else to_torch(weight.scale, where)
+        codes = to_cells(upload(weight.codes, where).view(torch.int8), 8)
+    scale = None if weight.scale is None else upload(weight.scale, where)
     return CudaMatrix(
         format=fmt,
         shape=weight.shape,
