@@ -132,7 +132,7 @@ def make_decoder(shape: dict[str, int], weights: str, device: str, num_layers: i
                 most = 1 << (fmt.bits - 1)
                 codes = torch.randint(-most, most, weight, dtype=torch.int8, device=place)
                 if kind == "bf16":
-                    codes = torch.cat([to_cells(part, fmt.bits) for part in codes.split(8192)])
+                    codes = torch.cat([to_cells(part, fmt.bits) for part in torch.split(codes, 8192)])
             else:  # bits of e4m3 from -1.875 to 1.875
                 codes = torch.randint(0, 64, weight, dtype=torch.uint8, device=place)
                 codes |= torch.randint(0, 2, weight, dtype=torch.uint8, device=place) << 7
@@ -181,7 +181,7 @@ class Clock:
             started = time.perf_counter()
             run()
             return time.perf_counter() - started
-        first, last = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first, last = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record()
         run()
         last.record()
