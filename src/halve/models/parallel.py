@@ -164,7 +164,7 @@ def _joined(x: Tensor, *, shard: Shard, vocab: int, group: dist.ProcessGroup | N
     own = torch.nn.functional.pad(x, (0, each - x.shape[1])).contiguous()
     parts = [torch.empty_like(own) for _ in range(shard.size)]
     dist.all_gather(parts, own, group=group)
-    return torch.cat(parts, dim=1)[:, :vocab]
+    return torch.cat(parts, dim=1)[:, :vocab].contiguous()
 
 
 class Runs(Protocol):
