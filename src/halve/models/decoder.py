@@ -166,7 +166,7 @@ class Decoder:
         if steps := self._compiled_for(cache):
             return steps.logits(batch, rows).copy()
         if captured := self._captured_for(cache):
-            return captured.logits(batch, rows)
+            return captured.logits(batch, rows).copy()
         hidden = self.ops.take_rows(self.hidden(batch, cache), np.asarray(rows))
         return self.ops.to_host(self.logits(hidden))
 
