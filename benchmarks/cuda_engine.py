@@ -24,13 +24,15 @@ last.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -360,6 +362,18 @@ def part_b(decoder: Any, clock: Clock, device: str, gb_s: float, rounds: int) ->
     }
 
 
+def run_buckets(decoder: Any, device: str, sequences: int) -> None:
+    """A step of every bucket that a run of so many sequences comes through, so that part e compiles nothing."""
+    from halve.kernels.sampling import SamplingBatch
+    from halve.models.captured import BUCKETS
+
+    most, num_blocks = most_sequences(decoder, device)
+    cache, rng = decoder.new_cache(num_blocks, BLOCK), np.random.default_rng(2)
+    for count in (b for b in BUCKETS if b <= min(sequences, most)):
+        batch = decode_batch(count, num_blocks, rng)
+        decoder.submit(batch, cache, np.arange(count), SamplingBatch.greedy(count)).result()
+
+
 def part_e(decoder: Any, device: str, sequences: int, output: int, run_seconds: float) -> dict[str, Any]:
     """A real run of the engine."""
     most, num_blocks = most_sequences(decoder, device)
@@ -443,18 +457,28 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         result["tuned_products"] = tune(decoder, [1, PREFILL_TOKENS])
     gb_s = bandwidth["gb_s"]
     parts = options.parts.split(",")
-    if "a" in parts:
-        result["a"] = part_a(decoder, clock, gb_s, 4 if options.compile_only else DECODE_STEPS)
-        say(options.one, "a", json.dumps(result["a"]))
-        forget(decoder, clock)
-    if "b" in parts:
-        result["b"] = part_b(decoder, clock, device, gb_s, 1 if options.compile_only else 6)
-        say(options.one, "b", json.dumps(result["b"]))
-        forget(decoder, clock)
-    if "e" in parts and options.one == options.real_run:
-        output = 3 if options.compile_only else OUTPUT
-        result["e"] = part_e(decoder, device, options.sequences, output, options.run_seconds)
-        say(options.one, "e", json.dumps(result["e"]))
+    short = options.compile_only
+
+    def real_run() -> dict[str, Any]:
+        if short:
+            run_buckets(decoder, device, options.sequences)
+            forget(decoder, clock)
+        return part_e(decoder, device, options.sequences, 3 if short else OUTPUT, options.run_seconds)
+
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        "a": lambda: part_a(decoder, clock, gb_s, 4 if short else DECODE_STEPS),
+        "b": lambda: part_b(decoder, clock, device, gb_s, 1 if short else 6),
+        "e": real_run,
+    }
+    for part, run in runs.items():
+        if part in parts and (part != "e" or options.one == options.real_run):
+            try:
+                result[part] = run()
+            except Exception as error:  # the other parts are still worth having
+                traceback.print_exc()
+                result[part] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            say(options.one, part, json.dumps(result[part]))
+            forget(decoder, clock)
     result["kernels"] = dict(decoder.ops.kernels)
     result["process_s"] = time.perf_counter() - started
     return result
@@ -465,15 +489,16 @@ def forget(decoder: Any, clock: Clock) -> None:
     decoder._captured = None
     gc.collect()
     if clock.cuda:
-        clock.torch.cuda.synchronize()
-        clock.torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a part that broke the device, and has told so
+            clock.torch.cuda.synchronize()
+            clock.torch.cuda.empty_cache()
 
 
-def start(options: argparse.Namespace, name: str, *more: str) -> "subprocess.Popen[str]":
+def start(options: argparse.Namespace, name: str, parts: str, *more: str) -> "subprocess.Popen[str]":
     """A process for one format; its last line of stdout is its result."""
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, __file__, "--one", name, "--shape", options.shape, "--parts", options.parts]
+    command = [sys.executable, __file__, "--one", name, "--shape", options.shape, "--parts", parts]
     command += ["--device", options.device, "--sequences", str(options.sequences), "--real-run", options.real_run]
     command += ["--run-seconds", str(options.run_seconds), *(["--tune"] if options.tune else []), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=None, text=True, env=environment)
@@ -496,7 +521,7 @@ def finish(process: "subprocess.Popen[str]", timeout_s: float) -> dict[str, Any]
 def prices(results: dict[str, dict[str, Any]], usd_per_hour: float) -> Iterator[tuple[str, dict[str, float]]]:
     """Dollars per million output tokens; prompts are part of the price."""
     for name, result in results.items():
-        rates = {part: result[part]["output_tok_s"] for part in ("b", "e") if part in result}
+        rates = {part: result[part]["output_tok_s"] for part in ("b", "e") if "output_tok_s" in result.get(part, {})}
         if rates:
             yield name, {part: usd_per_hour / (rate * 3600) * 1e6 for part, rate in rates.items()}
 
@@ -528,7 +553,9 @@ def main() -> None:
     warm: dict[str, Any] = {}
     if not options.no_warm:
         say("compiling", *names)
-        processes = {name: start(options, name, "--compile-only") for name in names}
+        jobs = [(name, part) for name in names for part in options.parts.split(",") if part in "abe"]
+        jobs = [(name, part) for name, part in jobs if part != "e" or name == options.real_run]
+        processes = {f"{name} {part}": start(options, name, part, "--compile-only") for name, part in jobs}
         deadline = began + 0.5 * options.seconds
         warm = {name: finish(process, deadline - time.monotonic()) for name, process in processes.items()}
         for name, outcome in warm.items():
@@ -542,7 +569,7 @@ def main() -> None:
             results[name] = {"error": f"left out: {left:.0f} of {options.seconds:.0f} s remained"}
             continue
         say("measuring", name)
-        results[name] = finish(start(options, name), left)
+        results[name] = finish(start(options, name, options.parts), left)
     card = next((r["device"] for r in results.values() if "device" in r), options.device)
     report: dict[str, Any] = {
         "question": "cuda_engine",
@@ -555,7 +582,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     report["bars"] = {
-        name: {"bar": bar, "graph_fraction": results[name]["a"]["graph_fraction"]}
+        name: {"bar": bar, "graph_fraction": results[name]["a"].get("graph_fraction")}
         for name, bar in BARS.items()
         if "a" in results.get(name, {})
     }
