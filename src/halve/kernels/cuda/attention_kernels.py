@@ -25,8 +25,9 @@ def _encode(x1, x2, KV: tl.constexpr):
         y1 = tl.minimum(tl.maximum(c1, -127.0), 127.0).to(tl.int8)
         y2 = tl.minimum(tl.maximum(c2, -127.0), 127.0).to(tl.int8)
     elif KV == "fp8":
-        y1 = tl.minimum(tl.maximum(x1, -448.0), 448.0).to(tl.float8e4nv)
-        y2 = tl.minimum(tl.maximum(x2, -448.0), 448.0).to(tl.float8e4nv)
+        # As bytes: stored as fp8, one by one at a stride, Triton 3.6 writes wrong bytes on sm_90.
+        y1 = tl.minimum(tl.maximum(x1, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        y2 = tl.minimum(tl.maximum(x2, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         y1 = x1.to(tl.bfloat16)
         y2 = x2.to(tl.bfloat16)

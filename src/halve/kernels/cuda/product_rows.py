@@ -149,11 +149,12 @@ def spec_of(matrix: CudaMatrix, num_tokens: int) -> Spec:
 def runnable(matrix: CudaMatrix, num_tokens: int, device: Device, out_dtype: torch.dtype) -> list[Kernel]:
     """Rows that do not refuse a product, in the order of the table.
 
-    torch's rows are for bf16 outputs; blocks under scales of their own are `triton`'s.
+    Outputs in float32 and blocks under scales of their own are `triton`'s; a persistent program keeps its output tile
+    in shared memory, where float32 does not fit beside the inputs.
     """
     rows = [row for row in TABLE if row.refusal(device, spec_of(matrix, num_tokens)) is None]
     if out_dtype != torch.bfloat16:
-        rows = [row for row in rows if row.name.startswith("triton")]
+        rows = [row for row in rows if row.name == "triton"]
     if matrix.group_size and matrix.activations == "fp8":
         rows = [row for row in rows if row.name == "triton"]
     return rows
