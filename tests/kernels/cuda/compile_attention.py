@@ -90,8 +90,9 @@ def over_cache(kv_format, head_dim, *, sinks=False):
 def decode(kv_format, head_dim, tiling, *, window=0, splits=8, sinks=False, group=4):
     constants, types = over_cache(kv_format, head_dim, sinks=sinks)
     constants.update(
-        DIM=triton.next_power_of_2(head_dim), GROUP=group, ROWS=tiling.rows, WINDOW=window, N=tiling.tokens,
-        SPLITS=splits, LEAST=attention.TILES_A_SPLIT, SINKS=sinks, ASM=True,
+        DIM=triton.next_power_of_2(head_dim), GROUP=group,
+        HEADS=attention._columns(group, SimpleNamespace(kv_format=kv_format)), WINDOW=window, N=tiling.tokens,
+        SPLITS=splits, LEAST=attention.TILES_A_SPLIT, SINKS=sinks,
     )  # fmt: skip
     name = f"decode {kv_format} {head_dim} {tuple(tiling)} window {window} splits {splits} sinks {sinks} group {group}"
     compiled(name, kernels.decode_kernel, constants, tiling.num_warps, tiling.num_stages, **types)

@@ -198,13 +198,135 @@ def _parts(length, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, 
     return lowest, first, tiles, tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
 
 
+@triton.jit
+def _planes(x, KV: tl.constexpr):
+    """A float32 tile [K, HEADS] as two columns a head, [K, 2 HEADS], whose weighted sum it is to some 8 bits or more.
+
+    fp8: x and what rounding it left. int8: x, whole numbers up to 16256, as 128 * first + second, exactly.
+    """
+    if KV == "fp8":
+        first = x.to(tl.float8e4nv)
+        second = (x - first.to(tl.float32)).to(tl.float8e4nv)
+        both = tl.join(first.to(tl.int8, bitcast=True), second.to(tl.int8, bitcast=True))
+        return tl.reshape(both, [x.shape[0], 2 * x.shape[1]]).to(tl.float8e4nv, bitcast=True)
+    else:  # noqa: RET505 - a branch at compile time
+        # Adding and taking 1.5 * 2^23 rounds to nearest even.
+        whole = (x + 12582912.0) - 12582912.0
+        high = (whole * 0.0078125 + 12582912.0) - 12582912.0
+        both = tl.join(high.to(tl.int8), (whole - high * 128.0).to(tl.int8))
+        return tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
+
+
+@triton.jit
+def _summed(x, KV: tl.constexpr):
+    """Products with `_planes`, [M, 2 HEADS], joined to float32 [M, HEADS]."""
+    first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    if KV == "fp8":
+        return first + second
+    else:  # noqa: RET505 - a branch at compile time
+        return (first * 128 + second).to(tl.float32)
+
+
+@triton.jit
+def _entries(tables, tile, length, lowest, P: tl.constexpr, N: tl.constexpr):
+    """Blocks of a tile, int32 [N / P], or one where a block is longer; 0 where nobody sees any of its tokens."""
+    if P >= N:
+        return tl.load(tables + tile * N // P, (tile * N < length) & (tile * N + N > lowest), 0)
+    else:  # noqa: RET505 - a branch at compile time
+        i = tile * (N // P) + tl.arange(0, N // P)
+        return tl.load(tables + i, (i * P < length) & (i * P + P > lowest), 0)
+
+
+@triton.jit
+def _tokens(entries, tile, g, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+    """Head of a block, and token within it, of each token of a tile [N]."""
+    inner = (tile * N + tl.arange(0, N)) % P
+    if P >= N:
+        place = entries.to(tl.int64) * G + g + tl.zeros([N], tl.int64)
+    else:
+        spread = tl.reshape(tl.broadcast_to(entries[:, None], [N // P, P]), [N])
+        place = tl.max_constancy(spread, 16).to(tl.int64) * G + g
+    return place, inner
+
+
+@triton.jit
+def _scales(key_scales, value_scales, entries, tile, length, lowest, g, G: tl.constexpr, P: tl.constexpr, KV: tl.constexpr, N: tl.constexpr):
+    """Scales of keys and of values of a tile's tokens, bf16 [N]; 0 for those that nobody sees."""
+    if KV == "int8":
+        n = tile * N + tl.arange(0, N)
+        place, inner = _tokens(entries, tile, g, G, P, N)
+        there = (n < length) & (n >= lowest)
+        return tl.load(key_scales + place * P + inner, there, 0.0), tl.load(value_scales + place * P + inner, there, 0.0)
+    else:  # noqa: RET505 - a branch at compile time
+        return tl.zeros([1], tl.bfloat16), tl.zeros([1], tl.bfloat16)
+
+
+@triton.jit
+def _decode_tile(
+    q, scale, acc, most, total, tile, entries, key_scale, value_scale, length, lowest, keys, values, g,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, KV: tl.constexpr, N: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of N tokens into a running softmax: (acc, most, total) afterwards.
+
+    Products have tokens, or elements of a head, for rows and query heads for columns: Hopper's tensor cores take 64
+    rows straight from shared memory, and as few as 8 columns.
+    """
+    n = tile * N + tl.arange(0, N)
+    d = tl.arange(0, DIM)
+    there = (n < length) & (n >= lowest)
+    # Loads go by runs of 16 tokens, never beyond a block, so that masks leave vectors of them whole.
+    near = (n // 16 < (length + 15) // 16) & (n // 16 >= lowest // 16)
+    real = d < D
+    place, inner = _tokens(entries, tile, g, G, P, N)
+    key_at = keys + (place * P + inner)[:, None] * D + d[None, :]
+    if MASKED:
+        k = _read(key_at, near[:, None] & real[None, :], 0.0, True)
+    else:
+        k = _read(key_at, real[None, :], 0.0, D != DIM)
+    if KV == "bf16":
+        scores = tl.dot(k, q) * scale
+    elif KV == "fp8":
+        scores = _summed(tl.dot(k, q), KV) * scale[None, :]
+    else:
+        scores = _summed(tl.dot(k, q, out_dtype=tl.int32), KV) * scale[None, :] * key_scale.to(tl.float32)[:, None]
+    if MASKED:
+        scores = tl.where(there[:, None], scores, float("-inf"))
+    top = tl.maximum(most, tl.max(scores, 0))
+    kept = tl.math.exp2(most - top)
+    p = tl.math.exp2(scores - top[None, :])
+    total = total * kept[None, :] + p
+    if KV == "bf16":
+        value_at = values + (place * P + inner)[:, None] * D + d[None, :]
+        v_real = near[:, None] & real[None, :] if MASKED else real[None, :]
+    else:
+        value_at = values + (place * (D * P) + inner)[None, :] + d[:, None] * P
+        v_real = near[None, :] & real[:, None] if MASKED else real[:, None]
+    v = _read(value_at, v_real, 0.0, MASKED or D != DIM)
+    if KV == "bf16":
+        if MASKED:
+            v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
+        acc = tl.dot(tl.trans(v), p.to(tl.bfloat16), acc * kept[None, :])
+    elif KV == "fp8":
+        if MASKED:
+            v = tl.where(there[None, :], v.to(tl.int8, bitcast=True), 0).to(tl.float8e4nv, bitcast=True)
+        acc = acc * kept[None, :] + _summed(tl.dot(v, _planes(p * 256.0, KV)), KV) * 0.00390625
+    else:
+        wide = value_scale.to(tl.float32)
+        largest = tl.max(wide, 0)
+        steps = tl.where(largest > 0.0, 16256.0 / largest, 0.0)
+        weight = _planes(p * (wide * steps)[:, None], KV)
+        acc = acc * kept[None, :] + _summed(tl.dot(v, weight, out_dtype=tl.int32), KV) * (largest / 16256.0)
+    return acc, top, total
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
     q, keys, values, key_scales, value_scales, block_tables, seq_lens, sinks, out, parts, sums,
     q_stride, out_stride, table_stride, scale,
-    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
     WINDOW: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
-    SINKS: tl.constexpr, ASM: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one key-value head over one part of one sequence."""
     g, s, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -213,43 +335,64 @@ def decode_kernel(
     begin = first + part * each
     end = tl.minimum(begin + each, first + tiles)
     if SPLITS == 1 or begin < end:
-        r = tl.arange(0, ROWS)
+        h = tl.arange(0, HEADS)
         d = tl.arange(0, DIM)
-        head = g * GROUP + r
-        mask = (r < GROUP)[:, None] & (d < D)[None, :]
-        at = head[:, None] * D + d[None, :]
-        rows = _query(q, s * q_stride + at, mask, KV)
-        acc = tl.zeros([ROWS, DIM], tl.float32)
-        most = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        pos = tl.zeros([ROWS], tl.int32) + (length - 1)
+        head = g * GROUP + h
+        mask = (h < GROUP)[None, :] & (d < D)[:, None]
+        at = head[None, :] * D + d[:, None]
+        columns = tl.load(q + s * q_stride + at, mask, 0.0)
+        if KV != "bf16":
+            wide = columns.to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(wide), 0), 1e-30)
+            steps: tl.constexpr = 448.0 if KV == "fp8" else 16256.0
+            columns = _planes(wide * (steps / largest)[None, :], KV)
+            rate = largest * (scale / steps)
+        else:
+            rate = scale
+        acc = tl.zeros([DIM, HEADS], tl.float32)
+        most = tl.full([HEADS], float("-inf"), tl.float32)
+        totals = tl.zeros([N, HEADS], tl.float32)  # summed once, at the end
         tables = block_tables + s * table_stride
         whole = begin
         if WINDOW == 0:
             whole = tl.minimum(end, length // N)
+            # What a tile's loads need is loaded while tiles before it are multiplied.
+            entries = _entries(tables, begin, length, lowest, P, N)
+            following = _entries(tables, begin + 1, length, lowest, P, N)
+            key_scale, value_scale = _scales(key_scales, value_scales, entries, begin, length, lowest, g, G, P, KV, N)
             for tile in range(begin, whole):
-                acc, most, total = _tile(
-                    rows, acc, most, total, tile * N, length, lowest, pos, tables, keys, values, key_scales,
-                    value_scales, g, scale, G, D, DIM, P, 0, KV, N, ASM, False,
+                later = _entries(tables, tile + 2, length, lowest, P, N)
+                next_key_scale, next_value_scale = _scales(
+                    key_scales, value_scales, following, tile + 1, length, lowest, g, G, P, KV, N
+                )
+                acc, most, totals = _decode_tile(
+                    columns, rate, acc, most, totals, tile, entries, key_scale, value_scale, length, lowest, keys,
+                    values, g, G, D, DIM, P, KV, N, False,
                 )  # fmt: skip
+                entries = tl.maximum(following, 0)  # the pipeliner wants each carried value computed in the loop
+                following = later
+                key_scale, value_scale = next_key_scale, next_value_scale
         for tile in range(tl.maximum(begin, whole), end):
-            acc, most, total = _tile(
-                rows, acc, most, total, tile * N, length, lowest, pos, tables, keys, values, key_scales, value_scales,
-                g, scale, G, D, DIM, P, 0, KV, N, ASM, True,
+            entries = _entries(tables, tile, length, lowest, P, N)
+            key_scale, value_scale = _scales(key_scales, value_scales, entries, tile, length, lowest, g, G, P, KV, N)
+            acc, most, totals = _decode_tile(
+                columns, rate, acc, most, totals, tile, entries, key_scale, value_scale, length, lowest, keys, values,
+                g, G, D, DIM, P, KV, N, True,
             )  # fmt: skip
+        total = tl.sum(totals, 0)
         if SPLITS == 1:
             if SINKS:
-                sink = tl.load(sinks + head, r < GROUP, 0.0) * 1.4426950408889634
+                sink = tl.load(sinks + head, h < GROUP, 0.0) * 1.4426950408889634
                 top = tl.maximum(most, sink)
-                acc = acc * tl.math.exp2(most - top)[:, None]
+                acc = acc * tl.math.exp2(most - top)[None, :]
                 total = total * tl.math.exp2(most - top) + tl.math.exp2(sink - top)
-            result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+            result = acc / tl.where(total > 0.0, total, 1.0)[None, :]
             tl.store(out + s * out_stride + at, result.to(out.dtype.element_ty), mask)
         else:
             where = (s * (G * GROUP) + head) * SPLITS + part
-            tl.store(parts + where[:, None] * D + d[None, :], acc, mask)
-            tl.store(sums + where * 2, most, r < GROUP)
-            tl.store(sums + where * 2 + 1, total, r < GROUP)
+            tl.store(parts + where[None, :] * D + d[:, None], acc, mask)
+            tl.store(sums + where * 2, most, h < GROUP)
+            tl.store(sums + where * 2 + 1, total, h < GROUP)
 
 
 @triton.jit
