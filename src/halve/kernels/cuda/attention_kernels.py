@@ -205,16 +205,19 @@ def _planes(x, KV: tl.constexpr):
     fp8: x and what rounding it left. int8: x, whole numbers up to 16256, as 128 * first + second, exactly.
     """
     if KV == "fp8":
-        first = x.to(tl.float8e4nv)
-        second = (x - first.to(tl.float32)).to(tl.float8e4nv)
-        both = tl.join(first.to(tl.int8, bitcast=True), second.to(tl.int8, bitcast=True))
-        return tl.reshape(both, [x.shape[0], 2 * x.shape[1]]).to(tl.float8e4nv, bitcast=True)
+        first = x.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+        second = (x - x.to(tl.float8e4nv).to(tl.float32)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+        both = tl.reshape(tl.join(first, second), [x.shape[0], 2 * x.shape[1]])
+        return both.to(tl.float8e4nv, bitcast=True)
     else:  # noqa: RET505 - a branch at compile time
         # Adding and taking 1.5 * 2^23 rounds to nearest even.
         whole = (x + 12582912.0) - 12582912.0
         high = (whole * 0.0078125 + 12582912.0) - 12582912.0
-        both = tl.join(high.to(tl.int8), (whole - high * 128.0).to(tl.int8))
-        return tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
+        low = whole - high * 128.0
+        # As fp8 and back: Triton 3.6 fails where it finds a product's operand joined in the type of the product.
+        first = high.to(tl.int8).to(tl.float8e4nv, bitcast=True)
+        both = tl.join(first, low.to(tl.int8).to(tl.float8e4nv, bitcast=True))
+        return tl.reshape(both, [x.shape[0], 2 * x.shape[1]]).to(tl.int8, bitcast=True)
 
 
 @triton.jit
