@@ -123,62 +123,6 @@ def _widen(x, KV: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    q, acc, most, total, first, limit, lowest, pos, tables, keys, values, key_scales, value_scales, g, scale,
-    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, KV: tl.constexpr,
-    N: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Take N tokens from `first` into a running softmax: (acc, most, total) afterwards.
-
-    A row sees tokens up to pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest`
-    are not loaded.
-    """
-    n = first + tl.arange(0, N)
-    d = tl.arange(0, DIM)
-    there = (n < limit) & (n >= lowest)
-    # Loads go by runs of 16 tokens, never beyond a block, so that masks leave vectors of them whole.
-    near = (n // 16 < (limit + 15) // 16) & (n // 16 >= lowest // 16)
-    block = _read(tables + n // P, near, 0, MASKED)
-    block = tl.max_constancy(block, 16)
-    place = block.to(tl.int64) * G + g
-    token = place * P + n % P
-    key_at = keys + token[None, :] * D + d[:, None]
-    if KV == "bf16":
-        value_at = values + token[:, None] * D + d[None, :]
-    else:
-        value_at = values + (place * (D * P) + n % P)[:, None] + d[None, :] * P
-    real = d < D
-    if MASKED:
-        k = _read(key_at, near[None, :] & real[:, None], 0.0, True)
-        v_real = near[:, None] & real[None, :]
-    else:
-        k = _read(key_at, real[:, None], 0.0, D != DIM)
-        v_real = real[None, :]
-    scores = tl.dot(q, _widen(k, KV, ASM)) * scale
-    if KV == "int8":
-        scores *= _read(key_scales + token, there, 0.0, MASKED).to(tl.float32)[None, :]
-    if MASKED:
-        seen = (n[None, :] <= pos[:, None]) & there[None, :]
-        if WINDOW > 0:
-            seen = seen & (n[None, :] > pos[:, None] - WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-    top = tl.maximum(most, tl.max(scores, 1))
-    base = top
-    if MASKED and WINDOW > 0:
-        base = tl.where(top == float("-inf"), 0.0, top)  # a row may see nothing of its first tiles
-    kept = tl.math.exp2(most - base)
-    p = tl.math.exp2(scores - base[:, None])
-    total = total * kept + tl.sum(p, 1)
-    if KV == "int8":
-        p *= _read(value_scales + token, there, 0.0, MASKED).to(tl.float32)[None, :]
-    v = _widen(_read(value_at, v_real, 0.0, MASKED or D != DIM), KV, ASM)
-    if MASKED and KV != "int8":
-        v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
-    acc = tl.dot(p.to(q.dtype), v, acc * kept[:, None])
-    return acc, top, total
-
-
-@triton.jit
 def _query(q, at, mask, KV: tl.constexpr):
     """Queries [ROWS, DIM] in the type of the products."""
     x = tl.load(q + at, mask, 0.0)
@@ -427,6 +371,60 @@ def join_kernel(
     tl.store(out + s * out_stride + head * D + d, result.to(out.dtype.element_ty), d < D)
 
 
+@triton.jit
+def _tile(
+    q, scale, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values, g,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, KV: tl.constexpr,
+    N: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of N tokens into a running softmax: (acc, most, total) afterwards.
+
+    A row sees tokens up to pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest`
+    are not loaded.
+    """
+    n = tile * N + tl.arange(0, N)
+    d = tl.arange(0, DIM)
+    there = (n < limit) & (n >= lowest)
+    # Loads go by runs of 16 tokens, never beyond a block, so that masks leave vectors of them whole.
+    near = (n // 16 < (limit + 15) // 16) & (n // 16 >= lowest // 16)
+    place, inner = _tokens(entries, tile, g, G, P, N)
+    token = place * P + inner
+    key_at = keys + token[None, :] * D + d[:, None]
+    if KV == "bf16":
+        value_at = values + token[:, None] * D + d[None, :]
+    else:
+        value_at = values + (place * (D * P) + inner)[:, None] + d[None, :] * P
+    real = d < D
+    if MASKED:
+        k = _read(key_at, near[None, :] & real[:, None], 0.0, True)
+        v_real = near[:, None] & real[None, :]
+    else:
+        k = _read(key_at, real[:, None], 0.0, D != DIM)
+        v_real = real[None, :]
+    scores = tl.dot(q, _widen(k, KV, ASM))
+    if KV == "int8":
+        scores *= key_scale.to(tl.float32)[None, :]
+    if MASKED:
+        seen = (n[None, :] <= pos[:, None]) & there[None, :]
+        if WINDOW > 0:
+            seen = seen & (n[None, :] > pos[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    top = tl.maximum(most, tl.max(scores, 1) * scale)
+    base = top
+    if MASKED and WINDOW > 0:
+        base = tl.where(top == float("-inf"), 0.0, top)  # a row may see nothing of its first tiles
+    kept = tl.math.exp2(most - base)
+    p = tl.math.exp2(scores * scale - base[:, None])
+    total = total * kept + tl.sum(p, 1)
+    if KV == "int8":
+        p *= value_scale.to(tl.float32)[None, :]
+    v = _widen(_read(value_at, v_real, 0.0, MASKED or D != DIM), KV, ASM)
+    if MASKED and KV != "int8":
+        v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
+    acc = tl.dot(p.to(q.dtype), v, acc * kept[:, None])
+    return acc, top, total
+
+
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def prefill_kernel(
     q, keys, values, key_scales, value_scales, block_tables, cu_seqlens, seq_lens, sinks, out,
@@ -437,19 +435,19 @@ def prefill_kernel(
 ):  # fmt: skip
     """QUERIES tokens of one sequence times the query heads of one key-value head."""
     g = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most: they go first
-    low = tile * 0
+    instance = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most: they go first
+    low = instance * 0
     high = num_sequences  # sequence s has its tiles from cu_seqlens[s] // QUERIES + s on
     while low < high:
         middle = (low + high) // 2
-        if tl.load(cu_seqlens + middle) // QUERIES + middle <= tile:
+        if tl.load(cu_seqlens + middle) // QUERIES + middle <= instance:
             low = middle + 1
         else:
             high = middle
     s = low - 1
     start = tl.load(cu_seqlens + s)
     asked = tl.load(cu_seqlens + s + 1) - start
-    own = (tile - (start // QUERIES + s)) * QUERIES  # first query of this tile
+    own = (instance - (start // QUERIES + s)) * QUERIES  # first query of this tile
     if own < asked:
         length = tl.load(seq_lens + s)
         before = length - asked
@@ -473,15 +471,28 @@ def prefill_kernel(
             lowest = tl.maximum(before + own - WINDOW + 1, 0)
             whole = lowest // N
         else:
-            for i in range(0, whole):
+            # What a tile's loads need is loaded while the tile before it is multiplied.
+            entries = _entries(tables, 0, limit, lowest, P, N)
+            following = _entries(tables, 1, limit, lowest, P, N)
+            key_scale, value_scale = _scales(key_scales, value_scales, entries, 0, limit, lowest, g, G, P, KV, N)
+            for tile in range(0, whole):
+                later = _entries(tables, tile + 2, limit, lowest, P, N)
+                next_key_scale, next_value_scale = _scales(
+                    key_scales, value_scales, following, tile + 1, limit, lowest, g, G, P, KV, N
+                )
                 acc, most, total = _tile(
-                    rows, acc, most, total, i * N, limit, lowest, pos, tables, keys, values, key_scales,
-                    value_scales, g, scale, G, D, DIM, P, WINDOW, KV, N, ASM, False,
+                    rows, scale, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys,
+                    values, g, G, D, DIM, P, WINDOW, KV, N, ASM, False,
                 )  # fmt: skip
-        for i in range(whole, tl.cdiv(limit, N)):
+                entries = tl.maximum(following, 0)  # the pipeliner wants each carried value computed in the loop
+                following = later
+                key_scale, value_scale = next_key_scale, next_value_scale
+        for tile in range(whole, tl.cdiv(limit, N)):
+            entries = _entries(tables, tile, limit, lowest, P, N)
+            key_scale, value_scale = _scales(key_scales, value_scales, entries, tile, limit, lowest, g, G, P, KV, N)
             acc, most, total = _tile(
-                rows, acc, most, total, i * N, limit, lowest, pos, tables, keys, values, key_scales, value_scales,
-                g, scale, G, D, DIM, P, WINDOW, KV, N, ASM, True,
+                rows, scale, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values,
+                g, G, D, DIM, P, WINDOW, KV, N, ASM, True,
             )  # fmt: skip
         if SINKS:
             sink = tl.load(sinks + head) * 1.4426950408889634
