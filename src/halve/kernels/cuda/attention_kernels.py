@@ -197,13 +197,27 @@ def _tokens(entries, tile, g, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr)
 
 
 @triton.jit
-def _scales(key_scales, value_scales, entries, tile, length, lowest, g, G: tl.constexpr, P: tl.constexpr, KV: tl.constexpr, N: tl.constexpr):
+def _scales(
+    key_scales,
+    value_scales,
+    entries,
+    tile,
+    length,
+    lowest,
+    g,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    KV: tl.constexpr,
+    N: tl.constexpr,
+):
     """Scales of keys and of values of a tile's tokens, bf16 [N]; 0 for those that nobody sees."""
     if KV == "int8":
         n = tile * N + tl.arange(0, N)
         place, inner = _tokens(entries, tile, g, G, P, N)
         there = (n < length) & (n >= lowest)
-        return tl.load(key_scales + place * P + inner, there, 0.0), tl.load(value_scales + place * P + inner, there, 0.0)
+        return tl.load(key_scales + place * P + inner, there, 0.0), tl.load(
+            value_scales + place * P + inner, there, 0.0
+        )
     else:  # noqa: RET505 - a branch at compile time
         return tl.zeros([1], tl.bfloat16), tl.zeros([1], tl.bfloat16)
 

@@ -225,9 +225,7 @@ def cut_kernel(
                     one = tl.where(key == least, 0.0, _weight_of(key, top, rate))
                     total = above + one * tl.minimum(equal, there).to(tl.float64)
                 share = top_p * total
-                found = _holding(
-                    at, groups, n, tl.maximum(key, floor), top, rate, share, True, V, GROUP, CHUNK
-                )
+                found = _holding(at, groups, n, tl.maximum(key, floor), top, rate, share, True, V, GROUP, CHUNK)
                 above, _count, there = _above(at, groups, n, found, top, rate, V, GROUP, CHUNK)
                 most_equal = tl.where(found == key, tl.minimum(equal, there), there)
                 needed = tl.ceil((share - above) / tl.maximum(_weight_of(found, top, rate), 1e-300)).to(tl.int64)
@@ -332,7 +330,19 @@ def draw_kernel(
 
 
 @triton.jit
-def keep_kernel(logits, floats, maxima, limits, lowest, out, stride, V: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr):
+def keep_kernel(
+    logits,
+    floats,
+    maxima,
+    limits,
+    lowest,
+    out,
+    stride,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """Logits of the tokens that the cuts keep, -inf for others."""
     row = tl.program_id(0).to(tl.int64)
     _tops, _top_of, state = _top(maxima, row, TILES, PADDED)
