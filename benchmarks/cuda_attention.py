@@ -45,17 +45,15 @@ DECODE_TILINGS = {
     ],
     "fp8": [
         Tiling(16, 128, 4, 2), Tiling(16, 128, 4, 3), Tiling(16, 128, 4, 4), Tiling(16, 128, 4, 6), Tiling(16, 64, 4, 4),
-        Tiling(16, 64, 4, 6), Tiling(16, 256, 4, 2), Tiling(16, 256, 4, 3), Tiling(16, 256, 8, 3), Tiling(16, 128, 8, 4),
+        Tiling(16, 64, 4, 3), Tiling(16, 64, 4, 6), Tiling(16, 256, 8, 3), Tiling(16, 128, 8, 4),
     ],
     "int8": [
-        Tiling(16, 128, 4, 2), Tiling(16, 128, 4, 3), Tiling(16, 128, 4, 4), Tiling(16, 64, 4, 4), Tiling(16, 256, 4, 3),
-        Tiling(16, 256, 8, 3), Tiling(16, 128, 8, 4),
+        Tiling(16, 128, 4, 2), Tiling(16, 128, 4, 4), Tiling(16, 64, 4, 4), Tiling(16, 256, 4, 3), Tiling(16, 256, 8, 3), Tiling(16, 128, 8, 4),
     ],
 }  # fmt: skip
 DECODE_SPLITS = [1, 2, 3, 8, 16]  # with the built-in tiling
 PREFILL_TILINGS = [
-    Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 3), Tiling(128, 128, 8, 3), Tiling(64, 64, 4, 3),
-    Tiling(64, 128, 4, 2),
+    Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 4), Tiling(128, 128, 8, 3), Tiling(64, 64, 4, 3),
 ]  # fmt: skip
 
 
