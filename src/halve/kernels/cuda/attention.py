@@ -143,7 +143,7 @@ def decode(
 
 def prefill_tiling(cache: CudaCache, head_dim: int) -> Tiling:
     """What keeps sums in registers and two instances on a multiprocessor."""
-    return Tiling(128, 64, 8 if head_dim > 64 else 4, 3 if head_dim <= 64 else 2)
+    return Tiling(128, 64, 8 if head_dim > 64 else 4, 3)
 
 
 def prefill(
@@ -184,7 +184,7 @@ def prefill(
 
 def _columns(group: int, cache: CudaCache) -> int:
     """Query heads that an instance of decode has room for: 8 columns of tensor cores, two a head over bytes."""
-    return max(16 if cache.kv_format == "bf16" else 8, triton.next_power_of_2(group))
+    return max(16 if cache.kv_format == "bf16" else 8, int(triton.next_power_of_2(group)))
 
 
 def _check(q: torch.Tensor, cache: CudaCache, spec: "AttentionSpec") -> None:

@@ -123,15 +123,6 @@ def _widen(x, KV: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _query(q, at, mask, KV: tl.constexpr):
-    """Queries [ROWS, DIM] in the type of the products."""
-    x = tl.load(q + at, mask, 0.0)
-    if KV != "bf16":
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
-    return x
-
-
-@triton.jit
 def _parts(length, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
     """First tile that the last token sees, tiles, and tiles in a part."""
     lowest = 0
@@ -143,15 +134,22 @@ def _parts(length, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, 
 
 
 @triton.jit
+def _halves(x):
+    """float32 as the sum of two e4m3, to some 8 bits: itself rounded, and what rounding it left."""
+    first = x.to(tl.float8e4nv)
+    return first, (x - first.to(tl.float32)).to(tl.float8e4nv)
+
+
+@triton.jit
 def _planes(x, KV: tl.constexpr):
     """A float32 tile [K, HEADS] as two columns a head, [K, 2 HEADS], whose weighted sum it is to some 8 bits or more.
 
     fp8: x and what rounding it left. int8: x, whole numbers up to 16256, as 128 * first + second, exactly.
     """
     if KV == "fp8":
-        first = x.to(tl.float8e4nv).to(tl.int8, bitcast=True)
-        second = (x - x.to(tl.float8e4nv).to(tl.float32)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
-        both = tl.reshape(tl.join(first, second), [x.shape[0], 2 * x.shape[1]])
+        first, second = _halves(x)
+        both = tl.join(first.to(tl.int8, bitcast=True), second.to(tl.int8, bitcast=True))
+        both = tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
         return both.to(tl.float8e4nv, bitcast=True)
     else:  # noqa: RET505 - a branch at compile time
         # Adding and taking 1.5 * 2^23 rounds to nearest even.
@@ -387,13 +385,13 @@ def join_kernel(
 
 @triton.jit
 def _tile(
-    q, scale, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values, g,
+    q, q_rest, scale, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values, g,
     G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, KV: tl.constexpr,
     N: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take a tile of N tokens into a running softmax: (acc, most, total) afterwards.
 
-    A row sees tokens up to pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest`
+    q: over fp8 the larger half of the queries, q_rest the smaller, and scale one for each row. A row sees tokens up to pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest`
     are not loaded.
     """
     n = tile * N + tl.arange(0, N)
@@ -415,7 +413,10 @@ def _tile(
     else:
         k = _read(key_at, real[:, None], 0.0, D != DIM)
         v_real = real[None, :]
-    scores = tl.dot(q, _widen(k, KV, ASM))
+    if KV == "fp8":
+        scores = tl.dot(q_rest, k, tl.dot(q, k))
+    else:
+        scores = tl.dot(q, _widen(k, KV, ASM))
     if KV == "int8":
         scores *= key_scale.to(tl.float32)[None, :]
     if MASKED:
@@ -428,14 +429,14 @@ def _tile(
     if MASKED and WINDOW > 0:
         base = tl.where(top == float("-inf"), 0.0, top)  # a row may see nothing of its first tiles
     kept = tl.math.exp2(most - base)
-    p = tl.math.exp2(scores * scale - base[:, None])
+    p = tl.math.exp2(scores * (scale[:, None] if KV == "fp8" else scale) - base[:, None])
     total = total * kept + tl.sum(p, 1)
     if KV == "int8":
         p *= value_scale.to(tl.float32)[None, :]
     v = _widen(_read(value_at, v_real, 0.0, MASKED or D != DIM), KV, ASM)
     if MASKED and KV != "int8":
         v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
-    acc = tl.dot(p.to(q.dtype), v, acc * kept[:, None])
+    acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None])
     return acc, top, total
 
 
@@ -473,7 +474,16 @@ def prefill_kernel(
         mask = ((query < asked) & (r // GROUP < QUERIES))[:, None] & (d < D)[None, :]
         row = (start + query).to(tl.int64)
         at = head[:, None] * D + d[None, :]
-        rows = _query(q, row[:, None] * q_stride + at, mask, KV)
+        rows = tl.load(q + row[:, None] * q_stride + at, mask, 0.0)
+        rest = rows
+        rate = scale
+        if KV == "fp8":
+            wide = rows.to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-30)
+            rows, rest = _halves(wide * (448.0 / largest)[:, None])
+            rate = largest * (scale / 448.0)
+        elif KV == "int8":
+            rows = tl.minimum(tl.maximum(rows.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
         acc = tl.zeros([ROWS, DIM], tl.float32)
         most = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -495,7 +505,7 @@ def prefill_kernel(
                     key_scales, value_scales, following, tile + 1, limit, lowest, g, G, P, KV, N
                 )
                 acc, most, total = _tile(
-                    rows, scale, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys,
+                    rows, rest, rate, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys,
                     values, g, G, D, DIM, P, WINDOW, KV, N, ASM, False,
                 )  # fmt: skip
                 entries = tl.maximum(following, 0)  # the pipeliner wants each carried value computed in the loop
@@ -505,7 +515,7 @@ def prefill_kernel(
             entries = _entries(tables, tile, limit, lowest, P, N)
             key_scale, value_scale = _scales(key_scales, value_scales, entries, tile, limit, lowest, g, G, P, KV, N)
             acc, most, total = _tile(
-                rows, scale, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values,
+                rows, rest, rate, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values,
                 g, G, D, DIM, P, WINDOW, KV, N, ASM, True,
             )  # fmt: skip
         if SINKS:
