@@ -92,7 +92,7 @@ def num_splits(num_sequences: int, spec: "AttentionSpec", device: torch.device) 
 
 
 def decode_tiling(cache: CudaCache, head_dim: int) -> Tiling:
-    """What reads fastest: some 16 KiB of keys at a time, and as much again of values."""
+    """What reads fastest: some 16 KiB of keys at a time, and as much again of values; the next two under way."""
     return Tiling(16, 64 if cache.kv_format == "bf16" and head_dim > 64 else 128, 4, 3)
 
 
@@ -142,8 +142,8 @@ def decode(
 
 
 def prefill_tiling(cache: CudaCache, head_dim: int) -> Tiling:
-    """What keeps sums in registers and two instances on a multiprocessor."""
-    return Tiling(128, 64, 8 if head_dim > 64 else 4, 3)
+    """What keeps sums in registers, and loads of two tiles under way."""
+    return Tiling(128, 64, 4 if head_dim <= 64 and cache.kv_format != "int8" else 8, 3)
 
 
 def prefill(

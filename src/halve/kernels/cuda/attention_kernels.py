@@ -123,6 +123,18 @@ def _widen(x, KV: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _share(most, total, sinks, head, real, SINKS: tl.constexpr):
+    """What to multiply sums of values by, for rows of this maximum and total; 0 takes nothing into an empty row."""
+    kept = tl.full(most.shape, 1.0, tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + head, real, 0.0) * 1.4426950408889634
+        top = tl.maximum(most, sink)
+        kept = tl.math.exp2(most - top)
+        total = total * kept + tl.math.exp2(sink - top)
+    return kept / tl.where(total > 0.0, total, 1.0)
+
+
+@triton.jit
 def _parts(length, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
     """First tile that the last token sees, tiles, and tiles in a part."""
     lowest = 0
@@ -340,12 +352,7 @@ def decode_kernel(
             )  # fmt: skip
         total = tl.sum(totals, 0)
         if SPLITS == 1:
-            if SINKS:
-                sink = tl.load(sinks + head, h < GROUP, 0.0) * 1.4426950408889634
-                top = tl.maximum(most, sink)
-                acc = acc * tl.math.exp2(most - top)[None, :]
-                total = total * tl.math.exp2(most - top) + tl.math.exp2(sink - top)
-            result = acc / tl.where(total > 0.0, total, 1.0)[None, :]
+            result = acc * _share(most, total, sinks, head, h < GROUP, SINKS)[None, :]
             tl.store(out + s * out_stride + at, result.to(out.dtype.element_ty), mask)
         else:
             where = (s * (G * GROUP) + head) * SPLITS + part
@@ -518,10 +525,5 @@ def prefill_kernel(
                 rows, rest, rate, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values,
                 g, G, D, DIM, P, WINDOW, KV, N, ASM, True,
             )  # fmt: skip
-        if SINKS:
-            sink = tl.load(sinks + head) * 1.4426950408889634
-            top = tl.maximum(most, sink)
-            acc = acc * tl.math.exp2(most - top)[:, None]
-            total = total * tl.math.exp2(most - top) + tl.math.exp2(sink - top)
-        result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        result = acc * _share(most, total, sinks, head, r < QUERIES * GROUP, SINKS)[:, None]
         tl.store(out + row[:, None] * out_stride + at, result.to(out.dtype.element_ty), mask)
