@@ -44,11 +44,12 @@ DECODE_TILINGS = {
         Tiling(16, 64, 8, 4),
     ],
     "fp8": [
-        Tiling(16, 128, 4, 2), Tiling(16, 128, 4, 3), Tiling(16, 128, 4, 4), Tiling(16, 128, 4, 6), Tiling(16, 64, 4, 4),
-        Tiling(16, 64, 4, 3), Tiling(16, 64, 4, 6), Tiling(16, 256, 8, 3), Tiling(16, 128, 8, 4),
+        Tiling(16, 128, 4, 2), Tiling(16, 128, 4, 3), Tiling(16, 128, 4, 4), Tiling(16, 128, 4, 6),
+        Tiling(16, 64, 4, 4), Tiling(16, 64, 4, 3), Tiling(16, 64, 4, 6), Tiling(16, 256, 8, 3), Tiling(16, 128, 8, 4),
     ],
     "int8": [
-        Tiling(16, 128, 4, 2), Tiling(16, 128, 4, 4), Tiling(16, 64, 4, 4), Tiling(16, 256, 4, 3), Tiling(16, 256, 8, 3), Tiling(16, 128, 8, 4),
+        Tiling(16, 128, 4, 2), Tiling(16, 128, 4, 4), Tiling(16, 64, 4, 4), Tiling(16, 256, 4, 3),
+        Tiling(16, 256, 8, 3), Tiling(16, 128, 8, 4),
     ],
 }  # fmt: skip
 DECODE_SPLITS = [1, 2, 3, 8, 16]  # with the built-in tiling

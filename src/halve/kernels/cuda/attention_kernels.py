@@ -1,7 +1,11 @@
 """The kernels of `halve.kernels.cuda.attention`, which says what they compute and how they are launched.
 
-Products take bf16, or fp16 where the cache holds bytes (they are exact in it, and probabilities have three bits more),
-and sum in float32. Scores are in powers of two: exp(x) = exp2(x * log2(e)).
+Scores are in powers of two: exp(x) = exp2(x * log2(e)). Products over bf16 take bf16 and sum in float32.
+
+Decode over bytes multiplies them as they lie: tensor cores of e4m3 and of int8 read them from shared memory, and no
+thread converts one. Queries and probabilities are two columns each, a value and what rounding left of it, which makes
+some 8 bits of e4m3 and 15 of int8; columns are free, for tensor cores have more than there are heads. Prefill takes
+keys in e4m3 likewise, and otherwise widens a tile to fp16, in which both formats are exact.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -233,7 +237,7 @@ def _scales(
 
 
 @triton.jit
-def _decode_tile(
+def _decode_tile(  # noqa: PLR0912 - most branches are at compile time
     q, scale, acc, most, total, tile, entries, key_scale, value_scale, length, lowest, keys, values, g,
     G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, KV: tl.constexpr, N: tl.constexpr,
     MASKED: tl.constexpr,
@@ -398,8 +402,8 @@ def _tile(
 ):  # fmt: skip
     """Take a tile of N tokens into a running softmax: (acc, most, total) afterwards.
 
-    q: over fp8 the larger half of the queries, q_rest the smaller, and scale one for each row. A row sees tokens up to pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest`
-    are not loaded.
+    q: over fp8 the larger half of the queries, q_rest the smaller, and scale one for each row. A row sees tokens up to
+    pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest` are not loaded.
     """
     n = tile * N + tl.arange(0, N)
     d = tl.arange(0, DIM)
@@ -420,10 +424,7 @@ def _tile(
     else:
         k = _read(key_at, real[:, None], 0.0, D != DIM)
         v_real = real[None, :]
-    if KV == "fp8":
-        scores = tl.dot(q_rest, k, tl.dot(q, k))
-    else:
-        scores = tl.dot(q, _widen(k, KV, ASM))
+    scores = tl.dot(q_rest, k, tl.dot(q, k)) if KV == "fp8" else tl.dot(q, _widen(k, KV, ASM))
     if KV == "int8":
         scores *= key_scale.to(tl.float32)[None, :]
     if MASKED:
@@ -447,6 +448,36 @@ def _tile(
     return acc, top, total
 
 
+@triton.jit
+def _sequence(cu_seqlens, num_sequences, instance, QUERIES: tl.constexpr):
+    """Whose queries an instance has: sequence s has its instances from cu_seqlens[s] // QUERIES + s on."""
+    low = instance * 0
+    high = num_sequences
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens + middle) // QUERIES + middle <= instance:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def _queries(q, at, mask, scale, KV: tl.constexpr):
+    """Queries [ROWS, DIM] in the type of the products, what that leaves of them, and the scale of their scores."""
+    x = tl.load(q + at, mask, 0.0)
+    if KV == "fp8":
+        wide = x.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-30)
+        first, rest = _halves(wide * (448.0 / largest)[:, None])
+        return first, rest, largest * (scale / 448.0)
+    elif KV == "int8":  # noqa: RET505 - a branch at compile time
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+        return x, x, scale
+    else:
+        return x, x, scale
+
+
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def prefill_kernel(
     q, keys, values, key_scales, value_scales, block_tables, cu_seqlens, seq_lens, sinks, out,
@@ -458,15 +489,7 @@ def prefill_kernel(
     """QUERIES tokens of one sequence times the query heads of one key-value head."""
     g = tl.program_id(0)
     instance = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most: they go first
-    low = instance * 0
-    high = num_sequences  # sequence s has its tiles from cu_seqlens[s] // QUERIES + s on
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens + middle) // QUERIES + middle <= instance:
-            low = middle + 1
-        else:
-            high = middle
-    s = low - 1
+    s = _sequence(cu_seqlens, num_sequences, instance, QUERIES)
     start = tl.load(cu_seqlens + s)
     asked = tl.load(cu_seqlens + s + 1) - start
     own = (instance - (start // QUERIES + s)) * QUERIES  # first query of this tile
@@ -481,16 +504,7 @@ def prefill_kernel(
         mask = ((query < asked) & (r // GROUP < QUERIES))[:, None] & (d < D)[None, :]
         row = (start + query).to(tl.int64)
         at = head[:, None] * D + d[None, :]
-        rows = tl.load(q + row[:, None] * q_stride + at, mask, 0.0)
-        rest = rows
-        rate = scale
-        if KV == "fp8":
-            wide = rows.to(tl.float32)
-            largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-30)
-            rows, rest = _halves(wide * (448.0 / largest)[:, None])
-            rate = largest * (scale / 448.0)
-        elif KV == "int8":
-            rows = tl.minimum(tl.maximum(rows.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+        rows, rest, rate = _queries(q, row[:, None] * q_stride + at, mask, scale, KV)
         acc = tl.zeros([ROWS, DIM], tl.float32)
         most = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -522,8 +536,8 @@ def prefill_kernel(
             entries = _entries(tables, tile, limit, lowest, P, N)
             key_scale, value_scale = _scales(key_scales, value_scales, entries, tile, limit, lowest, g, G, P, KV, N)
             acc, most, total = _tile(
-                rows, rest, rate, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values,
-                g, G, D, DIM, P, WINDOW, KV, N, ASM, True,
+                rows, rest, rate, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys,
+                values, g, G, D, DIM, P, WINDOW, KV, N, ASM, True,
             )  # fmt: skip
         result = acc * _share(most, total, sinks, head, r < QUERIES * GROUP, SINKS)[:, None]
         tl.store(out + row[:, None] * out_stride + at, result.to(out.dtype.element_ty), mask)

@@ -1,8 +1,10 @@
 """Tokens from rows of logits on a CUDA device. Definition: `halve.kernels.sampling`.
 
-Greedy batches are one argmax. Otherwise one kernel instance chooses for a row, without sorting it: each cut keeps the
-tokens above a logit and the first few that equal it, and that logit is found by bisection over the bits of float32, in
-which order is that of whole numbers. 32 passes over a row of logits stay within the second level cache.
+Greedy batches are one argmax. Otherwise rows are read twice, in tiles over the whole device. The first pass takes the
+largest logit of every 32 tokens, which bounds what a cut can keep, so that one instance a row finds the limit of each
+cut among few candidates, without sorting: a cut keeps the tokens above a logit and the first few that equal it, and
+that logit is found by bisection over the bits of float32, in which order is that of whole numbers. The second pass
+weighs what is kept, and the draw then reads one tile.
 
 Agreement: z has the definition's bits. Weights are float32 powers of two, their sums float64, where the definition has
 float64 throughout: a cut by top_p or a draw falls on another token only where the definition's running sum lies within

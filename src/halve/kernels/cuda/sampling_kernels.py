@@ -1,4 +1,4 @@
-"""The kernels of `halve.kernels.cuda.sampling`: one instance a row, which reads the row as often as it needs to."""
+"""The kernels of `halve.kernels.cuda.sampling`, which says what they do in turn."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
