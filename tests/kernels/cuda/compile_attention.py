@@ -31,6 +31,8 @@ TYPES = {
     "rows": "i32", "logits": "*fp32", "values": "*fp32", "ids": "*i32", "tiles": "i32", "floats": "*fp64",
     "whole": "*i64", "chosen": "*i32", "status": "*i32", "bias": "*fp32", "counts": "*i32", "seen": "*i8",
     "allowed": "*i32", "penalties": "*fp64", "words": "i32", "wanted": "*i64", "logprobs": "*fp32", "most": "i32",
+    "maxima": "*fp32", "group_maxima": "*fp32", "candidates": "*i32", "limits": "*i32", "lowest": "*fp64",
+    "weights": "*fp64", "equals": "*i32",
 }  # fmt: skip
 SWEEP_DECODE = [
     Tiling(16, 32, 4, 4), Tiling(16, 64, 4, 2), Tiling(16, 64, 4, 4), Tiling(16, 64, 8, 3), Tiling(16, 128, 4, 2),
@@ -90,8 +92,9 @@ def over_cache(kv_format, head_dim, *, sinks=False):
 def decode(kv_format, head_dim, tiling, *, window=0, splits=8, sinks=False, group=4):
     constants, types = over_cache(kv_format, head_dim, sinks=sinks)
     constants.update(
-        DIM=triton.next_power_of_2(head_dim), GROUP=group, ROWS=tiling.rows, WINDOW=window, N=tiling.tokens,
-        SPLITS=splits, LEAST=attention.TILES_A_SPLIT, SINKS=sinks, ASM=True,
+        DIM=triton.next_power_of_2(head_dim), GROUP=group,
+        HEADS=attention._columns(group, SimpleNamespace(kv_format=kv_format)), WINDOW=window, N=tiling.tokens,
+        SPLITS=splits, LEAST=attention.TILES_A_SPLIT, SINKS=sinks,
     )  # fmt: skip
     name = f"decode {kv_format} {head_dim} {tuple(tiling)} window {window} splits {splits} sinks {sinks} group {group}"
     compiled(name, kernels.decode_kernel, constants, tiling.num_warps, tiling.num_stages, **types)
@@ -159,8 +162,14 @@ def choices():
     compiled("argmax join", elementwise._argmax_join_kernel, {"WIDTH": 32}, 1, out="*i32")
     tile = {"V": VOCAB, "WIDTH": sampling.TILE}
     compiled("adjust", choosing.adjust_kernel, tile, sampling.WARPS, fusion=False, out="*fp32")
-    for name in ("draw", "cut", "logprob"):
-        compiled(name, getattr(choosing, f"{name}_kernel"), tile, sampling.WARPS, out="*fp32")
+    compiled("logprob", choosing.logprob_kernel, tile, sampling.WARPS, out="*fp32")
+    shape = {"V": VOCAB, **sampling._shape(VOCAB)}
+    pointers = {"out": "*fp32", "sums": "*fp64", "ids": "*i32"}
+    for name in ("survey", "cut", "weigh", "draw", "keep"):
+        function = getattr(choosing, f"{name}_kernel")
+        constants = {"GROUP": sampling.GROUP, "GROUPS": 4096, "CHUNK": sampling.CHUNK, **shape}
+        constants = {k: v for k, v in constants.items() if k in function.arg_names}
+        compiled(name, function, constants, sampling.WARPS, **pointers)
 
 
 if __name__ == "__main__":

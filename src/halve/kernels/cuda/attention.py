@@ -92,7 +92,7 @@ def num_splits(num_sequences: int, spec: "AttentionSpec", device: torch.device) 
 
 
 def decode_tiling(cache: CudaCache, head_dim: int) -> Tiling:
-    """What reads fastest: some 16 KiB of keys at a time, and as much again of values."""
+    """What reads fastest: some 16 KiB of keys at a time, and as much again of values; the next two under way."""
     return Tiling(16, 64 if cache.kv_format == "bf16" and head_dim > 64 else 128, 4, 3)
 
 
@@ -130,8 +130,8 @@ def decode(
     decode_kernel[(spec.num_kv_heads, num_sequences, splits)](
         q, *_memory(cache), block_tables, seq_lens, sinks, out, *scratch,
         q.stride(0), out.stride(0), block_tables.stride(0), LOG2E / math.sqrt(spec.head_dim),
-        **shape, ROWS=max(tile.rows, triton.next_power_of_2(group)), P=cache.block_size, KV=cache.kv_format,
-        ASM=_compiled(), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **shape, HEADS=_columns(group, cache), P=cache.block_size, KV=cache.kv_format,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         join_kernel[(spec.num_heads, num_sequences)](
@@ -142,8 +142,8 @@ def decode(
 
 
 def prefill_tiling(cache: CudaCache, head_dim: int) -> Tiling:
-    """What keeps sums in registers and two instances on a multiprocessor."""
-    return Tiling(128, 64, 8 if head_dim > 64 else 4, 3 if head_dim <= 64 else 2)
+    """What keeps sums in registers, and loads of two tiles under way."""
+    return Tiling(128, 64, 4 if head_dim <= 64 and cache.kv_format != "int8" else 8, 3)
 
 
 def prefill(
@@ -180,6 +180,11 @@ def prefill(
         SINKS=sinks is not None, ASM=_compiled(), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
+
+
+def _columns(group: int, cache: CudaCache) -> int:
+    """Query heads that an instance of decode has room for: 8 columns of tensor cores, two a head over bytes."""
+    return max(16 if cache.kv_format == "bf16" else 8, int(triton.next_power_of_2(group)))
 
 
 def _check(q: torch.Tensor, cache: CudaCache, spec: "AttentionSpec") -> None:

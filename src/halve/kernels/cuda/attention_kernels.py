@@ -1,7 +1,11 @@
 """The kernels of `halve.kernels.cuda.attention`, which says what they compute and how they are launched.
 
-Products take bf16, or fp16 where the cache holds bytes (they are exact in it, and probabilities have three bits more),
-and sum in float32. Scores are in powers of two: exp(x) = exp2(x * log2(e)).
+Scores are in powers of two: exp(x) = exp2(x * log2(e)). Products over bf16 take bf16 and sum in float32.
+
+Decode over bytes multiplies them as they lie: tensor cores of e4m3 and of int8 read them from shared memory, and no
+thread converts one. Queries and probabilities are two columns each, a value and what rounding left of it, which makes
+some 8 bits of e4m3 and 15 of int8; columns are free, for tensor cores have more than there are heads. Prefill takes
+keys in e4m3 likewise, and otherwise widens a tile to fp16, in which both formats are exact.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -124,68 +128,15 @@ def _widen(x, KV: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    q, acc, most, total, first, limit, lowest, pos, tables, keys, values, key_scales, value_scales, g, scale,
-    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, KV: tl.constexpr,
-    N: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Take N tokens from `first` into a running softmax: (acc, most, total) afterwards.
-
-    A row sees tokens up to pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest`
-    are not loaded.
-    """
-    n = first + tl.arange(0, N)
-    d = tl.arange(0, DIM)
-    there = (n < limit) & (n >= lowest)
-    # Loads go by runs of 16 tokens, never beyond a block, so that masks leave vectors of them whole.
-    near = (n // 16 < (limit + 15) // 16) & (n // 16 >= lowest // 16)
-    block = _read(tables + n // P, near, 0, MASKED)
-    block = tl.max_constancy(block, 16)
-    place = block.to(tl.int64) * G + g
-    token = place * P + n % P
-    key_at = keys + token[None, :] * D + d[:, None]
-    if KV == "bf16":
-        value_at = values + token[:, None] * D + d[None, :]
-    else:
-        value_at = values + (place * (D * P) + n % P)[:, None] + d[None, :] * P
-    real = d < D
-    if MASKED:
-        k = _read(key_at, near[None, :] & real[:, None], 0.0, True)
-        v_real = near[:, None] & real[None, :]
-    else:
-        k = _read(key_at, real[:, None], 0.0, D != DIM)
-        v_real = real[None, :]
-    scores = tl.dot(q, _widen(k, KV, ASM)) * scale
-    if KV == "int8":
-        scores *= _read(key_scales + token, there, 0.0, MASKED).to(tl.float32)[None, :]
-    if MASKED:
-        seen = (n[None, :] <= pos[:, None]) & there[None, :]
-        if WINDOW > 0:
-            seen = seen & (n[None, :] > pos[:, None] - WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-    top = tl.maximum(most, tl.max(scores, 1))
-    base = top
-    if MASKED and WINDOW > 0:
-        base = tl.where(top == float("-inf"), 0.0, top)  # a row may see nothing of its first tiles
-    kept = tl.math.exp2(most - base)
-    p = tl.math.exp2(scores - base[:, None])
-    total = total * kept + tl.sum(p, 1)
-    if KV == "int8":
-        p *= _read(value_scales + token, there, 0.0, MASKED).to(tl.float32)[None, :]
-    v = _widen(_read(value_at, v_real, 0.0, MASKED or D != DIM), KV, ASM)
-    if MASKED and KV != "int8":
-        v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
-    acc = tl.dot(p.to(q.dtype), v, acc * kept[:, None])
-    return acc, top, total
-
-
-@triton.jit
-def _query(q, at, mask, KV: tl.constexpr):
-    """Queries [ROWS, DIM] in the type of the products."""
-    x = tl.load(q + at, mask, 0.0)
-    if KV != "bf16":
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
-    return x
+def _share(most, total, sinks, head, real, SINKS: tl.constexpr):
+    """What to multiply sums of values by, for rows of this maximum and total; 0 takes nothing into an empty row."""
+    kept = tl.full(most.shape, 1.0, tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + head, real, 0.0) * 1.4426950408889634
+        top = tl.maximum(most, sink)
+        kept = tl.math.exp2(most - top)
+        total = total * kept + tl.math.exp2(sink - top)
+    return kept / tl.where(total > 0.0, total, 1.0)
 
 
 @triton.jit
@@ -199,13 +150,159 @@ def _parts(length, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, 
     return lowest, first, tiles, tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
 
 
+@triton.jit
+def _halves(x):
+    """float32 as the sum of two e4m3, to some 8 bits: itself rounded, and what rounding it left."""
+    first = x.to(tl.float8e4nv)
+    return first, (x - first.to(tl.float32)).to(tl.float8e4nv)
+
+
+@triton.jit
+def _planes(x, KV: tl.constexpr):
+    """A float32 tile [K, HEADS] as two columns a head, [K, 2 HEADS], whose weighted sum it is to some 8 bits or more.
+
+    fp8: x and what rounding it left. int8: x, whole numbers up to 16256, as 128 * first + second, exactly.
+    """
+    if KV == "fp8":
+        first, second = _halves(x)
+        both = tl.join(first.to(tl.int8, bitcast=True), second.to(tl.int8, bitcast=True))
+        both = tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
+        return both.to(tl.float8e4nv, bitcast=True)
+    else:  # noqa: RET505 - a branch at compile time
+        # Adding and taking 1.5 * 2^23 rounds to nearest even.
+        whole = (x + 12582912.0) - 12582912.0
+        high = (whole * 0.0078125 + 12582912.0) - 12582912.0
+        low = whole - high * 128.0
+        # As fp8 and back: Triton 3.6 fails where it finds a product's operand joined in the type of the product.
+        first = high.to(tl.int8).to(tl.float8e4nv, bitcast=True)
+        both = tl.join(first, low.to(tl.int8).to(tl.float8e4nv, bitcast=True))
+        return tl.reshape(both, [x.shape[0], 2 * x.shape[1]]).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _summed(x, KV: tl.constexpr):
+    """Products with `_planes`, [M, 2 HEADS], joined to float32 [M, HEADS]."""
+    first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    if KV == "fp8":
+        return first + second
+    else:  # noqa: RET505 - a branch at compile time
+        return (first * 128 + second).to(tl.float32)
+
+
+@triton.jit
+def _entries(tables, tile, length, lowest, P: tl.constexpr, N: tl.constexpr):
+    """Blocks of a tile, int32 [N / P], or one where a block is longer; 0 where nobody sees any of its tokens."""
+    if P >= N:
+        return tl.load(tables + tile * N // P, (tile * N < length) & (tile * N + N > lowest), 0)
+    else:  # noqa: RET505 - a branch at compile time
+        i = tile * (N // P) + tl.arange(0, N // P)
+        return tl.load(tables + i, (i * P < length) & (i * P + P > lowest), 0)
+
+
+@triton.jit
+def _tokens(entries, tile, g, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+    """Head of a block, and token within it, of each token of a tile [N]."""
+    inner = (tile * N + tl.arange(0, N)) % P
+    if P >= N:
+        place = entries.to(tl.int64) * G + g + tl.zeros([N], tl.int64)
+    else:
+        spread = tl.reshape(tl.broadcast_to(entries[:, None], [N // P, P]), [N])
+        place = tl.max_constancy(spread, 16).to(tl.int64) * G + g
+    return place, inner
+
+
+@triton.jit
+def _scales(
+    key_scales,
+    value_scales,
+    entries,
+    tile,
+    length,
+    lowest,
+    g,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    KV: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Scales of keys and of values of a tile's tokens, bf16 [N]; 0 for those that nobody sees."""
+    if KV == "int8":
+        n = tile * N + tl.arange(0, N)
+        place, inner = _tokens(entries, tile, g, G, P, N)
+        there = (n < length) & (n >= lowest)
+        return tl.load(key_scales + place * P + inner, there, 0.0), tl.load(
+            value_scales + place * P + inner, there, 0.0
+        )
+    else:  # noqa: RET505 - a branch at compile time
+        return tl.zeros([1], tl.bfloat16), tl.zeros([1], tl.bfloat16)
+
+
+@triton.jit
+def _decode_tile(  # noqa: PLR0912 - most branches are at compile time
+    q, scale, acc, most, total, tile, entries, key_scale, value_scale, length, lowest, keys, values, g,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, KV: tl.constexpr, N: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of N tokens into a running softmax: (acc, most, total) afterwards.
+
+    Products have tokens, or elements of a head, for rows and query heads for columns: Hopper's tensor cores take 64
+    rows straight from shared memory, and as few as 8 columns.
+    """
+    n = tile * N + tl.arange(0, N)
+    d = tl.arange(0, DIM)
+    there = (n < length) & (n >= lowest)
+    # Loads go by runs of 16 tokens, never beyond a block, so that masks leave vectors of them whole.
+    near = (n // 16 < (length + 15) // 16) & (n // 16 >= lowest // 16)
+    real = d < D
+    place, inner = _tokens(entries, tile, g, G, P, N)
+    key_at = keys + (place * P + inner)[:, None] * D + d[None, :]
+    if MASKED:
+        k = _read(key_at, near[:, None] & real[None, :], 0.0, True)
+    else:
+        k = _read(key_at, real[None, :], 0.0, D != DIM)
+    if KV == "bf16":
+        scores = tl.dot(k, q) * scale
+    elif KV == "fp8":
+        scores = _summed(tl.dot(k, q), KV) * scale[None, :]
+    else:
+        scores = _summed(tl.dot(k, q, out_dtype=tl.int32), KV) * scale[None, :] * key_scale.to(tl.float32)[:, None]
+    if MASKED:
+        scores = tl.where(there[:, None], scores, float("-inf"))
+    top = tl.maximum(most, tl.max(scores, 0))
+    kept = tl.math.exp2(most - top)
+    p = tl.math.exp2(scores - top[None, :])
+    total = total * kept[None, :] + p
+    if KV == "bf16":
+        value_at = values + (place * P + inner)[:, None] * D + d[None, :]
+        v_real = near[:, None] & real[None, :] if MASKED else real[None, :]
+    else:
+        value_at = values + (place * (D * P) + inner)[None, :] + d[:, None] * P
+        v_real = near[None, :] & real[:, None] if MASKED else real[:, None]
+    v = _read(value_at, v_real, 0.0, MASKED or D != DIM)
+    if KV == "bf16":
+        if MASKED:
+            v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
+        acc = tl.dot(tl.trans(v), p.to(tl.bfloat16), acc * kept[None, :])
+    elif KV == "fp8":
+        if MASKED:
+            v = tl.where(there[None, :], v.to(tl.int8, bitcast=True), 0).to(tl.float8e4nv, bitcast=True)
+        acc = acc * kept[None, :] + _summed(tl.dot(v, _planes(p * 256.0, KV)), KV) * 0.00390625
+    else:
+        wide = value_scale.to(tl.float32)
+        largest = tl.max(wide, 0)
+        steps = tl.where(largest > 0.0, 16256.0 / largest, 0.0)
+        weight = _planes(p * (wide * steps)[:, None], KV)
+        acc = acc * kept[None, :] + _summed(tl.dot(v, weight, out_dtype=tl.int32), KV) * (largest / 16256.0)
+    return acc, top, total
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
     q, keys, values, key_scales, value_scales, block_tables, seq_lens, sinks, out, parts, sums,
     q_stride, out_stride, table_stride, scale,
-    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
     WINDOW: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
-    SINKS: tl.constexpr, ASM: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one key-value head over one part of one sequence."""
     g, s, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -214,43 +311,59 @@ def decode_kernel(
     begin = first + part * each
     end = tl.minimum(begin + each, first + tiles)
     if SPLITS == 1 or begin < end:
-        r = tl.arange(0, ROWS)
+        h = tl.arange(0, HEADS)
         d = tl.arange(0, DIM)
-        head = g * GROUP + r
-        mask = (r < GROUP)[:, None] & (d < D)[None, :]
-        at = head[:, None] * D + d[None, :]
-        rows = _query(q, s * q_stride + at, mask, KV)
-        acc = tl.zeros([ROWS, DIM], tl.float32)
-        most = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        pos = tl.zeros([ROWS], tl.int32) + (length - 1)
+        head = g * GROUP + h
+        mask = (h < GROUP)[None, :] & (d < D)[:, None]
+        at = head[None, :] * D + d[:, None]
+        columns = tl.load(q + s * q_stride + at, mask, 0.0)
+        if KV != "bf16":
+            wide = columns.to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(wide), 0), 1e-30)
+            steps: tl.constexpr = 448.0 if KV == "fp8" else 16256.0
+            columns = _planes(wide * (steps / largest)[None, :], KV)
+            rate = largest * (scale / steps)
+        else:
+            rate = scale
+        acc = tl.zeros([DIM, HEADS], tl.float32)
+        most = tl.full([HEADS], float("-inf"), tl.float32)
+        totals = tl.zeros([N, HEADS], tl.float32)  # summed once, at the end
         tables = block_tables + s * table_stride
         whole = begin
         if WINDOW == 0:
             whole = tl.minimum(end, length // N)
+            # What a tile's loads need is loaded while tiles before it are multiplied.
+            entries = _entries(tables, begin, length, lowest, P, N)
+            following = _entries(tables, begin + 1, length, lowest, P, N)
+            key_scale, value_scale = _scales(key_scales, value_scales, entries, begin, length, lowest, g, G, P, KV, N)
             for tile in range(begin, whole):
-                acc, most, total = _tile(
-                    rows, acc, most, total, tile * N, length, lowest, pos, tables, keys, values, key_scales,
-                    value_scales, g, scale, G, D, DIM, P, 0, KV, N, ASM, False,
+                later = _entries(tables, tile + 2, length, lowest, P, N)
+                next_key_scale, next_value_scale = _scales(
+                    key_scales, value_scales, following, tile + 1, length, lowest, g, G, P, KV, N
+                )
+                acc, most, totals = _decode_tile(
+                    columns, rate, acc, most, totals, tile, entries, key_scale, value_scale, length, lowest, keys,
+                    values, g, G, D, DIM, P, KV, N, False,
                 )  # fmt: skip
+                entries = tl.maximum(following, 0)  # the pipeliner wants each carried value computed in the loop
+                following = later
+                key_scale, value_scale = next_key_scale, next_value_scale
         for tile in range(tl.maximum(begin, whole), end):
-            acc, most, total = _tile(
-                rows, acc, most, total, tile * N, length, lowest, pos, tables, keys, values, key_scales, value_scales,
-                g, scale, G, D, DIM, P, 0, KV, N, ASM, True,
+            entries = _entries(tables, tile, length, lowest, P, N)
+            key_scale, value_scale = _scales(key_scales, value_scales, entries, tile, length, lowest, g, G, P, KV, N)
+            acc, most, totals = _decode_tile(
+                columns, rate, acc, most, totals, tile, entries, key_scale, value_scale, length, lowest, keys, values,
+                g, G, D, DIM, P, KV, N, True,
             )  # fmt: skip
+        total = tl.sum(totals, 0)
         if SPLITS == 1:
-            if SINKS:
-                sink = tl.load(sinks + head, r < GROUP, 0.0) * 1.4426950408889634
-                top = tl.maximum(most, sink)
-                acc = acc * tl.math.exp2(most - top)[:, None]
-                total = total * tl.math.exp2(most - top) + tl.math.exp2(sink - top)
-            result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+            result = acc * _share(most, total, sinks, head, h < GROUP, SINKS)[None, :]
             tl.store(out + s * out_stride + at, result.to(out.dtype.element_ty), mask)
         else:
             where = (s * (G * GROUP) + head) * SPLITS + part
-            tl.store(parts + where[:, None] * D + d[None, :], acc, mask)
-            tl.store(sums + where * 2, most, r < GROUP)
-            tl.store(sums + where * 2 + 1, total, r < GROUP)
+            tl.store(parts + where[None, :] * D + d[:, None], acc, mask)
+            tl.store(sums + where * 2, most, h < GROUP)
+            tl.store(sums + where * 2 + 1, total, h < GROUP)
 
 
 @triton.jit
@@ -282,6 +395,90 @@ def join_kernel(
     tl.store(out + s * out_stride + head * D + d, result.to(out.dtype.element_ty), d < D)
 
 
+@triton.jit
+def _tile(
+    q, q_rest, scale, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys, values, g,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, KV: tl.constexpr,
+    N: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of N tokens into a running softmax: (acc, most, total) afterwards.
+
+    q: over fp8 the larger half of the queries, q_rest the smaller, and scale one for each row. A row sees tokens up to
+    pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest` are not loaded.
+    """
+    n = tile * N + tl.arange(0, N)
+    d = tl.arange(0, DIM)
+    there = (n < limit) & (n >= lowest)
+    # Loads go by runs of 16 tokens, never beyond a block, so that masks leave vectors of them whole.
+    near = (n // 16 < (limit + 15) // 16) & (n // 16 >= lowest // 16)
+    place, inner = _tokens(entries, tile, g, G, P, N)
+    token = place * P + inner
+    key_at = keys + token[None, :] * D + d[:, None]
+    if KV == "bf16":
+        value_at = values + token[:, None] * D + d[None, :]
+    else:
+        value_at = values + (place * (D * P) + inner)[:, None] + d[None, :] * P
+    real = d < D
+    if MASKED:
+        k = _read(key_at, near[None, :] & real[:, None], 0.0, True)
+        v_real = near[:, None] & real[None, :]
+    else:
+        k = _read(key_at, real[:, None], 0.0, D != DIM)
+        v_real = real[None, :]
+    scores = tl.dot(q_rest, k, tl.dot(q, k)) if KV == "fp8" else tl.dot(q, _widen(k, KV, ASM))
+    if KV == "int8":
+        scores *= key_scale.to(tl.float32)[None, :]
+    if MASKED:
+        seen = (n[None, :] <= pos[:, None]) & there[None, :]
+        if WINDOW > 0:
+            seen = seen & (n[None, :] > pos[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    top = tl.maximum(most, tl.max(scores, 1) * scale)
+    base = top
+    if MASKED and WINDOW > 0:
+        base = tl.where(top == float("-inf"), 0.0, top)  # a row may see nothing of its first tiles
+    kept = tl.math.exp2(most - base)
+    p = tl.math.exp2(scores * (scale[:, None] if KV == "fp8" else scale) - base[:, None])
+    total = total * kept + tl.sum(p, 1)
+    if KV == "int8":
+        p *= value_scale.to(tl.float32)[None, :]
+    v = _widen(_read(value_at, v_real, 0.0, MASKED or D != DIM), KV, ASM)
+    if MASKED and KV != "int8":
+        v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
+    acc = tl.dot(p.to(v.dtype), v, acc * kept[:, None])
+    return acc, top, total
+
+
+@triton.jit
+def _sequence(cu_seqlens, num_sequences, instance, QUERIES: tl.constexpr):
+    """Whose queries an instance has: sequence s has its instances from cu_seqlens[s] // QUERIES + s on."""
+    low = instance * 0
+    high = num_sequences
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens + middle) // QUERIES + middle <= instance:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def _queries(q, at, mask, scale, KV: tl.constexpr):
+    """Queries [ROWS, DIM] in the type of the products, what that leaves of them, and the scale of their scores."""
+    x = tl.load(q + at, mask, 0.0)
+    if KV == "fp8":
+        wide = x.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-30)
+        first, rest = _halves(wide * (448.0 / largest)[:, None])
+        return first, rest, largest * (scale / 448.0)
+    elif KV == "int8":  # noqa: RET505 - a branch at compile time
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+        return x, x, scale
+    else:
+        return x, x, scale
+
+
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def prefill_kernel(
     q, keys, values, key_scales, value_scales, block_tables, cu_seqlens, seq_lens, sinks, out,
@@ -292,19 +489,11 @@ def prefill_kernel(
 ):  # fmt: skip
     """QUERIES tokens of one sequence times the query heads of one key-value head."""
     g = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most: they go first
-    low = tile * 0
-    high = num_sequences  # sequence s has its tiles from cu_seqlens[s] // QUERIES + s on
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens + middle) // QUERIES + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    s = low - 1
+    instance = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most: they go first
+    s = _sequence(cu_seqlens, num_sequences, instance, QUERIES)
     start = tl.load(cu_seqlens + s)
     asked = tl.load(cu_seqlens + s + 1) - start
-    own = (tile - (start // QUERIES + s)) * QUERIES  # first query of this tile
+    own = (instance - (start // QUERIES + s)) * QUERIES  # first query of this tile
     if own < asked:
         length = tl.load(seq_lens + s)
         before = length - asked
@@ -316,7 +505,7 @@ def prefill_kernel(
         mask = ((query < asked) & (r // GROUP < QUERIES))[:, None] & (d < D)[None, :]
         row = (start + query).to(tl.int64)
         at = head[:, None] * D + d[None, :]
-        rows = _query(q, row[:, None] * q_stride + at, mask, KV)
+        rows, rest, rate = _queries(q, row[:, None] * q_stride + at, mask, scale, KV)
         acc = tl.zeros([ROWS, DIM], tl.float32)
         most = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -328,20 +517,28 @@ def prefill_kernel(
             lowest = tl.maximum(before + own - WINDOW + 1, 0)
             whole = lowest // N
         else:
-            for i in range(0, whole):
+            # What a tile's loads need is loaded while the tile before it is multiplied.
+            entries = _entries(tables, 0, limit, lowest, P, N)
+            following = _entries(tables, 1, limit, lowest, P, N)
+            key_scale, value_scale = _scales(key_scales, value_scales, entries, 0, limit, lowest, g, G, P, KV, N)
+            for tile in range(0, whole):
+                later = _entries(tables, tile + 2, limit, lowest, P, N)
+                next_key_scale, next_value_scale = _scales(
+                    key_scales, value_scales, following, tile + 1, limit, lowest, g, G, P, KV, N
+                )
                 acc, most, total = _tile(
-                    rows, acc, most, total, i * N, limit, lowest, pos, tables, keys, values, key_scales,
-                    value_scales, g, scale, G, D, DIM, P, WINDOW, KV, N, ASM, False,
+                    rows, rest, rate, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys,
+                    values, g, G, D, DIM, P, WINDOW, KV, N, ASM, False,
                 )  # fmt: skip
-        for i in range(whole, tl.cdiv(limit, N)):
+                entries = tl.maximum(following, 0)  # the pipeliner wants each carried value computed in the loop
+                following = later
+                key_scale, value_scale = next_key_scale, next_value_scale
+        for tile in range(whole, tl.cdiv(limit, N)):
+            entries = _entries(tables, tile, limit, lowest, P, N)
+            key_scale, value_scale = _scales(key_scales, value_scales, entries, tile, limit, lowest, g, G, P, KV, N)
             acc, most, total = _tile(
-                rows, acc, most, total, i * N, limit, lowest, pos, tables, keys, values, key_scales, value_scales,
-                g, scale, G, D, DIM, P, WINDOW, KV, N, ASM, True,
+                rows, rest, rate, acc, most, total, tile, entries, key_scale, value_scale, limit, lowest, pos, keys,
+                values, g, G, D, DIM, P, WINDOW, KV, N, ASM, True,
             )  # fmt: skip
-        if SINKS:
-            sink = tl.load(sinks + head) * 1.4426950408889634
-            top = tl.maximum(most, sink)
-            acc = acc * tl.math.exp2(most - top)[:, None]
-            total = total * tl.math.exp2(most - top) + tl.math.exp2(sink - top)
-        result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        result = acc * _share(most, total, sinks, head, r < QUERIES * GROUP, SINKS)[:, None]
         tl.store(out + row[:, None] * out_stride + at, result.to(out.dtype.element_ty), mask)

@@ -1,8 +1,10 @@
 """Tokens from rows of logits on a CUDA device. Definition: `halve.kernels.sampling`.
 
-Greedy batches are one argmax. Otherwise one kernel instance chooses for a row, without sorting it: each cut keeps the
-tokens above a logit and the first few that equal it, and that logit is found by bisection over the bits of float32, in
-which order is that of whole numbers. 32 passes over a row of logits stay within the second level cache.
+Greedy batches are one argmax. Otherwise rows are read twice, in tiles over the whole device. The first pass takes the
+largest logit of every 32 tokens, which bounds what a cut can keep, so that one instance a row finds the limit of each
+cut among few candidates, without sorting: a cut keeps the tokens above a logit and the first few that equal it, and
+that logit is found by bisection over the bits of float32, in which order is that of whole numbers. The second pass
+weighs what is kept, and the draw then reads one tile.
 
 Agreement: z has the definition's bits. Weights are float32 powers of two, their sums float64, where the definition has
 float64 throughout: a cut by top_p or a draw falls on another token only where the definition's running sum lies within
@@ -18,10 +20,20 @@ import torch
 import triton
 
 from halve.kernels.cuda.elementwise import ArgmaxScratch, argmax
-from halve.kernels.cuda.sampling_kernels import adjust_kernel, cut_kernel, draw_kernel, logprob_kernel
+from halve.kernels.cuda.sampling_kernels import (
+    adjust_kernel,
+    cut_kernel,
+    draw_kernel,
+    keep_kernel,
+    logprob_kernel,
+    survey_kernel,
+    weigh_kernel,
+)
 from halve.kernels.sampling import Ragged, Sampled, SamplingBatch, broken, check_batch
 
 TILE = 4096  # logits at a time
+GROUP = 32  # logits that are candidates together: a line of memory
+CHUNK = 128  # groups of candidates at a time
 WARPS = 8
 
 
@@ -133,10 +145,65 @@ def draw(
     rows, vocab = z.shape
     chosen, status = out or (torch.empty(rows, dtype=torch.int32, device=z.device) for _ in "ts")
     if rows:
+        limits = _cut(z, parameters)
+        shape = _shape(vocab)
+        weights = torch.empty_like(limits.sums)
+        equals = torch.empty_like(limits.ids)
+        weigh_kernel[(rows, shape["TILES"])](
+            z, parameters.floats, limits.maxima, limits.keys, limits.lowest, weights, equals, z.stride(0),
+            **shape, V=vocab, num_warps=WARPS,
+        )  # fmt: skip
         draw_kernel[(rows,)](
-            z, *parameters, chosen, status, z.stride(0), rows, V=vocab, WIDTH=_tile(vocab), num_warps=WARPS
-        )
+            z, *parameters, limits.maxima, limits.ids, limits.keys, limits.lowest, weights, equals, chosen, status,
+            z.stride(0), rows, **shape, V=vocab, num_warps=WARPS,
+        )  # fmt: skip
     return chosen, status
+
+
+class _Limits(NamedTuple):
+    """What rows keep: int32 [R, 2] keys and how many of those that equal them; float64 [R] lowest logits.
+
+    maxima float32, ids int32, sums float64 [R, tiles]: largest logits, their first ids, weights relative to them.
+    """
+
+    keys: torch.Tensor
+    lowest: torch.Tensor
+    maxima: torch.Tensor
+    ids: torch.Tensor
+    sums: torch.Tensor
+
+
+def _shape(vocab: int) -> dict[str, int]:
+    width = _tile(vocab)
+    tiles = triton.cdiv(vocab, width)
+    return {"WIDTH": width, "TILES": tiles, "PADDED": triton.next_power_of_2(tiles)}
+
+
+def _cut(z: torch.Tensor, parameters: Parameters) -> _Limits:
+    rows, vocab = z.shape
+    shape = _shape(vocab)
+    tiles, group = shape["TILES"], min(GROUP, shape["WIDTH"])
+    groups = shape["WIDTH"] // group
+
+    def room(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, *sizes, dtype=dtype, device=z.device)
+
+    limits = _Limits(
+        room(2, dtype=torch.int32), room(dtype=torch.float64), room(tiles, dtype=torch.float32),
+        room(tiles, dtype=torch.int32), room(tiles, dtype=torch.float64),
+    )  # fmt: skip
+    maxima = room(tiles * groups, dtype=torch.float32)
+    padded = shape["PADDED"] * groups
+    survey_kernel[(rows, tiles)](
+        z, parameters.floats, limits.maxima, limits.ids, limits.sums, maxima, z.stride(0), rows,
+        V=vocab, WIDTH=shape["WIDTH"], TILES=tiles, GROUP=group, num_warps=WARPS,
+    )  # fmt: skip
+    cut_kernel[(rows,)](
+        z, *parameters, limits.maxima, limits.sums, maxima, room(padded, dtype=torch.int32), limits.keys,
+        limits.lowest, z.stride(0), rows,
+        V=vocab, TILES=tiles, PADDED=shape["PADDED"], GROUPS=padded, GROUP=group, CHUNK=CHUNK, num_warps=WARPS,
+    )  # fmt: skip
+    return limits
 
 
 def log_probabilities(
@@ -162,7 +229,11 @@ def _typical(z: torch.Tensor, parameters: Parameters, others: torch.Tensor) -> t
     """`draw` for rows with a typical_p below 1; the other rows keep the tokens that they have."""
     rows, vocab = z.shape
     cut = torch.empty(rows, vocab, dtype=torch.float32, device=z.device)
-    cut_kernel[(rows,)](z, *parameters, cut, z.stride(0), rows, V=vocab, WIDTH=_tile(vocab), num_warps=WARPS)
+    limits = _cut(z, parameters)
+    keep_kernel[(rows,)](
+        z, parameters.floats, limits.maxima, limits.keys, limits.lowest, cut, z.stride(0),
+        **_shape(vocab), V=vocab, num_warps=WARPS,
+    )  # fmt: skip
     temperature, typical_p = parameters.floats[0][:, None], parameters.floats[3][:, None]
     s = cut.double()
     s = (s - s.amax(1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)
