@@ -67,8 +67,8 @@ def rope_and_write(
     if num_tokens:
         tile = 8
         write_kernel[(num_tokens, triton.cdiv(heads, tile))](
-            qkv, q, *map(_as_bytes, _memory(cache)), positions, slots, rope_table,
-            qkv.stride(0), q.stride(0),
+            qkv, q, *_memory(cache), positions, slots, rope_table,
+            qkv.stride(0), q.stride(0), 0,
             H=spec.num_heads, G=spec.num_kv_heads, D=spec.head_dim, HALF=triton.next_power_of_2(spec.head_dim // 2),
             P=cache.block_size, KV=cache.kv_format, HEADS=tile, ROPE=rope_table is not None,
             num_warps=1, enable_fp_fusion=False,
@@ -193,11 +193,6 @@ def _check(q: torch.Tensor, cache: CudaCache, spec: "AttentionSpec") -> None:
         raise KernelError(f"q: {q.dtype} {tuple(q.shape)} is not {wanted}; take it from rope_and_write")
     if cache.kv_format != spec.kv_format:
         raise KernelError(f"cache: holds {cache.kv_format}, the layer wants {spec.kv_format}; make it from this spec")
-
-
-def _as_bytes(x: torch.Tensor | None) -> torch.Tensor | None:
-    """fp8 as uint8, as `write_kernel` stores it."""
-    return x if x is None or x.dtype != torch.float8_e4m3fn else x.view(torch.uint8)
 
 
 def _memory(cache: CudaCache) -> tuple[torch.Tensor | None, ...]:

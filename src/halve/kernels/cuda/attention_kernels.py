@@ -29,22 +29,21 @@ def _encode(x1, x2, KV: tl.constexpr):
         y1 = tl.minimum(tl.maximum(c1, -127.0), 127.0).to(tl.int8)
         y2 = tl.minimum(tl.maximum(c2, -127.0), 127.0).to(tl.int8)
     elif KV == "fp8":
-        # As bytes: stored as fp8, one by one at a stride, Triton 3.6 writes wrong bytes on sm_90.
-        y1 = tl.minimum(tl.maximum(x1, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        y2 = tl.minimum(tl.maximum(x2, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        y1 = tl.minimum(tl.maximum(x1, -448.0), 448.0).to(tl.float8e4nv)
+        y2 = tl.minimum(tl.maximum(x2, -448.0), 448.0).to(tl.float8e4nv)
     else:
         y1 = x1.to(tl.bfloat16)
         y2 = x2.to(tl.bfloat16)
     return y1, y2, scale.to(tl.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["apart"])
 def write_kernel(
-    qkv, q_out, keys, values, key_scales, value_scales, positions, slots, table, qkv_stride, q_stride,
+    qkv, q_out, keys, values, key_scales, value_scales, positions, slots, table, qkv_stride, q_stride, apart,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, KV: tl.constexpr,
     HEADS: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token."""
+    """Some heads of one token. apart: 0."""
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
@@ -81,7 +80,13 @@ def write_kernel(
             tl.store(values + to_key, y1, is_value[:, None] & inside)
             tl.store(values + to_key + D // 2, y2, is_value[:, None] & inside)
         else:
+            # Loaded once more, as threads store them (`apart` hides that they lie side by side): bytes that Triton 3.6
+            # moves between threads come out wrong on sm_90.
             to_value = place[:, None] * (D * P) + i[None, :] * P + offset
+            again = source + i[None, :] * apart
+            v1 = tl.load(again, is_value[:, None] & inside, 0.0).to(tl.float32)
+            v2 = tl.load(again + D // 2, is_value[:, None] & inside, 0.0).to(tl.float32)
+            y1, y2, scale = _encode(v1, v2, KV)
             tl.store(values + to_value, y1, is_value[:, None] & inside)
             tl.store(values + to_value + D // 2 * P, y2, is_value[:, None] & inside)
         if KV == "int8":
