@@ -86,12 +86,12 @@ def write_kernel(
             again = source + i[None, :] * apart
             v1 = tl.load(again, is_value[:, None] & inside, 0.0).to(tl.float32)
             v2 = tl.load(again + D // 2, is_value[:, None] & inside, 0.0).to(tl.float32)
-            y1, y2, scale = _encode(v1, v2, KV)
-            tl.store(values + to_value, y1, is_value[:, None] & inside)
-            tl.store(values + to_value + D // 2 * P, y2, is_value[:, None] & inside)
+            z1, z2, value_scale = _encode(v1, v2, KV)
+            tl.store(values + to_value, z1, is_value[:, None] & inside)
+            tl.store(values + to_value + D // 2 * P, z2, is_value[:, None] & inside)
         if KV == "int8":
             tl.store(key_scales + place * P + offset, scale, is_key)
-            tl.store(value_scales + place * P + offset, scale, is_value)
+            tl.store(value_scales + place * P + offset, value_scale, is_value)
 
 
 @triton.jit
