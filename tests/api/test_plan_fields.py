@@ -129,6 +129,30 @@ def test_a_portable_bundle_with_rounded_activations_is_refused_before_any_work(t
     for options in ({"activations": "int8"}, {"kv_cache": "int8"}):
         with pytest.raises(PlanError, match="a portable plan computes in float32"):
             halve.optimize(tiny, tmp_path / "out", format="int8", portable=True, calibration=text, **options)
-    with pytest.raises(PlanError, match="activations: 'int4' is not one of auto, fp32, bf16, int8"):
+    with pytest.raises(PlanError, match="activations: 'int4' is not one of auto, fp32, bf16, int8, fp8"):
         halve.optimize(tiny, tmp_path / "out", format="int8", activations="int4", calibration=text)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fp8_activations_and_cache_are_refused_on_the_cpu_before_any_work_and_run_on_torch(
+    bundle, tiny, text, tmp_path, monkeypatch
+):
+    for options in ({"activations": "fp8"}, {"kv_cache": "fp8"}):
+        (what,) = options
+        with pytest.raises(
+            PlanError, match=rf"{what} fp8: our C\+\+ on the CPU computes fp32, bf16, int8; use device cuda"
+        ):
+            halve.optimize(tiny, tmp_path / "out", format="fp8", calibration=text, **options)
+        with pytest.raises(
+            PlanError, match=rf"{what} fp8: our C\+\+ on the CPU computes fp32, bf16, int8; use device cuda"
+        ):
+            halve.load(bundle("fp8", **options))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(native_library, "available", lambda: "hidden by a test")
+    exact = halve.load(bundle("fp8", activations="fp32", kv_cache="fp32")).logits(PROMPT)
+    for options in ({"activations": "fp8"}, {"kv_cache": "fp8"}):
+        given = {"activations": "fp32", "kv_cache": "fp32", **options}
+        model = halve.load(bundle("fp8", **given))
+        moved = np.abs(model.logits(PROMPT) - exact).mean()
+        assert 0 < moved < 0.2 * exact.std()
+        assert model.generate(PROMPT, max_tokens=4).completion_tokens == 4

@@ -188,3 +188,13 @@ def test_int8_activations_that_would_meet_floats_alone_are_refused():
         resolve(made, CONFIG)
     mixed = replace(plan(("lm_head", "int8", "rtn"), ("*", "fp8", "rtn")), activations=Activations(format="int8"))
     assert len(resolve(mixed, CONFIG)) == len(list(modules(CONFIG)))
+
+
+def test_fp8_activations_that_would_meet_no_fp8_weights_are_refused():
+    made = uniform_plan(CONFIG, FORMATS["int8"], "rtn", portable=False, source_bits=16, activations="fp8")
+    with pytest.raises(
+        PlanError, match=r"activations fp8: they meet fp8 weights only, and none .* \(int8\); take fp32"
+    ):
+        resolve(made, CONFIG)
+    mixed = replace(plan(("lm_head", "int8", "rtn"), ("*", "fp8", "rtn")), activations=Activations(format="fp8"))
+    assert len(resolve(mixed, CONFIG)) == len(list(modules(CONFIG)))

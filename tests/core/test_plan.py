@@ -29,8 +29,8 @@ plans = st.builds(
     Plan,
     portable=st.booleans(),
     weights=st.builds(Weights, rules=st.lists(rules, max_size=4).map(tuple)),
-    activations=st.builds(Activations, format=st.sampled_from(["fp32", "bf16", "int8"])),
-    kv_cache=st.builds(KVCache, format=st.sampled_from(["fp32", "bf16", "int8"])),
+    activations=st.builds(Activations, format=st.sampled_from(["fp32", "bf16", "int8", "fp8"])),
+    kv_cache=st.builds(KVCache, format=st.sampled_from(["fp32", "bf16", "int8", "fp8"])),
     speculation=st.builds(Speculation, method=st.sampled_from(["none", "ngram"]), max_tokens=st.integers(1, 32)),
 )
 
@@ -85,7 +85,7 @@ def test_patterns_tell_capitals_apart_and_a_star_spans_dots():
             "rules.0..method",
         ),
         ({"kv_cache": {"format": "int4", "version": 1}}, r"^plan\.kv_cache\.format: 'int4' is not one of"),
-        ({"activations": {"format": "fp8", "version": 1}}, r"^plan\.activations\.format: 'fp8' is not one of"),
+        ({"activations": {"format": "fp4", "version": 1}}, r"^plan\.activations\.format: 'fp4' is not one of"),
         ({"portable": 1}, "^plan.portable: expected bool, got 1"),
         ({"version": 2}, r"^plan: version 2 was written by a newer Halve \(this one reads up to 1\)"),
         ({"version": "1"}, "^plan.version: expected a whole number, got '1'"),

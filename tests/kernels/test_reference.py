@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 
 from halve.core.errors import ConfigError, KernelError
 from halve.formats import FORMATS, Weight, pack_codes
-from halve.formats.activations import int8_rows
+from halve.formats.activations import activations_for, fp8_rows, int8_rows
 from halve.formats.base import BF16
 from halve.kernels.ops import AttentionSpec, TokenBatch
-from halve.kernels.reference import QUERY_CHUNK, TorchOps, round_kv_int8, round_rows_int8, torch_device
+from halve.kernels.reference import (
+    QUERY_CHUNK,
+    TorchOps,
+    round_fp8,
+    round_kv_int8,
+    round_rows_fp8,
+    round_rows_int8,
+    torch_device,
+)
 
 ATOL = 2e-5  # of float32 sums of at most a few hundred products of size one
 
@@ -124,7 +132,7 @@ def test_int8_keys_have_a_scale_of_16_bits_for_each_head_and_int8_activations_on
 
 
 def test_activations_that_do_not_exist_are_refused():
-    with pytest.raises(ConfigError, match=r"activations: 'int4' is not one of \['fp32', 'bf16', 'int8'\]"):
+    with pytest.raises(ConfigError, match=r"activations: 'int4' is not one of \['fp32', 'bf16', 'int8', 'fp8'\]"):
         TorchOps(activations="int4")
 
 
@@ -331,3 +339,34 @@ def test_the_cpu_is_described_as_this_machine():
     device = torch_device("cpu")
     assert (device.name, device.kind) == ("cpu", "cpu")
     assert TorchOps().device == device
+
+
+def test_rows_in_fp8_are_the_bits_of_the_definition_and_near_what_they_stand_for():
+    x = normal(64, 48, seed=8) * np.exp2(np.arange(64) - 32).astype(np.float32)[:, None]
+    x[3] = 0
+    codes, scale = fp8_rows(x)
+    np.testing.assert_array_equal(round_rows_fp8(torch.tensor(x)).numpy(), codes.astype(np.float32) * scale[:, None])
+    assert np.abs(codes.astype(np.float32)[np.arange(64) != 3]).max(1).min() == 448
+    error = np.abs(codes.astype(np.float64) * scale[:, None] - x)
+    assert (error <= np.abs(x) / 15.9 + scale[:, None] * 2.0**-10).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_in_fp8_that_holds_nan_or_infinity_is_seen(bad):
+    x = normal(2, 16)
+    x[1, 5] = bad
+    codes, scale = fp8_rows(x)
+    assert np.isnan(scale[1])
+    assert np.isfinite(scale[0])
+    assert round_rows_fp8(torch.tensor(x))[1].isnan().all()
+    np.testing.assert_array_equal(round_rows_fp8(torch.tensor(x))[0].numpy(), codes.astype(np.float32)[0] * scale[0])
+
+
+def test_fp8_activations_meet_fp8_weights_and_leave_others_alone():
+    met = {name: activations_for(FORMATS[name], "fp8") for name in ("fp8", "int8", "int4-g32", "bf16")}
+    assert met == {"fp8": "fp8", "int8": "fp32", "int4-g32": "fp32", "bf16": "fp32"}
+
+
+def test_fp8_beyond_448_is_cut_off_and_rounds_to_nearest_even():
+    x = torch.tensor([448.0, 463.9, 1e9, -1e9, 17.0, 19.0, 0.0009765625])
+    assert round_fp8(x).tolist() == [448.0, 448.0, 448.0, -448.0, 16.0, 20.0, 0.0]

@@ -169,6 +169,10 @@ def test_a_plan_is_said_in_sentences() -> None:
     assert (
         "Keys and values of earlier tokens are rounded to 8-bit integers, one 16-bit scale for each token and" in said
     )
+    floats = Plan(activations=Activations(format="fp8"), kv_cache=KVCache(format="fp8"))
+    said = " ".join(words.plan_sentences(floats))
+    assert "with fp8 weights are rounded to 8-bit floats, one scale for each token" in said
+    assert "Keys and values of earlier tokens are rounded to 8-bit floats (e4m3) in the cache" in said
 
 
 def test_a_plan_says_where_guesses_come_from() -> None:

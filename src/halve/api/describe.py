@@ -11,9 +11,11 @@ from halve.api.facts import versions
 from halve.api.progress import SILENT, Progress
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.header import spec_bytes
-from halve.hardware import Topology, default_threads, detect_cpu, free_memory_bytes, read_topology
+from halve.core.record import to_dict
+from halve.hardware import Topology, default_threads, detect_cpu, detect_cuda, free_memory_bytes, read_topology
 from halve.kernels import ceilings, native_library, native_rows
 from halve.kernels.ceilings import Ceilings
+from halve.kernels.cuda import rows as cuda_rows
 from halve.models import load_config, stored_formats
 from halve.models.names import EMBEDDING, groups, modules, num_parameters, vectors
 
@@ -81,6 +83,20 @@ class ProcessorFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CudaFacts:
+    """NVIDIA cards, and the kernel of each format on the first; without one, what would run and why it does not.
+
+    reason: why there is no card, null where there is one. ceilings: of the first card; a mapping, so that looking loads
+    no torch.
+    """
+
+    devices: tuple[Mapping[str, Any], ...]
+    reason: str | None
+    kernels: tuple[Mapping[str, Any], ...]
+    ceilings: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MachineFacts:
     """What `halve doctor` says. ceilings is null where they were not measured (`halve doctor --measure`)."""
 
@@ -92,6 +108,7 @@ class MachineFacts:
     native: str  # "ready", or why the C++ kernels are not there
     kernels: tuple[Mapping[str, Any], ...]
     ceilings: Ceilings | None
+    cuda: CudaFacts
     versions: Mapping[str, str]
     version: int = 1
 
@@ -190,6 +207,7 @@ def doctor(*, measure: bool = False, progress: Progress = SILENT) -> MachineFact
         native="ready" if reason is None else reason,
         kernels=tuple(kernels),
         ceilings=_ceilings(progress) if measure else None,
+        cuda=_cuda(progress, measure=measure),
         versions=versions(),
     )
 
@@ -225,6 +243,32 @@ def _advice(topology: Topology) -> str | None:
     lists = [",".join(str(cpu) for cpu in sorted(cpu for core in side for cpu in core.cpus)) for side in sides]
     each = [f"taskset -c {cpus} halve ..." for cpus in lists]
     return f"two engines at once slow each other down unless each has cores of its own: {'; '.join(each)}"
+
+
+def _cuda(progress: Progress, *, measure: bool) -> CudaFacts:
+    devices, reason = detect_cuda()
+    first = devices[0] if devices else None
+    measured = None
+    if first is not None and measure:
+        from halve.kernels.cuda import ceilings as cuda_ceilings
+
+        with progress.task(f"Measuring {first.model}", "rates") as advance:
+            measured = to_dict(cuda_ceilings.measure(first.name, progress=advance))
+    return CudaFacts(
+        devices=tuple(
+            {
+                "name": device.name,
+                "model": device.model,
+                "capability": max(device.features, key=lambda level: int(level[3:])),
+                "multiprocessors": device.num_cores,
+                "memory_bytes": device.memory_bytes,
+            }
+            for device in devices
+        ),
+        reason=reason,
+        kernels=tuple(cuda_rows.format_report(first, reason)),
+        ceilings=measured,
+    )
 
 
 def _ceilings(progress: Progress) -> Ceilings:

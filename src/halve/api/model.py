@@ -12,9 +12,10 @@ from halve.api.bundle import read_plan
 from halve.api.draft import choose_speculation, load_draft
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.files import read_object
-from halve.core.errors import KernelError, RequestError
+from halve.core.errors import KernelError, PlanError, RequestError
 from halve.core.plan import Plan, Speculation
 from halve.engine import (
+    AheadModelRunner,
     Completion,
     Engine,
     EngineConfig,
@@ -28,8 +29,10 @@ from halve.engine import (
     run_file,
 )
 from halve.hardware import detect_cpu
-from halve.kernels import native, native_library
-from halve.kernels.ops import Array, Ops, TokenBatch
+from halve.kernels import native, native_cache, native_library, native_rows
+from halve.kernels.backends import backend
+from halve.kernels.cuda import rows as cuda_rows
+from halve.kernels.ops import Array, Ops, OwnMemoryOps, TokenBatch
 from halve.kernels.team import home, pin
 from halve.models import Decoder, ModelConfig, ReadySource, load_config, load_decoder
 from halve.text import Tokenizer
@@ -41,6 +44,8 @@ log = logging.getLogger("halve")
 
 BLOCK_SIZE = 16  # tokens
 CACHE_SHARE = 0.1  # of the machine's memory
+# On CUDA a step takes milliseconds whatever it holds, and memory is for the cache.
+CUDA_ENGINE = EngineConfig(max_num_seqs=256, max_tokens_per_step=8192, max_prefill_beside_decode=2048)
 
 
 class Model:
@@ -65,8 +70,10 @@ class Model:
         self.config, self.plan, self.ops, self.decoder = decoder.config, plan, ops, decoder
         self.tokenizer = tokenizer
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
-        self._engine_config = engine_config or EngineConfig()
+        self._engine_config = engine_config or (CUDA_ENGINE if decoder.runs_ahead else EngineConfig())
         self._draft = draft
+        if cache_bytes is None and isinstance(ops, OwnMemoryOps):
+            cache_bytes = ops.spare_bytes()
         self._num_blocks = cache_blocks(self.config, self._engine_config, cache_bytes, draft.config if draft else None)
         self._engine: Engine | None = None
         self._making_engine = Lock()
@@ -81,9 +88,10 @@ class Model:
         """The engine behind `generate` and `stream`; its cache is allocated on first use."""
         with self._making_engine:
             if self._engine is None:
+                kind = AheadModelRunner if self.decoder.runs_ahead else ModelRunner
                 sizes = {"num_blocks": self._num_blocks, "block_size": BLOCK_SIZE}
                 self._engine = Engine(
-                    ModelRunner(self.decoder, **sizes),
+                    kind(self.decoder, **sizes),
                     self.tokenizer,
                     self._engine_config,
                     eos_token_ids=self.eos_token_ids,
@@ -174,8 +182,10 @@ def load(
 ) -> Model:
     """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
 
-    device: `auto` (our C++ on CPU), or a torch device such as `cuda`. engine: how its engine divides its steps.
-    cache_bytes: memory for keys and values; None is a tenth of the machine's, or less where the engine can't fill it.
+    device: `auto` (our C++ on CPU), `cuda` (our Triton kernels, where triton is installed), another torch device, or
+    one that an installed package brings (`halve.kernels.backends`). engine: how its engine divides its steps.
+    cache_bytes: memory for keys and values; None is a tenth of the machine's, or what a GPU has left, and less where
+    the engine can't fill it.
     num_threads: of the C++ kernels, None for one for each physical core (`halve doctor` says how many and why); cores:
     where to keep them, empty for wherever the system likes, on a machine of several memory nodes for one of them (one
     team for the process; `halve.kernels.team`).
@@ -189,6 +199,7 @@ def load(
     checkpoint = open_checkpoint(resolve(str(model)))
     plan = read_plan(checkpoint)
     config = load_config(checkpoint, plan)
+    check_served(device, plan.activations.format, plan.kv_cache.format)
     ops = make_ops(device, plan.activations.format, num_threads, cores)
     if isinstance(ops, native.NativeOps):
         # Threads read the weights while this one reads the tokenizer, which takes as long.
@@ -231,8 +242,25 @@ def cache_blocks(
     )
 
 
+def check_served(device: str, activations: str, kv_cache: str) -> None:
+    """Refuse, with PlanError, what a plan rounds to where the kernels of a device have no row for it."""
+    if device not in ("auto", "cpu") or native_library.available() is not None:
+        return
+    for what, chosen, known in (
+        ("activations", activations, native_rows.ACTIVATIONS),
+        ("kv_cache", kv_cache, tuple(native_cache.FORMATS)),
+    ):
+        if chosen not in known:
+            raise PlanError(
+                f"{what} {chosen}: our C++ on the CPU computes {', '.join(known)}; use device cuda (--device cuda), "
+                f"another torch device, or a plan with {what} in one of these"
+            )
+
+
 def make_ops(device: str, activations: str, num_threads: int | None = None, cores: Sequence[int] = ()) -> Ops:
-    """The Ops of a device: our C++ on CPU where it is built, else torch (said in the log)."""
+    """The Ops of a device: our C++ on CPU where it is built, our Triton on CUDA where it runs, a package's own; else
+    torch (said in the log).
+    """
     if device in ("auto", "cpu"):
         reason = native_library.available()
         if reason is None:
@@ -243,6 +271,18 @@ def make_ops(device: str, activations: str, num_threads: int | None = None, core
         device = "cpu"
     if num_threads is not None or cores:
         raise RequestError("num_threads and cores are of the C++ kernels on the CPU; leave them out on a torch device")
+    if device.partition(":")[0] == "cuda":
+        reason = cuda_rows.refusal(device)
+        if reason is None:
+            from halve.kernels.cuda.ops import CudaOps
+
+            return CudaOps(device, activations=activations)
+        log.warning("running on torch instead of the Triton kernels: %s", reason)
+    try:
+        if factory := backend(device):
+            return factory(device, activations=activations)
+    except KernelError as error:
+        raise RequestError(f"device {device!r} can't be used: {error}") from error
     return torch_ops(device, activations)
 
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE
 from halve.api.facts import environment, versions
-from halve.api.model import torch_ops
+from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
 from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
 from halve.api.progress import SILENT, Progress
@@ -93,6 +93,8 @@ def optimize(
             raise OutputError(f"{out}: is the model itself; choose another output")
         refuse_existing(Path(out), force=force)  # now, not after minutes of reading and hashing
         torch_ops(device)
+        served = "auto" if device == "cpu" else device
+        check_served(served, *("fp32" if chosen == "auto" else chosen for chosen in (activations, kv_cache)))
         config = load_config(checkpoint).with_kv_format("fp32")
         source = stored_formats(checkpoint, config)
         listed = _list_candidates(
@@ -153,7 +155,7 @@ def optimize(
                     outcome.directory,
                     reload(smaller, device),
                     texts.sealed[:NUM_SAMPLES],
-                    "auto" if device == "cpu" else device,
+                    served,
                     progress,
                 )
             inputs = Inputs(

@@ -34,7 +34,9 @@ SAMPLE_TOKENS = 40
 # Two right sets of kernels differ by the order of their sums: measured, 1e-7 nats per token. Where activations are
 # rounded, that order decides what falls to which side, and noise e in the logits costs a KL of up to e^2 / 2:
 # measured with int8 activations on tiny-en at 4 bits, 5e-4.
+# On CUDA the stream between operations is bf16; measured on tiny-en, 1e-4.
 AGREEMENT = 1e-4
+AGREEMENT_BF16 = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,8 @@ def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> 
     window_tokens = min(model.config.context, WINDOW_TOKENS)
     scores = compare(DecoderScorer(reference), DecoderScorer(model.decoder), documents, window_tokens=window_tokens)
     divergence = float(scores.kl.mean())
-    if not divergence <= max(AGREEMENT, NOISE[model.plan.activations.format] ** 2 / 2):
+    rounding = AGREEMENT_BF16 if model.ops.name == "cuda" else AGREEMENT
+    if not divergence <= max(rounding, NOISE[model.plan.activations.format] ** 2 / 2):
         raise KernelError(
             f"kernels {model.kernels} differ from the reference by a KL divergence of {divergence:.2g} nats per token; "
             "this is a defect of Halve on this machine: please report it, with `halve doctor --json`"

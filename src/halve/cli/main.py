@@ -51,6 +51,7 @@ class InputFormat(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 def _show_version(asked: bool) -> None:
@@ -198,7 +199,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
     include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep that text in the answer.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), cuda, or another device.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(help="Threads of the C++ kernels. Without it: one for each physical core.")
     ] = None,
@@ -255,7 +256,7 @@ def batch(
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), or a torch device.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto (our C++ on CPU), cuda, or another device.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(help="Threads of the C++ kernels. Without it: one for each physical core.")
     ] = None,

@@ -1,6 +1,7 @@
 """Records as tables for people."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -130,15 +131,38 @@ def show_machine(facts: "MachineFacts") -> None:
     typer.echo(f"memory: {format_bytes(facts.memory_bytes)}, free {free}")
     typer.echo(f"C++ kernels: {facts.native}")
     typer.echo("versions: " + ", ".join(f"{name} {value}" for name, value in facts.versions.items()))
+    _show_kernels(facts.kernels)
+    for card in facts.cuda.devices:
+        typer.echo(
+            f"{card['name']}: {card['model']}, {card['capability']}, {card['multiprocessors']} multiprocessors, "
+            f"{format_bytes(card['memory_bytes'])}"
+        )
+    if facts.cuda.reason is not None:
+        typer.echo(f"no CUDA: {facts.cuda.reason}")
+    _show_kernels(facts.cuda.kernels)
+    if facts.ceilings is not None:
+        show_ceilings(facts.ceilings)
+    if facts.cuda.ceilings is not None:
+        for name, measured in facts.cuda.ceilings.items():
+            if name != "refused" and measured is not None:
+                what, _, unit = name.partition("_")
+                low, high = f"{measured['low']:,.0f}", f"{measured['high']:,.0f}"
+                typer.echo(f"cuda {what}: {measured['value']:,.0f} {_UNITS[unit]} [{low}, {high}]")
+        for name, reason in facts.cuda.ceilings["refused"].items():
+            typer.echo(f"cuda {name}: not here: {reason}")
+
+
+_UNITS = {"gb_s": "GB/s", "tflop_s": "TFLOP/s", "top_s": "TOP/s"}
+
+
+def _show_kernels(kernels: Sequence[Mapping[str, Any]]) -> None:
     table = Table()
     for column in ("operation", "format", "kernel", "refused"):
         table.add_column(column, overflow="fold")
-    for row in facts.kernels:
+    for row in kernels:
         refused = "; ".join(f"{r['kernel']}: {r['reason']}" for r in row["refused"])
-        table.add_row(row["op"], row["format"], str(row["kernel"]), escape(refused))
+        table.add_row(row["op"], row["format"], str(row["kernel"] or "none"), escape(refused))
     console().print(table)
-    if facts.ceilings is not None:
-        show_ceilings(facts.ceilings)
 
 
 def show_processors(facts: "ProcessorFacts") -> None:

@@ -62,6 +62,12 @@ def _check_activations(plan: Plan, assignments: list[Assignment]) -> None:
             f"activations int8: they meet integer weights only, and all weights are floats ({', '.join(names)}); "
             "take fp32 or bf16 activations, or an integer format"
         )
+    if plan.activations.format == "fp8" and all(f is not None and f.name != "fp8" for f in stored):
+        names = sorted({f.name for f in stored if f})
+        raise PlanError(
+            f"activations fp8: they meet fp8 weights only, and none is stored so ({', '.join(names)}); take fp32, bf16 "
+            "or, with integer weights, int8 activations"
+        )
 
 
 def _check_portable(plan: Plan, assignments: list[Assignment], config: ModelConfig) -> None:

@@ -14,8 +14,8 @@ from halve.core.errors import ConfigError, PlanError
 from halve.core.record import from_dict, parse_json, shown, to_dict
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
-ActivationFormat = Literal["fp32", "bf16", "int8"]
-KVFormat = Literal["fp32", "bf16", "int8"]
+ActivationFormat = Literal["fp32", "bf16", "int8", "fp8"]
+KVFormat = Literal["fp32", "bf16", "int8", "fp8"]
 SpeculationMethod = Literal["none", "ngram", "draft"]
 
 # MIGRATIONS[section][n] turns version n of that section into version n + 1; "plan" is the outer object.
@@ -57,6 +57,7 @@ class Activations:
 
     int8: the input of products with integer weights, one float32 scale a token, found when the token is there
     (`halve.formats.activations.int8_rows`); the input of products with float weights is not rounded then.
+    fp8: the same for products with fp8 weights (`halve.formats.activations.fp8_rows`); for GPUs, not for our C++.
     """
 
     format: ActivationFormat = "fp32"
@@ -68,6 +69,7 @@ class KVCache:
     """Keys and values are rounded to this format before attention reads them.
 
     int8: one bf16 scale a token and head for keys and one for values (`halve.kernels.reference.round_kv_int8`).
+    fp8: e4m3 without a scale, beyond 448 cut off; for GPUs, not for our C++.
     """
 
     format: KVFormat = "bf16"

@@ -5,17 +5,20 @@ from halve.engine.core import EngineCore, StepError
 from halve.engine.engine import Engine, Prompt, Stream
 from halve.engine.offline import OfflineRun, run_file
 from halve.engine.request import Candidate, Completion, Request, SamplingParams, StepOutput, TokenLogprobs
-from halve.engine.runner import ModelRunner, Runner, blocks_for, blocks_within
+from halve.engine.runner import AheadModelRunner, AheadRunner, Handle, ModelRunner, Runner, blocks_for, blocks_within
 from halve.engine.simulate import Percentiles, Simulation, simulate
 from halve.engine.step_times import StepTimes, measure_steps
 
 __all__ = [
+    "AheadModelRunner",
+    "AheadRunner",
     "Candidate",
     "Completion",
     "Engine",
     "EngineConfig",
     "EngineCore",
     "EngineMetrics",
+    "Handle",
     "ModelRunner",
     "OfflineRun",
     "Percentiles",

@@ -2,10 +2,17 @@
 
 Whatever ends a request, its blocks are back in the pool when the call that ended it returns. `halve.engine.Engine` puts
 a thread around it.
+
+Over an `AheadRunner` step n + 1 is planned and submitted before the tokens of step n are asked for, so that the device
+never waits for the host; each call of `step` tells what the step before it made. What ends at step n is still in step
+n + 1: that token is dropped. The blocks are free at once all the same, because a device runs its steps in order: who
+gets them writes after the last that still wrote there.
 """
 
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -15,12 +22,13 @@ from halve.engine.block_pool import BlockPool
 from halve.engine.config import EngineConfig, EngineMetrics
 from halve.engine.draft_model import DraftModel
 from halve.engine.request import Candidate, FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
-from halve.engine.runner import Runner
+from halve.engine.runner import AheadRunner, Handle, Runner
 from halve.engine.scheduler import Scheduler, Step, Told
 from halve.engine.sequence import Sequence, Status
 from halve.engine.speculative import NgramProposer, Speculator
 from halve.engine.stop import StopText
-from halve.kernels.sampling import Sampled
+from halve.kernels.ops import Array, TokenBatch
+from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.text import Tokenizer
 
 
@@ -30,6 +38,15 @@ class StepError(EngineError):
     def __init__(self, message: str, request_ids: Collection[str]) -> None:
         super().__init__(message)
         self.request_ids = frozenset(request_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that the runner was given and whose tokens are still to come."""
+
+    step: Step
+    handle: Handle
+    num_rows: int
 
 
 class _AnswerText:
@@ -85,6 +102,9 @@ class EngineCore:
         self.scheduler = Scheduler.configured(self.config, pool, context=runner.context)
         self._texts: dict[Sequence, _AnswerText] = {}
         self._aborted: list[StepOutput] = []
+        # Guesses need the tokens of the step before, so with them every step waits for its own.
+        self._ahead = runner if isinstance(runner, AheadRunner) and not self.speculator else None
+        self._flight: _Flight | None = None
         self._num_finished = self._num_aborted = self._num_failed = 0
         self._clock = time.perf_counter
         self._run_s = 0.0  # that the runner took for the latest step
@@ -107,7 +127,7 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do or to tell."""
-        return self.scheduler.has_unfinished or bool(self._aborted)
+        return self.scheduler.has_unfinished or bool(self._aborted) or self._flight is not None
 
     def check(self, request: Request) -> None:
         """Raise RequestError for what can never be served; reads only what never changes, so any thread may call it.
@@ -156,11 +176,17 @@ class EngineCore:
         return bool(sequences)
 
     def step(self) -> list[StepOutput]:
-        """Run one batch. Returns an output for every answer that got a token or ended.
+        """Run one batch. Returns an output for every answer that got a token or ended; over an `AheadRunner`, of the
+        step before, so that the first call tells nothing.
 
         Raises StepError when the runner fails: the requests of this step have then ended and their blocks are free;
         those that wait are not touched, and the engine can go on.
         """
+        outputs = self._step_now() if self._ahead is None else self._step_ahead(self._ahead)
+        told, self._aborted = self._aborted, []
+        return told + outputs
+
+    def _step_now(self) -> list[StepOutput]:
         if self.speculator:
             self.speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
@@ -176,8 +202,17 @@ class EngineCore:
                 self._discard(step)
                 raise
             outputs = self._commit(step, sampled)
-        told, self._aborted = self._aborted, []
-        return told + outputs
+        return outputs
+
+    def _step_ahead(self, runner: AheadRunner) -> list[StepOutput]:
+        """Submit the next step, then take the tokens of the one before."""
+        if self._flight is not None and any(sequence.is_penalized for sequence in self._flight.step.sampled):
+            landing, self._flight = self._flight, None  # penalties count the tokens so far: the next step needs them
+            return self._land(landing)
+        step = self.scheduler.schedule()
+        submitted = self._submit(runner, step) if step.chunks else None
+        before, self._flight = self._flight, submitted
+        return [] if before is None else self._land(before)
 
     def metrics(self) -> EngineMetrics:
         """What it holds and what it has done."""
@@ -207,25 +242,52 @@ class EngineCore:
         assert all(sequence.status is not Status.FINISHED for sequence in self._texts)
 
     def _run(self, step: Step) -> Sampled:
-        batch, rows = token_batch(step, self.runner.block_size)
-        for pairs in block_copies(step):
-            self.runner.copy_blocks(pairs)
-        sampling = sampling_batch(step, self.eos_token_ids)
+        batch, rows, sampling = self._arrays(step)
         started = self._clock()
         sampled = self.runner.run(batch, rows, sampling)
         self._run_s = self._clock() - started
+        return self._checked(sampled, len(rows))
+
+    def _submit(self, runner: AheadRunner, step: Step) -> _Flight:
+        try:
+            batch, rows, sampling = self._arrays(step)
+            return _Flight(step, runner.submit(batch, rows, sampling), len(rows))
+        except Exception as error:
+            self._fail(step, error)
+        except BaseException:
+            self._discard(step)
+            raise
+
+    def _land(self, flight: _Flight) -> list[StepOutput]:
+        try:
+            sampled = self._checked(flight.handle.result(), flight.num_rows)
+        except Exception as error:
+            self._fail(flight.step, error)
+        except BaseException:
+            self._discard(flight.step)
+            raise
+        return self._commit(flight.step, sampled)
+
+    def _arrays(self, step: Step) -> tuple[TokenBatch, Array, SamplingBatch]:
+        """What the runner is given; blocks that the step copies are copied."""
+        batch, rows = token_batch(step, self.runner.block_size)
+        for pairs in block_copies(step):
+            self.runner.copy_blocks(pairs)
+        return batch, rows, sampling_batch(step, self.eos_token_ids)
+
+    def _checked(self, sampled: Sampled, num_rows: int) -> Sampled:
         ids = sampled.token_ids
-        if ids.shape != rows.shape or (len(ids) and not 0 <= ids.min() <= ids.max() < self.runner.vocab_size):
+        if ids.shape != (num_rows,) or (len(ids) and not 0 <= ids.min() <= ids.max() < self.runner.vocab_size):
             raise HalveError(
-                f"runner: token ids {ids.shape} for {len(rows)} rows, or outside the vocabulary; its `run` is broken"
+                f"runner: token ids {ids.shape} for {num_rows} rows, or outside the vocabulary; its `run` is broken"
             )
         return sampled
 
     def _commit(self, step: Step, sampled: Sampled) -> list[StepOutput]:
+        """Tell the tokens of a step; one that ended after the step was planned, or by a token before, gets none."""
         all_told = self.scheduler.commit(step, sampled.token_ids.tolist())
         if self.speculator:
             self.speculator.learn(step, self._run_s)
-        # A sequence may end by a token before, of the same step; what else it got is not told then.
         return [self._extend(told, sampled) for told in all_told if told.sequence.status is not Status.FINISHED]
 
     def _extend(self, told: Told, sampled: Sampled) -> StepOutput:
@@ -256,7 +318,7 @@ class EngineCore:
         num_tokens = told.sequence.num_prompt_tokens + told.num_generated
         return "length" if num_tokens >= told.sequence.max_tokens else None
 
-    def _fail(self, step: Step, error: Exception) -> None:
+    def _fail(self, step: Step, error: Exception) -> NoReturn:
         request_ids = self._discard(step)
         what = str(error) or type(error).__name__
         raise StepError(f"a step with {len(request_ids)} requests failed: {what}", request_ids) from error

@@ -1,6 +1,6 @@
 """The model as the engine sees it: a flat batch in, tokens out. It owns the paged cache."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from halve.core.errors import RequestError
 from halve.kernels.ops import Array, TokenBatch
@@ -38,6 +38,25 @@ class Runner(Protocol):
 
     def copy_blocks(self, pairs: Array) -> None:
         """Copy blocks of the cache, every layer: pairs int32 [n, 2], (from, to); no block is both."""
+
+
+class Handle(Protocol):
+    """A batch that was submitted."""
+
+    def result(self) -> Sampled:
+        """Its tokens, when they are there. Raises what went wrong; called once."""
+
+
+@runtime_checkable
+class AheadRunner(Runner, Protocol):
+    """A runner that can be given a batch before the tokens of the one before are known: a device beside the host."""
+
+    def submit(self, batch: TokenBatch, rows: Array, sampling: SamplingBatch) -> Handle:
+        """Begin what `run` does and return. Batches and copies of blocks take effect in the order they are given.
+
+        A token id of -1 - r is the token that the batch submitted before chose for its row r. At most one batch is
+        outstanding when another is submitted.
+        """
 
 
 class DecoderConfig(Protocol):
@@ -90,6 +109,26 @@ class ModelRunner:
     def copy_blocks(self, pairs: Array) -> None:
         """As `Runner.copy_blocks`."""
         self.decoder.copy_blocks(self._cache, pairs)
+
+
+class AheadDecoder(Decoder, Protocol):
+    """A decoder that can begin a step and tell its tokens later."""
+
+    def submit(self, batch: TokenBatch, cache: Any, rows: Array, sampling: SamplingBatch) -> Handle:
+        """As `AheadRunner.submit`."""
+
+
+class AheadModelRunner(ModelRunner):
+    """An `AheadRunner` over a decoder, with a cache of its own."""
+
+    decoder: AheadDecoder
+
+    def __init__(self, decoder: AheadDecoder, *, num_blocks: int, block_size: int = 16) -> None:
+        super().__init__(decoder, num_blocks=num_blocks, block_size=block_size)
+
+    def submit(self, batch: TokenBatch, rows: Array, sampling: SamplingBatch) -> Handle:
+        """As `AheadRunner.submit`."""
+        return self.decoder.submit(batch, self._cache, rows, sampling)
 
 
 def blocks_within(memory_bytes: int, bytes_per_block: int) -> int:

@@ -318,7 +318,8 @@ class Scheduler:
     def discard(self, step: Step) -> set[str]:
         """End every request that a failed step held; what it has written is not used. Returns their ids."""
         self._num_in_flight -= 1
-        failed = {chunk.sequence.request.request_id for chunk in step.chunks} & self._requests.keys()
+        held = [sequence for chunk in step.chunks for sequence in (chunk.sequence, *chunk.sampled)]
+        failed = {sequence.request.request_id for sequence in held if sequence.status is not Status.FINISHED}
         for request_id in failed:
             for sequence in self.of_request(request_id):
                 self.remove(sequence)

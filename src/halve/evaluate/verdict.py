@@ -12,7 +12,7 @@ from halve.core.plan import ActivationFormat
 # by 1e-7, as float32 rounds, the logits of tiny-en at 4 bits move by 1e-6 (one standard deviation) without bf16, by
 # 2e-4 with keys and values in bf16, by 6e-4 with them in int8, by 6e-3 with activations in bf16, by 4e-2 with
 # activations in int8. Keys and values are bf16 by default.
-NOISE = {"fp32": 1e-3, "bf16": 1e-2, "int8": 6e-2}  # nats
+NOISE = {"fp32": 1e-3, "bf16": 1e-2, "int8": 6e-2, "fp8": 6e-2}  # nats
 
 
 def passes(quality: Quality, limit: float) -> bool:

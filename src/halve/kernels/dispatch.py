@@ -25,6 +25,7 @@ class Spec:
     activations: str = "fp32"
     out_features: int | None = None
     in_features: int | None = None
+    num_tokens: int | None = None  # of one product, where a row cares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

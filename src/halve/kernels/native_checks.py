@@ -20,7 +20,9 @@ def check_attention(spec: AttentionSpec) -> None:
     if spec.window is not None and spec.window < 1:
         raise KernelError(f"attention: window {spec.window} must be 1 or more, or None to see everything before")
     if spec.kv_format not in KV_FORMATS:
-        raise KernelError(f"attention: kv_format {spec.kv_format!r} is not one of {list(KV_FORMATS)}")
+        raise KernelError(
+            f"attention: kv_format {spec.kv_format!r} is not one of {list(KV_FORMATS)}, which our C++ keeps"
+        )
 
 
 def check_batch(batch: TokenBatch, spec: AttentionSpec, cache: KVCache | None) -> TokenBatch:

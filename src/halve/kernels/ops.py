@@ -9,7 +9,7 @@ Shapes: T tokens of a step, S sequences, H query heads, G key-value heads, D hea
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # Memory for a packed matrix: uint8 [bytes], on a multiple of 64 bytes.
 Allocate = Callable[[int], Array]
 
-KV_FORMATS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # formats of the cache -> bytes of an element
+KV_FORMATS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # formats of our C++'s cache -> bytes of an element
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,8 +66,8 @@ class AttentionSpec:
     """What one layer's attention computes. Source: arXiv:1706.03762; grouped queries arXiv:2305.13245.
 
     window: a token sees itself and the `window - 1` before it; None sees all before it.
-    kv_format: keys and values are rounded to it (`KV_FORMATS`) before they are read, cached or not. int8 has a scale
-    for each token and head (`reference.round_kv_int8`).
+    kv_format: keys and values are rounded to it before they are read, cached or not (`reference.ROUND_KV`). int8 has a
+    scale for each token and head.
     """
 
     num_heads: int
@@ -178,6 +178,22 @@ class Ops(Protocol):
 
     def copy_blocks(self, cache: Any, pairs: Array) -> None:
         """Copy whole blocks of one layer's cache: pairs int32 [N, 2], from and to; no block is both."""
+
+
+@runtime_checkable
+class FusingOps(Ops, Protocol):
+    """Ops that keep matrices which share their input as one in memory."""
+
+    def fuse(self, linears: Sequence[Any]) -> list[Any]:
+        """What `linear` prepared for the members of one group, in order, to be used in their place."""
+
+
+@runtime_checkable
+class OwnMemoryOps(Ops, Protocol):
+    """Ops of a device with memory of its own."""
+
+    def spare_bytes(self) -> int:
+        """Memory that is free now, less what steps take beside weights and cache."""
 
 
 class PackingOps(Ops, Protocol):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from halve.core.errors import ConfigError, KernelError
 from halve.formats import Weight
-from halve.formats.activations import SMALLEST_ABSMAX, activations_for
+from halve.formats.activations import LARGEST_FP8, SMALLEST_ABSMAX, activations_for
 from halve.formats.base import BF16, FP8
 from halve.hardware import Device, detect_cpu
 from halve.kernels.dispatch import Kernel, Spec, choose
@@ -43,14 +43,29 @@ def round_rows_int8(x: Tensor) -> Tensor:
     The same bits as codes * scale of `halve.formats.activations.int8_rows`, which says what becomes of zeros, NaN and
     infinity. The gradient goes straight through, as it does through bf16. Source: arXiv:1308.3432.
     """
+    return _round_rows(x, 127, torch.round)
+
+
+def round_rows_fp8(x: Tensor) -> Tensor:
+    """The same in fp8: the bits of codes * scale of `halve.formats.activations.fp8_rows`."""
+    return _round_rows(x, float(LARGEST_FP8), round_fp8)
+
+
+def _round_rows(x: Tensor, largest: float, to_code: Callable[[Tensor], Tensor]) -> Tensor:
     absmax = x.abs().amax(-1, keepdim=True)
-    levels = torch.full_like(absmax, 127)  # a tensor: by a plain number torch divides by way of a reciprocal
+    levels = torch.full_like(absmax, largest)  # a tensor: by a plain number torch divides by way of a reciprocal
     broken = ~x.isfinite().all(-1, keepdim=True)
     some = ~broken & (absmax >= float(SMALLEST_ABSMAX))
     inverse = torch.where(some, levels / absmax, 0.0)
     scale = torch.where(some, absmax / levels, 0.0).masked_fill(broken, math.nan)
-    rounded = (torch.where(some, x, 0.0) * inverse).round() * scale
+    rounded = to_code(torch.where(some, x, 0.0) * inverse) * scale
     return rounded.detach() + (x - x.detach()) if x.requires_grad else rounded
+
+
+def round_fp8(x: Tensor) -> Tensor:
+    """Round float32 to e4m3, to nearest even, and widen it again; beyond 448 it becomes 448."""
+    largest = float(LARGEST_FP8)
+    return x.clamp(-largest, largest).to(torch.float8_e4m3fn).to(torch.float32)
 
 
 def round_bf16(x: Tensor) -> Tensor:
@@ -59,9 +74,20 @@ def round_bf16(x: Tensor) -> Tensor:
 
 
 Rounding = Callable[[Tensor], Tensor]
-ROUND_INPUT: Mapping[str, Rounding] = {"fp32": lambda x: x, "bf16": round_bf16, "int8": round_rows_int8}
-ROUND_KV: Mapping[str, Rounding] = {"fp32": lambda x: x, "bf16": round_bf16, "int8": round_kv_int8}
-STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # what int8 stands for, exactly
+ROUND_INPUT: Mapping[str, Rounding] = {
+    "fp32": lambda x: x,
+    "bf16": round_bf16,
+    "int8": round_rows_int8,
+    "fp8": round_rows_fp8,
+}
+ROUND_KV: Mapping[str, Rounding] = {
+    "fp32": lambda x: x,
+    "bf16": round_bf16,
+    "int8": round_kv_int8,
+    "fp8": round_fp8,
+}
+# What a format of one byte stands for, exactly.
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32, "fp8": torch.bfloat16}
 QUERY_CHUNK = 256  # queries whose scores are held at once where torch's fused attention does not apply
 
 

@@ -318,6 +318,13 @@ def check(logits: NDArray[Any], batch: SamplingBatch) -> None:
     """Refuse, with KernelError, types, shapes, values and token ids that `sample` has no meaning for."""
     num_rows, vocab = batch.num_rows, logits.shape[-1]
     _expect("logits", logits, np.float32, (num_rows, vocab))
+    check_batch(batch, num_rows, vocab)
+
+
+def check_batch(batch: SamplingBatch, num_rows: int, vocab: int) -> None:
+    """What `check` refuses of a batch for num_rows rows of logits over a vocabulary, wherever the logits are."""
+    if batch.num_rows != num_rows:
+        raise KernelError(f"logits: {num_rows} rows for a batch of {batch.num_rows}; give each row its logits")
     if not 1 <= vocab < 2**31:
         raise KernelError(f"logits: a row holds {vocab} of them; a vocabulary has 1 to 2**31 - 1 tokens")
     if batch is _greedy(num_rows):

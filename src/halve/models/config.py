@@ -116,8 +116,8 @@ class ModelConfig:
 
     @property
     def kv_cache_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token in all layers."""
-        widths = {"fp32": 4 * self.head_dim, "bf16": 2 * self.head_dim, "int8": self.head_dim + 2}  # int8: a scale
+        """Bytes of the keys and values of one token in all layers; int8 has scales of 2 bytes."""
+        widths = {"fp32": 4 * self.head_dim, "bf16": 2 * self.head_dim, "int8": self.head_dim + 2, "fp8": self.head_dim}
         return sum(2 * self.num_kv_heads * widths[layer.kv_format] for layer in self.layers)
 
     def with_kv_format(self, kv_format: str) -> "ModelConfig":

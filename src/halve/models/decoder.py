@@ -4,19 +4,22 @@ Shapes: T tokens of a flat batch, H hidden. No padding, no past_key_values; keys
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from halve.core.errors import ConfigError
+from halve.core.errors import ConfigError, KernelError
 from halve.formats import Weight
 from halve.kernels.native import NativeOps
-from halve.kernels.ops import Array, AttentionSpec, Buffer, Ops, Packed, TokenBatch
+from halve.kernels.ops import Array, AttentionSpec, Buffer, FusingOps, Ops, Packed, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models.compiled import CompiledSteps
 from halve.models.config import ModelConfig
 from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, head_group, layer_groups, layer_norms, sinks_name
 from halve.models.rope import RopeTable
+
+if TYPE_CHECKING:  # torch and triton load only where they compute
+    from halve.models.captured import CapturedSteps, Flight
 
 # Sees a group's input and outputs and returns the outputs to use: calibration looks, an adapter adds to them.
 Hook = Callable[[FusedGroup, Buffer, list[Buffer]], list[Buffer]]
@@ -36,23 +39,30 @@ class WeightSource(Protocol):
 
 
 class Projection:
-    """A fused group on the device. Every product of the model goes through here, and so does every hook."""
+    """A fused group on the device. Every product of the model goes through here, and so does every hook.
+
+    after: what becomes of each output before a hook sees it: a sum over the ranks that hold parts of the matrix.
+    """
 
     def __init__(self, group: FusedGroup, ops: Ops, source: WeightSource) -> None:
         self.group = group
         self.ops = ops
         self.hook: Hook | None = None
-        self.linears = [
+        self.after: Callable[[Buffer], Buffer] | None = None
+        linears = [
             ops.linear(
                 source.weight(m.name, m.shape),
                 source.vector(f"{m.name}.bias", (m.shape[0],)) if m.bias else None,
             )
             for m in group.members
         ]
+        self.linears = ops.fuse(linears) if isinstance(ops, FusingOps) else linears
 
     def __call__(self, x: Buffer) -> list[Buffer]:
         """[T, in] -> one [T, out] for each member."""
         outputs = [self.ops.project(linear, x) for linear in self.linears]
+        if self.after:
+            outputs = [self.after(output) for output in outputs]
         return self.hook(self.group, x, outputs) if self.hook else outputs
 
 
@@ -117,6 +127,7 @@ class Decoder:
         self.final_norm = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
         self.head = Projection(head_group(config), ops, source)
         self._compiled: CompiledSteps | None = None
+        self._captured: CapturedSteps | None = None
 
     def projections(self) -> Iterator[Projection]:
         """Every projection, in the order they run."""
@@ -145,10 +156,17 @@ class Decoder:
         """Whether a token's result is the same to the bit whatever else is in the batch."""
         return self.ops.batch_invariant
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step can be submitted before the tokens of the one before are known."""
+        return self.ops.name == "cuda"
+
     def step(self, batch: TokenBatch, cache: Sequence[Any], rows: Array) -> Array:
         """Run one step over the cache and return float32 logits of the given rows of the batch, [R, vocab]."""
         if steps := self._compiled_for(cache):
             return steps.logits(batch, rows).copy()
+        if captured := self._captured_for(cache):
+            return captured.logits(batch, rows).copy()
         hidden = self.ops.take_rows(self.hidden(batch, cache), np.asarray(rows))
         return self.ops.to_host(self.logits(hidden))
 
@@ -156,8 +174,31 @@ class Decoder:
         """Run one step over the cache and choose a token for each of the given rows int32 [R] of the batch."""
         if steps := self._compiled_for(cache):
             return steps.sample(batch, rows, sampling)
+        if captured := self._captured_for(cache):
+            return captured.sample(batch, rows, sampling)
         hidden = self.ops.take_rows(self.hidden(batch, cache), np.asarray(rows))
         return self.ops.sample(self.logits(hidden), sampling)
+
+    def submit(self, batch: TokenBatch, cache: Sequence[Any], rows: Array, sampling: SamplingBatch) -> "Flight":
+        """Begin what `sample` does; the result tells its tokens. A token id of -1 - r is the token that the step
+        before chose for its row r.
+
+        Raises KernelError for Ops that compute on the host, and with hooks, which look at one operation at a time.
+        """
+        captured = self._captured_for(cache)
+        if captured is None:
+            raise KernelError(f"{self.ops.name} kernels with or without hooks don't run ahead here; take `sample`")
+        return captured.submit(batch, rows, sampling)
+
+    def _captured_for(self, cache: Sequence[Any]) -> "CapturedSteps | None":
+        """The step over this cache in fused operations on CUDA, where no hook wants to look in."""
+        if not self.runs_ahead or any(p.hook for p in self.projections()):
+            return None
+        if self._captured is None or self._captured.cache is not cache:
+            from halve.models.captured import CapturedSteps
+
+            self._captured = CapturedSteps(self, self.ops, cache)  # type: ignore[arg-type]  # CudaOps, by their name
+        return self._captured
 
     def _compiled_for(self, cache: Sequence[Any]) -> "CompiledSteps | None":
         """The step over this cache as one program, where the Ops run programs and no hook wants to look in."""

@@ -234,6 +234,12 @@ def _other_sentences(plan: Plan) -> list[str]:
     inputs = {
         **floats,
         "int8": "with integer weights are rounded to 8-bit integers, one scale for each token; others are not rounded",
+        "fp8": "with fp8 weights are rounded to 8-bit floats, one scale for each token; others are not rounded",
+    }
+    kept = {
+        **floats,
+        "int8": "are rounded to 8-bit integers, one 16-bit scale for each token and head,",
+        "fp8": "are rounded to 8-bit floats (e4m3)",
     }
     guessed = {
         "none": [],
@@ -242,7 +248,6 @@ def _other_sentences(plan: Plan) -> list[str]:
             f"Next tokens are guessed by a smaller model ({plan.speculation.path}); answers are the same without."
         ],
     }
-    kept = {**floats, "int8": "are rounded to 8-bit integers, one 16-bit scale for each token and head,"}
     return [
         f"The inputs of every projection {inputs[plan.activations.format]}.",
         f"Keys and values of earlier tokens {kept[plan.kv_cache.format]} in the cache.",
