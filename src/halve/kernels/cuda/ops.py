@@ -118,10 +118,9 @@ class CudaOps:
         """
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations: {activations!r} is not one of {list(ACTIVATIONS)}")
-        self.torch_device = torch.device(device)
-        if self.torch_device.type == "cuda" and self.torch_device.index is None:
-            self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.device = cuda_device(str(self.torch_device))
+        self.device = cuda_device(device)
+        # With a number, as `torch.cuda.set_device` wants it.
+        self.torch_device = torch.device(f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device)
         self.activations = activations
         self.kernels: dict[str, str] = {}
         self._reference = TorchOps(device)
