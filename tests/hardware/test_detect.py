@@ -6,7 +6,14 @@ import platform
 import pytest
 
 from halve.hardware import detect_cpu, free_memory_bytes
-from halve.hardware.detect import parse_cpu_quota, parse_cpuinfo, parse_meminfo, usable_cores
+from halve.hardware.detect import (
+    parse_cpu_quota,
+    parse_cpuinfo,
+    parse_meminfo,
+    parse_sysctl,
+    tiles_are_lent,
+    usable_cores,
+)
 
 X86 = """\
 processor\t: 0
@@ -47,6 +54,36 @@ def test_an_arm_text_without_a_name_gives_features_in_one_spelling():
 
 def test_a_board_that_names_itself_is_named():
     assert parse_cpuinfo(ARM + "\nModel\t\t: Raspberry Pi 5 Model B Rev 1.0\n")[0] == "Raspberry Pi 5 Model B Rev 1.0"
+
+
+def test_macos_gives_a_name_and_features_in_the_same_spelling():
+    m2 = "machdep.cpu.brand_string: Apple M2\nhw.optional.AdvSIMD: 1\nhw.optional.arm.FEAT_DotProd: 1\n"
+    m2 += "hw.optional.arm.FEAT_I8MM: 1\nhw.optional.arm.FEAT_BF16: 1\nhw.optional.arm.FEAT_SME: 0\n"
+    assert parse_sysctl(m2) == ("Apple M2", {"neon", "dotprod", "i8mm", "bf16"})
+    intel = "hw.optional.avx2_0: 1\nhw.optional.fma: 1\nhw.optional.f16c: 1\nhw.optional.avx512f: 0\n"
+    assert parse_sysctl(intel) == (None, {"avx2", "fma", "f16c"})
+    assert parse_sysctl("") == (None, set())
+
+
+class Libc:
+    """A C library whose `syscall` keeps what it was asked and answers with `result`."""
+
+    def __init__(self, result):
+        self.result, self.asked = result, []
+
+    def syscall(self, *arguments):
+        self.asked.append(arguments)
+        return self.result
+
+
+def test_tiles_of_amx_are_asked_for_where_the_processor_has_them():
+    tiles = {"avx2", "amx_tile", "amx_int8", "amx_bf16"}
+    lent, refused = Libc(0), Libc(-1)
+    assert tiles_are_lent(tiles, lent)
+    assert lent.asked == [(158, 0x1023, 18)]
+    assert not tiles_are_lent(tiles, refused)
+    assert not tiles_are_lent(tiles - {"amx_bf16"}, lent)
+    assert len(lent.asked) == 1
 
 
 @pytest.mark.parametrize("text", ["", "\n", "model name\t:\nflags\t:\nbugs : avx2\n"])

@@ -1,11 +1,13 @@
 """Read the processor's name, features and memory from the operating system; nothing here loads torch."""
 
+import ctypes
 import os
 import platform
 import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Linux's words for the features our kernels ask for, to one spelling on every system.
 _LINUX_FEATURES = {
@@ -29,7 +31,18 @@ _LINUX_FEATURES = {
     "bf16": "bf16",
     "sve": "sve",
 }
-_MAC_FEATURES = {"FEAT_DotProd": "dotprod", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16", "AdvSIMD": "neon"}
+# macOS's, below hw.optional.
+_MAC_FEATURES = {
+    "AdvSIMD": "neon",
+    "arm.FEAT_DotProd": "dotprod",
+    "arm.FEAT_I8MM": "i8mm",
+    "arm.FEAT_BF16": "bf16",
+    "avx2_0": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+}
+_TILES = frozenset({"amx_tile", "amx_int8", "amx_bf16"})
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18  # Linux on x86-64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +116,18 @@ def _cpu_model_and_flags() -> tuple[str, set[str]]:
     except OSError:
         return platform.processor() or platform.machine(), set()
     model, flags = parse_cpuinfo(text)
-    return model or platform.machine(), flags
+    return model or platform.machine(), flags if tiles_are_lent(flags) else flags - _TILES
+
+
+def tiles_are_lent(flags: set[str], libc: Any = None) -> bool:
+    """Ask Linux for the tile registers of AMX, where the processor has them: it lends them to processes that asked.
+
+    A system that is older than 5.16, or does not let this process have them, runs it without.
+    """
+    if not flags >= _TILES:
+        return False
+    libc = libc or ctypes.CDLL(None)
+    return bool(libc.syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
 
 
 def parse_cpuinfo(text: str) -> tuple[str | None, set[str]]:
@@ -116,8 +140,12 @@ def parse_cpuinfo(text: str) -> tuple[str | None, set[str]]:
 
 def _mac_model_and_flags() -> tuple[str, set[str]]:
     result = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, check=False)
-    values = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
-    flags = {
-        flag for key, flag in _MAC_FEATURES.items() if any(k.endswith(key) and v == "1" for k, v in values.items())
-    }
-    return values.get("machdep.cpu.brand_string", platform.machine()), flags
+    model, flags = parse_sysctl(result.stdout)
+    return model or platform.machine(), flags
+
+
+def parse_sysctl(text: str) -> tuple[str | None, set[str]]:
+    """The processor's name, if it has one, and the features that kernels ask for, of `sysctl -a` on macOS."""
+    values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    flags = {flag for key, flag in _MAC_FEATURES.items() if values.get(f"hw.optional.{key}") == "1"}
+    return values.get("machdep.cpu.brand_string"), flags
