@@ -94,7 +94,7 @@ class InputLayout:
     width: int
     rounding: str
     codes: Codes | None = None
-    bf16: bool = False  # as bits of bf16 (avx512bf16, for bf16 weights)
+    bf16: bool = False  # as bits of bf16, for bf16 weights where the processor multiplies those
 
     @property
     def padded(self) -> int:

@@ -8,6 +8,18 @@
 #include <stdio.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "report.h"
 
 namespace halve {
@@ -61,31 +73,60 @@ struct Isa {
 };
 
 // What the processor has; the operating system's part (saved registers) is in these answers too.
-bool has_avx2() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return false;
-#endif
-}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 bool has_avx512() {
-#if defined(__x86_64__)
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// A bit of a register of CPUID's leaf 7 (Intel's manual, volume 2, CPUID): `of` 0 to 3 for EAX to EDX.
+bool leaf7(unsigned subleaf, int of, int bit) {
+    unsigned r[4] = {};
+    return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[of] >> bit & 1);
+}
+
+bool has_avxvnni() { return has_avx2() && leaf7(1, 0, 4); }
+
+// Linux lends tile registers to who asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+bool has_amx() {
+#if defined(__linux__)
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 && has_avx512bf16() && leaf7(0, 3, 22) && leaf7(0, 3, 24) &&
+           leaf7(0, 3, 25);
 #else
+    return false;
+#endif
+}
+#endif
+
+#if defined(__aarch64__)
+// A feature by Linux's bit of AT_HWCAP (or of AT_HWCAP2), and by macOS's name.
+bool has_arm(bool second, int bit, const char* name) {
+#if defined(__linux__)
+    (void)name;
+    return getauxval(second ? AT_HWCAP2 : AT_HWCAP) >> bit & 1;
+#elif defined(__APPLE__)
+    (void)second, (void)bit;
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname(name, &has, &size, nullptr, 0) == 0 && has;
+#else
+    (void)second, (void)bit, (void)name;
     return false;
 #endif
 }
 
-bool has_avx512bf16() {
-#if defined(__x86_64__)
-    return has_avx512() && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
+bool has_neon_dotprod() { return has_arm(false, 20, "hw.optional.arm.FEAT_DotProd"); }
+
+bool has_neon_i8mm() {
+    return has_neon_dotprod() && has_arm(true, 13, "hw.optional.arm.FEAT_I8MM") &&
+           has_arm(true, 14, "hw.optional.arm.FEAT_BF16");
 }
+#endif
 
 struct Part {
     const char* name;
@@ -112,6 +153,18 @@ int run(int count, char** arguments) {
 #endif
 #ifdef HALVE_HAS_AVX512BF16
         {"avx512bf16", &rows_avx512bf16, has_avx512bf16()},
+#endif
+#ifdef HALVE_HAS_AVXVNNI
+        {"avxvnni", &rows_avxvnni, has_avxvnni()},
+#endif
+#ifdef HALVE_HAS_AMX
+        {"amx", &rows_amx, has_amx()},
+#endif
+#ifdef HALVE_HAS_NEON_DOTPROD
+        {"neon_dotprod", &rows_neon_dotprod, has_neon_dotprod()},
+#endif
+#ifdef HALVE_HAS_NEON_I8MM
+        {"neon_i8mm", &rows_neon_i8mm, has_neon_i8mm()},
 #endif
     };
     const auto flag = [&](const char* name) {

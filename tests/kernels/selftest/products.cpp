@@ -187,13 +187,19 @@ Prepared with_bf16(int64_t rows, int64_t width) {
 }
 
 bool takes_bf16(const Rows& rows, Rounding rounding, StoredKind kind) {
+    bool multiplies = false;
 #ifdef HALVE_HAS_AVX512BF16
-    if (&rows == &rows_avx512bf16) {
-        return rounding == Rounding::kBfloat16 && (kind == StoredKind::kBfloat16 || kind == StoredKind::kFloat8);
-    }
+    multiplies |= &rows == &rows_avx512bf16;
 #endif
-    (void)rows, (void)rounding, (void)kind;
-    return false;
+#ifdef HALVE_HAS_AMX
+    multiplies |= &rows == &rows_amx;
+#endif
+#ifdef HALVE_HAS_NEON_I8MM
+    multiplies |= &rows == &rows_neon_i8mm;
+#endif
+    (void)rows;
+    return multiplies && rounding == Rounding::kBfloat16 &&
+           (kind == StoredKind::kBfloat16 || kind == StoredKind::kFloat8);
 }
 
 const char* name_of(Rounding rounding) {
@@ -201,7 +207,7 @@ const char* name_of(Rounding rounding) {
     return names[static_cast<int>(rounding)];
 }
 
-// The baseline multiplies floats whatever the rounding; the rows of x86 multiply bytes.
+// The baseline multiplies floats whatever the rounding; other rows multiply bytes.
 bool takes_codes(const Rows& rows, Rounding rounding) { return rounding == Rounding::kInt8 && &rows != &rows_baseline; }
 
 void prepare_rows(const Rows& rows, const Buffer<float>& x, const float* gain, int64_t width, Rounding rounding,
@@ -296,6 +302,30 @@ std::vector<double> bounds(const Case& c, const Buffer<float>& x, const std::vec
     return out;
 }
 
+constexpr int kManyRows = 50;  // three strips of 16 and two rows, eight of 6 and two
+
+std::vector<float> row_of(const std::vector<float>& values, int64_t row, int64_t width) {
+    return std::vector<float>(values.begin() + row * width, values.begin() + (row + 1) * width);
+}
+
+// Rows that were multiplied with others have the bits that they have by themselves.
+void check_alone(Report& report, const std::string& what, const Case& c, const std::vector<float>& x,
+                 const std::vector<Weight>& weights, const std::vector<float>& bias, const std::vector<float>& before,
+                 const std::vector<float>& together) {
+    const int64_t stride = c.weight.outputs + 3;
+    Case one = c;
+    one.rows = 1;
+    std::vector<float> got, wanted;
+    for (const int64_t row : {int64_t{0}, int64_t{33}, c.rows - 1}) {
+        const std::vector<float> alone =
+            run_product(report.rows, one, row_of(x, row, c.weight.inputs), weights, bias, row_of(before, row, stride));
+        const std::vector<float> among = row_of(together, row, stride);
+        got.insert(got.end(), among.begin(), among.end());
+        wanted.insert(wanted.end(), alone.begin(), alone.end());
+    }
+    report.same(what, got, wanted);
+}
+
 void check_case(Report& report, const Case& c) {
     Random random(static_cast<uint64_t>(c.weight.inputs * 1000 + c.weight.bits * 100 + c.rows));
     std::vector<Weight> weights;
@@ -306,8 +336,11 @@ void check_case(Report& report, const Case& c) {
     const std::string what = format("product %s rows=%d%s%s%s%s", name_of(c.rounding), static_cast<int>(c.rows),
                                     c.members > 1 && !c.gated ? " members=2" : "", c.bias ? " bias" : "",
                                     c.add ? " add" : "", c.gated ? " gated" : "");
-    report.close(what + " " + describe(c.weight), run_product(report.rows, c, x, weights, bias, before),
-                 run_product(rows_baseline, c, x, weights, bias, before), bounds(c, x, weights));
+    const std::vector<float> got = run_product(report.rows, c, x, weights, bias, before);
+    report.close(what + " " + describe(c.weight), got, run_product(rows_baseline, c, x, weights, bias, before),
+                 bounds(c, x, weights));
+    if (c.rows == kManyRows)
+        check_alone(report, what + " alone " + describe(c.weight), c, x, weights, bias, before, got);
 }
 
 // Codes of activations, and where the sums of their runs begin.
@@ -378,14 +411,14 @@ void check_product(Report& report) {
                     check_case(report, {shape, rounding, group == 32 ? 1 : 5, 1, false, false, false});
                     continue;
                 }
-                for (const int64_t rows : {1, 2, 3, 4, 5, 6, 13})
+                for (const int64_t rows : {1, 2, 3, 4, 5, 6, 13, kManyRows})
                     check_case(report, {shape, rounding, rows, 1, rows == 3, rows == 5, false});
             }
         }
         for (const StoredKind kind :
              {StoredKind::kBfloat16, StoredKind::kFloat16, StoredKind::kFloat32, StoredKind::kFloat8}) {
             const StoredKind scale = kind == StoredKind::kFloat8 ? StoredKind::kFloat32 : kNoScale;
-            for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 13}) {
+            for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 13, kManyRows}) {
                 check_case(report, {{kind, 16, 0, scale, 70, 131}, rounding, rows, 1, rows == 2, rows == 7, false});
             }
         }

@@ -52,12 +52,13 @@ class IntKernel {
         const bool tiny = most < kTiny;
         scale_[row] = tiny ? 0.0f : most / 32767.0f;
         const Lanes inverse = broadcast(tiny ? 0.0f : 32767.0f / most);
-        for (int64_t i = 0; i < dim_; i += kWords > 16 ? 16 : kWords) {
+        constexpr int kRounded = kWords > 16 ? 16 : kWords;
+        for (int64_t i = 0; i < dim_; i += kRounded) {
             alignas(64) float lanes[kWords] = {};
-            memcpy(lanes, query + i, 16 * sizeof(float));
+            memcpy(lanes, query + i, kRounded * sizeof(float));
             int16_t words[kWords];
             store_words(words, to_words(load(lanes) * inverse, load(lanes + kLanes) * inverse));
-            memcpy(queries_ + row * dim_ + i, words, 16 * sizeof(int16_t));
+            memcpy(queries_ + row * dim_ + i, words, kRounded * sizeof(int16_t));
         }
     }
 

@@ -16,9 +16,9 @@ constexpr int64_t kSegmentBlocks = kSegment / kFastBlock;
 constexpr int64_t kSegmentVectors = kSegment / kLanes;
 constexpr int64_t kBlockVectors = kFastBlock / kLanes;
 constexpr int kFastRows = 4;
-constexpr int kKeyVectors = kLanes == 16 ? 4 : 2;    // of a tile of scores
-constexpr int kValueVectors = kLanes == 16 ? 4 : 2;  // of a tile of values
-constexpr float kTiny = 0x1p-100f;                   // taken for zero where a scale is made from it
+constexpr int kKeyVectors = kLanes == 8 ? 2 : 4;    // of a tile of scores: AVX2 has 16 registers, others 32
+constexpr int kValueVectors = kLanes == 8 ? 2 : 4;  // of a tile of values
+constexpr float kTiny = 0x1p-100f;                  // taken for zero where a scale is made from it
 
 // Positions [low, high) among those from `first` on.
 inline Bits within(int64_t first, int64_t low, int64_t high) {
@@ -30,7 +30,7 @@ inline Bits within(int64_t first, int64_t low, int64_t high) {
 
 inline Lanes select(Bits mask, Lanes a, Lanes b) { return (Lanes)((mask & (Bits)a) | (~mask & (Bits)b)); }
 
-inline Four maximum(Four a, Four b) { return a > b ? a : b; }
+inline Four higher(Four a, Four b) { return a > b ? a : b; }
 
 // f.template operator()<n>(), n a number of rows from 1 to kFastRows.
 template <class Function>
@@ -54,11 +54,11 @@ inline Four largest(const Lanes* v) {
         Four quarters[kLanes / 4];
         memcpy(quarters, v + i, sizeof quarters);
         four[i] = quarters[0];
-        for (int j = 1; j < kLanes / 4; ++j) four[i] = maximum(four[i], quarters[j]);
+        for (int j = 1; j < kLanes / 4; ++j) four[i] = higher(four[i], quarters[j]);
     }
-    const Four ab = maximum(HALVE_SHUFFLE(four[0], four[1], 0, 4, 1, 5), HALVE_SHUFFLE(four[0], four[1], 2, 6, 3, 7));
-    const Four cd = maximum(HALVE_SHUFFLE(four[2], four[3], 0, 4, 1, 5), HALVE_SHUFFLE(four[2], four[3], 2, 6, 3, 7));
-    return maximum(HALVE_SHUFFLE(ab, cd, 0, 1, 4, 5), HALVE_SHUFFLE(ab, cd, 2, 3, 6, 7));
+    const Four ab = higher(HALVE_SHUFFLE(four[0], four[1], 0, 4, 1, 5), HALVE_SHUFFLE(four[0], four[1], 2, 6, 3, 7));
+    const Four cd = higher(HALVE_SHUFFLE(four[2], four[3], 0, 4, 1, 5), HALVE_SHUFFLE(four[2], four[3], 2, 6, 3, 7));
+    return higher(HALVE_SHUFFLE(ab, cd, 0, 1, 4, 5), HALVE_SHUFFLE(ab, cd, 2, 3, 6, 7));
 }
 
 // A few rows over one segment, between scores and values. There is room for kFastRows even where fewer are in use.
@@ -75,17 +75,18 @@ struct Weighing {
         Four before = {}, weighed = {};
         for (int64_t r = 0; r < n; ++r) before[r] = rows[r].highest;
         for (int64_t r = 0; r < n; ++r) weighed[r] = rows[r].weights;
-        const Four top = maximum(highest, before);
-        Lanes apart = {}, of_rows = {}, of_segment = {};
+        const Four top = higher(highest, before);
+        constexpr int kVectors = kLanes == 4 ? 2 : 1;
+        Lanes apart[kVectors] = {}, of_rows = {}, of_segment = {};
         const Four from_top[2] = {before - top, highest - top};
-        memcpy(&apart, from_top, sizeof from_top);
-        const Lanes faded = exp2(apart);
-        memcpy(&mine, &faded, sizeof mine);
-        memcpy(&theirs, reinterpret_cast<const char*>(&faded) + sizeof mine, sizeof theirs);
+        memcpy(apart, from_top, sizeof from_top);
+        for (Lanes& of : apart) of = exp2(of);
+        memcpy(&mine, apart, sizeof mine);
+        memcpy(&theirs, reinterpret_cast<const char*>(apart) + sizeof mine, sizeof theirs);
         memcpy(&of_rows, &weighed, sizeof weighed);
         const Four added_weights = weights * theirs;
         memcpy(&of_segment, &added_weights, sizeof added_weights);
-        const Lanes total = fma(of_rows, faded, of_segment);
+        const Lanes total = fma(of_rows, apart[0], of_segment);
         for (int64_t r = 0; r < n; ++r) rows[r] = {top[r], total[r]};
     }
 };

@@ -1,4 +1,5 @@
-// A block of 64 outputs of a bf16 matrix times rows of bf16 activations, by vdpbf16ps: two inputs a lane, as they lie.
+// A block of 64 outputs of a bf16 matrix times rows of bf16 activations, by the dot products of AVX-512 BF16
+// (vdpbf16ps) or Armv8.6 (bfdot): two inputs a lane, as they lie.
 //
 // A product of two bf16 numbers is exact in float, and every product is one rounding of the sum. The instruction takes
 // subnormal inputs and sums for zeros. Sums have one order whatever the rows beside it: stretches of kDepth inputs are
@@ -7,47 +8,69 @@
 
 #include "float_products.h"
 
-#if defined(__AVX512BF16__)
-
-#include <immintrin.h>
+#if !defined(HALVE_BASELINE) && !defined(__AMX_BF16__) && \
+    (defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define HALVE_BF16_PRODUCTS 1
 
 namespace halve {
 namespace {
 
-constexpr int kBf16Rows = 6, kBf16Vecs = 4;  // a block's outputs in four vectors
-constexpr int64_t kPairBytes = kBlock * 4;   // of the weights, for one pair of inputs
+constexpr int kBf16Rows = 6, kBf16Vecs = 4;
+constexpr int64_t kPairBytes = kBlock * 4;  // of the weights, for one pair of inputs
 
-// sums [rows][64] += x [rows, stride] times `pairs` pairs of inputs of the weights.
+// Pairs of bf16 for each lane, and sum + a[0] * b[0] + a[1] * b[1] of every lane.
+#if defined(__AVX512BF16__)
+
+typedef __m512bh Pairs;
+inline Lanes dot(Lanes sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
+
+#else
+
+typedef bfloat16x8_t Pairs;
+inline Lanes dot(Lanes sum, Pairs a, Pairs b) { return (Lanes)vbfdotq_f32((float32x4_t)sum, a, b); }
+
+#endif
+
+inline Pairs pairs_at(const void* p) {
+    Pairs pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+}
+
+inline Pairs broadcast_pairs(const void* p) {
+    uint32_t pair;
+    memcpy(&pair, p, sizeof pair);
+    const Bits all = Bits{} + pair;
+    return pairs_at(&all);
+}
+
+// sums [rows][64] += x [rows, stride] times `pairs` pairs of inputs of the weights, kBf16Vecs vectors of outputs.
 template <int rows>
 __attribute__((noinline)) void hot_bf16(const uint8_t* weights, const uint16_t* x, int64_t stride, int64_t pairs,
                                         float* sums) {
-    __m512 total[rows][kBf16Vecs];
+    Lanes total[rows][kBf16Vecs];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kBf16Vecs; ++c) total[r][c] = __m512{};
+        for (int c = 0; c < kBf16Vecs; ++c) total[r][c] = Lanes{};
     }
     for (int64_t pair = 0; pair < pairs; ++pair, weights += kPairBytes, x += 2) {
-        __m512bh w[kBf16Vecs];
+        Pairs w[kBf16Vecs];
 #pragma GCC unroll 4
-        for (int c = 0; c < kBf16Vecs; ++c) memcpy(&w[c], weights + c * 64, sizeof w[c]);
+        for (int c = 0; c < kBf16Vecs; ++c) w[c] = pairs_at(weights + c * sizeof(Pairs));
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            int32_t two;
-            memcpy(&two, x + r * stride, sizeof two);
-            const __m512i asked = _mm512_set1_epi32(two);
-            __m512bh input;
-            memcpy(&input, &asked, sizeof input);
+            const Pairs input = broadcast_pairs(x + r * stride);
 #pragma GCC unroll 4
-            for (int c = 0; c < kBf16Vecs; ++c) total[r][c] = _mm512_dpbf16_ps(total[r][c], w[c], input);
+            for (int c = 0; c < kBf16Vecs; ++c) total[r][c] = dot(total[r][c], w[c], input);
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
         for (int c = 0; c < kBf16Vecs; ++c) {
-            float* at = sums + r * kBlock + c * 16;
-            _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), total[r][c]));
+            float* at = sums + r * kBlock + c * kLanes;
+            store(at, load(at) + total[r][c]);
         }
     }
 }
@@ -65,8 +88,10 @@ void bf16_block(const Packed& w, int64_t index, const Activations& x, int64_t fi
         const uint8_t* weights = block + head_bytes(w) + pair * kPairBytes;
         for (int64_t strip = 0, row = 0; strip < strips; ++strip) {
             const int64_t now = ceil_div(rows - row, strips - strip);
-            tiles[now - 1](weights, halves + row * x.code_stride + 2 * pair, x.code_stride,
-                           least(kDepth / 2, all - pair), sums + row * kBlock);
+            for (int64_t output = 0; output < kBlock; output += kBf16Vecs * kLanes) {
+                tiles[now - 1](weights + output * 4, halves + row * x.code_stride + 2 * pair, x.code_stride,
+                               least(kDepth / 2, all - pair), sums + row * kBlock + output);
+            }
             row += now;
         }
     }

@@ -26,6 +26,26 @@ inline const Rows* const kIsas[] = {
 #else
     nullptr,
 #endif
+#ifdef HALVE_HAS_AVXVNNI
+    &rows_avxvnni,
+#else
+    nullptr,
+#endif
+#ifdef HALVE_HAS_AMX
+    &rows_amx,
+#else
+    nullptr,
+#endif
+#ifdef HALVE_HAS_NEON_DOTPROD
+    &rows_neon_dotprod,
+#else
+    nullptr,
+#endif
+#ifdef HALVE_HAS_NEON_I8MM
+    &rows_neon_i8mm,
+#else
+    nullptr,
+#endif
 };
 constexpr int kNumIsas = sizeof kIsas / sizeof *kIsas;
 

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kDepth = 64;  // inputs of a stretch: 16 KB of floats, which stay in the first-level cache
 constexpr int kBlockLanes = static_cast<int>(kBlock) / kLanes;
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kFloatRows = 6, kFloatVecs = 4;
 #else
 constexpr int kFloatRows = 6, kFloatVecs = 2;

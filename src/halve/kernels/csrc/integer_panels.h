@@ -1,5 +1,5 @@
-// Sums of a block of 64 outputs of an integer matrix with rows of int8 activations on AVX2, which has no exact dot
-// product of bytes and 16 registers.
+// Sums of a block of 64 outputs of an integer matrix with rows of int8 activations by vectors of 8 outputs or fewer:
+// AVX2, which has no exact dot product of bytes and 16 registers, AVX-VNNI, and 64-bit ARM.
 //
 // Up to kFewRows rows (decode) the planes are unpacked in registers and used at once: the loop reads the weight stream
 // once and waits for memory. More rows (prefill, batches) share a panel: kPanelInputs inputs of the block are unpacked
@@ -15,13 +15,35 @@
 namespace halve {
 namespace {
 
-constexpr int kTileRows = 6, kTileVecs = 2;
+#if defined(__AVX2__)
+constexpr int kTileRows = 6, kTileVecs = 2, kFewVecs = 2;
 constexpr int kPanelInputs = 128;  // 8 KB, twice in the first-level cache where two threads share it
+#else
+constexpr int kTileRows = 6, kTileVecs = 4, kFewVecs = 4;  // 24 sums in 32 registers
+constexpr int kPanelInputs = 256;                          // 16 KB
+#endif
 constexpr int kPanelStep = static_cast<int>(kBlock) * 4;  // bytes, of an unpacked panel: all outputs side by side
 constexpr int kMaxRuns = kPanelInputs / 16;               // of a panel
 constexpr int kFewRows = 4;
 // Bytes to fetch ahead: hardware prefetch stops at the end of a 4 KiB page.
 constexpr int64_t kAhead = 1536;
+
+// Whether sums begin at minus the zero point times the sum of their activations; else codes have none when multiplied.
+template <int bits>
+constexpr bool kHasStarts = !kSignedBytes || bits < 8;
+constexpr int32_t kNoStarts[kMaxRuns] = {};
+
+#if defined(__ARM_FEATURE_DOTPROD)
+
+}  // namespace
+}  // namespace halve
+
+#include "neon_tiles.h"
+
+namespace halve {
+namespace {
+
+#else
 
 // Sums of one run for a tile of `rows` rows and kTileVecs vectors of outputs, and what becomes of them. `raw`: the
 // weight has one scale a row, so that runs are added up as integers.
@@ -56,6 +78,8 @@ struct RunSums {
     }
 };
 
+#endif
+
 // What a tile multiplies: a panel of unpacked codes with the activations of a strip of rows.
 struct Panel {
     const uint8_t* codes;        // [steps][64 outputs][4 bytes]
@@ -88,6 +112,11 @@ HALVE_HOT void hot_tile(const Panel& p, int output, float* sums) {
         for (const uint8_t* end = ahead + p.ahead_bytes; ahead < end && ahead < p.ahead_end; ahead += 64) {
             __builtin_prefetch(ahead, 0, 2);
         }
+#if defined(__ARM_FEATURE_DOTPROD)
+        for (int step = 0; step < p.steps; step += 4, codes += 4 * kPanelStep, activations += 16) {
+            tile.add(codes, activations, row_bytes);
+        }
+#else
         for (int step = 0; step < p.steps; ++step) {
             Vec weights[kTileVecs];
 #pragma GCC unroll 8
@@ -107,18 +136,25 @@ HALVE_HOT void hot_tile(const Panel& p, int output, float* sums) {
             codes += kPanelStep;
             activations += 4;
         }
+#endif
         tile.end(wide, scales, sums + output);
         scales += kBlock;
     }
 }
 
-// Quads `from` to `to` of a chunk, for two vectors of outputs, against the same quads of a few rows: two, so that a
-// broadcast of activations serves both, and that on AVX2 a cache line is read at once.
+// Quads `from` to `to` of a chunk, for kFewVecs vectors of outputs, against the same quads of a few rows: so many that
+// a cache line of weights is read at once, and that a broadcast of activations serves all.
 template <int bits, int rows, int from, int to>
-inline void dot_quads(const uint8_t* const (&weights)[2], const uint8_t* const (&activations)[rows], int64_t input,
-                      Vec (&sum)[rows][2]) {
+inline void dot_quads(const uint8_t* const (&weights)[kFewVecs], const uint8_t* const (&activations)[rows],
+                      int64_t input, Vec (&sum)[rows][kFewVecs]) {
     if constexpr (from < to) {
-        const Vec quad[2] = {quad_of<bits, from>(weights[0]), quad_of<bits, from>(weights[1])};
+        Vec quad[kFewVecs];
+        for (int c = 0; c < kFewVecs; ++c) {
+            quad[c] = quad_of<bits, from>(weights[c]);
+#if defined(__aarch64__)
+            asm volatile("" : "+w"(quad[c]));  // else gcc unpacks many quads before it multiplies the first
+#endif
+        }
         if constexpr (kSixteenBit && bits == 8) {
             const Vec low = broadcast_vec(0x00ff00ff);
             const Vec even[2] = {quad[0] & low, quad[1] & low};
@@ -133,7 +169,7 @@ inline void dot_quads(const uint8_t* const (&weights)[2], const uint8_t* const (
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 const Vec asked = broadcast_vec(int_at(activations[r] + input + 4 * from));
-                for (int c = 0; c < 2; ++c) sum[r][c] = dot(sum[r][c], quad[c], asked);
+                for (int c = 0; c < kFewVecs; ++c) sum[r][c] = dot(sum[r][c], quad[c], asked);
             }
         }
         dot_quads<bits, rows, from + 1, to>(weights, activations, input, sum);
@@ -161,17 +197,20 @@ HALVE_HOT void few_rows(const Packed& w, const uint8_t* block, const Activations
         at += head;
         for (const int64_t end = input + group; input < end; input += span, at += span_bytes, run += runs_a_chunk) {
 #pragma GCC unroll 1
-            for (int c = 0; c < kVecs; c += 2) {
+            for (int c = 0; c < kVecs; c += kFewVecs) {
                 const uint8_t* ahead = at + kAhead + c * span_bytes / kVecs;
-                for (int64_t i = 0; i < 2 * span_bytes / kVecs; i += 64) __builtin_prefetch(ahead + i, 0, 3);
-                const uint8_t* weights[2] = {at + lane_offset(bits, c * kVecOutputs),
-                                             at + lane_offset(bits, (c + 1) * kVecOutputs)};
-                Vec sum[rows][2];
+                for (int64_t i = 0; i < kFewVecs * span_bytes / kVecs; i += 64) __builtin_prefetch(ahead + i, 0, 3);
+                const uint8_t* weights[kFewVecs];
+                for (int v = 0; v < kFewVecs; ++v) weights[v] = at + lane_offset(bits, (c + v) * kVecOutputs);
+                Vec sum[rows][kFewVecs];
                 const auto begin = [&](int64_t which) {
-                    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = broadcast_vec(raw ? 0 : starts[r][which]);
+                    for (int r = 0; r < rows; ++r) {
+                        const Vec start = broadcast_vec(raw || !kHasStarts<bits> ? 0 : starts[r][which]);
+                        for (int v = 0; v < kFewVecs; ++v) sum[r][v] = start;
+                    }
                 };
                 const auto finish = [&] {
-                    for (int v = 0; v < 2; ++v) {
+                    for (int v = 0; v < kFewVecs; ++v) {
                         const Lanes scale = raw ? Lanes{} : scales_of(w, scales, (c + v) * kVecOutputs);
                         for (int r = 0; r < rows; ++r) {
                             float* to = sums + r * kBlock + (c + v) * kVecOutputs;
@@ -208,6 +247,10 @@ template <int bits, int q>
 inline void unpack_quads(const uint8_t* at, uint8_t* to) {
     if constexpr (q < 8) {
         const Vec quad = quad_of<bits, q>(at);
+#if defined(__ARM_FEATURE_DOTPROD)
+        store_quads(to + q * kPanelStep, quad, quad_of<bits, q + 1>(at));
+        unpack_quads<bits, q + 2>(at, to);
+#else
         if constexpr (kSixteenBit && bits == 8) {
             store_vec(to + 2 * q * kPanelStep, quad & broadcast_vec(0x00ff00ff));
             store_vec(to + (2 * q + 1) * kPanelStep, shifted_right<8>(quad));
@@ -215,6 +258,7 @@ inline void unpack_quads(const uint8_t* at, uint8_t* to) {
             store_vec(to + q * kPanelStep, quad);
         }
         unpack_quads<bits, q + 1>(at, to);
+#endif
     }
 }
 
@@ -262,7 +306,7 @@ void many_rows(const Packed& w, const uint8_t* block, const Activations& x, int6
         p.codes = codes;
         p.scales = scales;
         p.row_bytes = x.code_stride * (wide ? 2 : 1);
-        p.start_stride = x.start_stride;
+        p.start_stride = kHasStarts<bits> ? x.start_stride : 0;
         p.runs = static_cast<int>(span / run);
         p.steps = static_cast<int>(run / (wide ? 2 : 4));
         p.ahead = block + (input + span < inputs ? chunk_offset(w, (input + span) / kChunk) : w.block_bytes);
@@ -273,6 +317,7 @@ void many_rows(const Packed& w, const uint8_t* block, const Activations& x, int6
             const int now = static_cast<int>(ceil_div(rows - row, strips - strip));
             p.activations = codes_at(x, wide, first + row, input);
             p.starts = x.starts + (first + row) * x.start_stride + (raw ? 0 : input / run);
+            if (!kHasStarts<bits>) p.starts = kNoStarts;
             run_strip<wide, raw>(now, p, sums + row * kBlock);
             p.ahead += p.ahead_bytes * (kVecs / kTileVecs) * p.runs;
             row += now;

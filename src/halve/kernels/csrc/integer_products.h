@@ -13,7 +13,7 @@ namespace {
 void integer_block(const Packed& w, int64_t index, const Activations& x, int64_t first, int64_t rows, float* sums) {
     const uint8_t* block = w.data + index * w.block_bytes;
     for (int64_t r = 0; r < rows; ++r) {  // 0, or as integers all that the row's sums begin at
-        const Vec start = broadcast_vec(w.group ? 0 : x.starts[(first + r) * x.start_stride]);
+        const Vec start = broadcast_vec(w.group || kSignedBytes ? 0 : x.starts[(first + r) * x.start_stride]);
         for (int c = 0; c < kVecs; ++c) store_vec(sums + r * kBlock + c * kVecOutputs, start);
     }
     switch (w.bits) {

@@ -7,6 +7,7 @@
 // products: for 3 rows or more it is free. Other widths are unpacked once a panel, as are 4 bits for many rows.
 #pragma once
 
+#include "amx_tiles.h"
 #include "integer_vectors.h"
 #include "packed_scales.h"
 
@@ -174,6 +175,15 @@ void widen_stretch(const Stretch& s, uint8_t* to) {
 template <int bits, bool raw>
 void integer_sums(const Packed& w, const uint8_t* block, const Activations& x, int64_t first, int64_t rows,
                   float* sums) {
+#if defined(HALVE_AMX)
+    if (const int64_t taken = rows / kTileSide * kTileSide) {
+        whole_strips<bits, raw>(w, block, x, first, taken, sums);
+        if (taken == rows) return;
+        first += taken;
+        rows -= taken;
+        sums += taken * kBlock;
+    }
+#endif
     const int64_t inputs = padded_inputs(w), group = raw ? inputs : w.group;
     const int64_t strips = ceil_div(rows, raw ? kRawRows : kScaledRows);
     Stretch s = {};

@@ -8,13 +8,14 @@
 //   sum[r][n] = fma(float(run), scale[n], sum[r][n])
 //
 // Runs have the same length and order for every number of rows, so that a row's sums have the same bits whatever the
-// rows beside it. AVX-512 VNNI adds 4 products into 32 bits, and a run is a group of weights (integer_stream.h). AVX2
-// multiplies pairs into 16 bits (vpmaddubsw) and adds there, wrapping: the final sum fits, since a run holds at most
-// 2^15 / (127 * 2^(bits-1)) products a half-lane (integer_panels.h). 8-bit codes are multiplied as 16 bits instead
-// (vpmaddwd).
+// rows beside it. VNNI (of AVX-512: integer_stream.h, of AVX: integer_panels.h) adds 4 products into 32 bits, and a run
+// is a group of weights, as it is on 64-bit ARM (neon_tiles.h). AVX2 multiplies pairs into 16 bits (vpmaddubsw) and
+// adds there, wrapping: the final sum fits, since a run holds at most 2^15 / (127 * 2^(bits-1)) products a half-lane
+// (integer_panels.h). 8-bit codes are multiplied as 16 bits instead (vpmaddwd).
 #pragma once
 
-#if defined(__AVX2__)
+// Not in the baseline rows, whatever the compiler was told of the processor: their callers give them floats.
+#if !defined(HALVE_BASELINE) && (defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD))
 #define HALVE_INTEGER_VECTORS 1
 
 #include "packing.h"
@@ -30,15 +31,24 @@ namespace {
 #if defined(__AVX512VNNI__)
 
 typedef __m512i Vec;
-constexpr bool kSixteenBit = false;
+constexpr bool kSixteenBit = false, kSignedBytes = false;
 
 // One quad a lane.
 inline Vec dot(Vec sum, Vec weights, Vec activations) { return _mm512_dpbusd_epi32(sum, weights, activations); }
 
-#else
+#elif defined(__AVXVNNI__)
 
 typedef __m256i Vec;
-constexpr bool kSixteenBit = true;
+constexpr bool kSixteenBit = false, kSignedBytes = false;
+
+// One quad a lane.
+inline Vec dot(Vec sum, Vec weights, Vec activations) { return _mm256_dpbusd_avx_epi32(sum, weights, activations); }
+inline Vec finished(Vec sum) { return sum; }
+
+#elif defined(__AVX2__)
+
+typedef __m256i Vec;
+constexpr bool kSixteenBit = true, kSignedBytes = false;
 
 // One quad a lane, as two sums of 16 bits.
 inline Vec dot(Vec sum, Vec weights, Vec activations) {
@@ -49,6 +59,19 @@ inline Vec finished(Vec sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1
 inline Vec dot_pair(Vec sum, Vec weights, Vec activations) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(weights, activations));
 }
+
+#else
+
+typedef int32x4_t Vec;
+// Dot products take signed bytes only. Codes of up to 6 bits are below 64 and go as they are; those of 8 bits lose
+// their zero point when they are unpacked, and their sums begin at zero.
+constexpr bool kSixteenBit = false, kSignedBytes = true;
+
+// One quad a lane.
+inline Vec dot(Vec sum, Vec weights, Vec activations) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(activations));
+}
+inline Vec finished(Vec sum) { return sum; }
 
 #endif
 
@@ -80,7 +103,11 @@ inline int32_t int_at(const void* p) {
 // Quad q of a chunk for the outputs of one vector; `at` is the chunk's first step there.
 template <int bits, int q>
 inline Vec quad_of(const uint8_t* at) {
-    if constexpr (bits == 8) return load_vec(at + q * kStep);
+    if constexpr (bits == 8) {
+        const Vec codes = load_vec(at + q * kStep);
+        if constexpr (kSignedBytes) return codes ^ broadcast_vec(static_cast<int32_t>(0x80808080));
+        return codes;
+    }
     Vec quad = broadcast_vec(0);
     if constexpr (bits & 4) {
         quad = shifted_right<q % 2 * 4>(load_vec(at + q / 2 * kStep)) & broadcast_vec(0x0f0f0f0f);

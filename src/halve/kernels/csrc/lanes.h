@@ -22,6 +22,7 @@ constexpr int kTileOutputs = 2;
 
 typedef float Lanes __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
 constexpr int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -47,11 +48,11 @@ inline void store(float* p, Lanes v, int64_t n) { memcpy(p, &v, static_cast<size
 inline Lanes broadcast(float x) { return Lanes{} + x; }
 
 typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
 
 #if defined(__clang__)
 #define HALVE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
-typedef int FourInts __attribute__((vector_size(16)));
 #define HALVE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, FourInts{i, j, k, l})
 #endif
 

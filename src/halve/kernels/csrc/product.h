@@ -1,6 +1,7 @@
 // One unit of a product: a block of 64 outputs for up to kRowsTogether rows, then bias, gate and residual.
 #pragma once
 
+#include "amx_tiles.h"
 #include "bf16_products.h"
 #include "float_products.h"
 #include "integer_products.h"
@@ -15,7 +16,7 @@ inline void multiply_block(const Packed& w, Rounding rounding, int64_t block, co
 #if defined(HALVE_INTEGER_VECTORS)
     if (rounding == Rounding::kInt8 && w.kind == Kind::kInt) return integer_block(w, block, x, first, rows, sums);
 #endif
-#if defined(__AVX512BF16__)
+#if defined(HALVE_BF16_PRODUCTS)
     if (rounding == Rounding::kBfloat16 && w.kind == Kind::kBfloat16) return bf16_block(w, block, x, first, rows, sums);
 #endif
     (void)rounding;

@@ -12,8 +12,8 @@ enum class Rounding : int32_t { kNone = 0, kBfloat16 = 1, kInt8 = 2 };
 
 // Rows of activations as products take them; K' is K padded to a multiple of 32.
 //
-// Floats: `values` [T, value_stride]; for bf16 weights on AVX-512 BF16 their bits in bf16 in `wide` [T, code_stride],
-// and beyond K zeros. Int8 (one scale a row, x ~ code * scale): `codes` [T, code_stride] and beyond K
+// Floats: `values` [T, value_stride]; for bf16 weights, where the rows multiply bf16, their bits in `wide` [T,
+// code_stride], and beyond K zeros. Int8 (one scale a row, x ~ code * scale): `codes` [T, code_stride] and beyond K
 // zeros, or for 8-bit weights on AVX2, which multiplies them as 16 bits, `wide` [T, code_stride]: those of a quad in
 // the order 0, 2, 1, 3; `scale` [T]; and `starts` [T, start_stride]: for each run of `run` inputs, minus the weights'
 // zero point times the sum of its codes, which is where the integer sums of the run begin. With run = 0 a row has one

@@ -171,5 +171,9 @@ extern const Rows rows_baseline;
 extern const Rows rows_avx2;
 extern const Rows rows_avx512;
 extern const Rows rows_avx512bf16;
+extern const Rows rows_avxvnni;
+extern const Rows rows_amx;
+extern const Rows rows_neon_dotprod;
+extern const Rows rows_neon_i8mm;
 
 }  // namespace halve

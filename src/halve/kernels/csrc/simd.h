@@ -4,6 +4,9 @@
 
 #include "lanes.h"
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 #if defined(__AVX2__) && defined(__FMA__)
 // gcc 12 takes the undefined registers of its own header for a mistake (gcc.gnu.org/PR105593).
 #pragma GCC diagnostic push
@@ -14,12 +17,13 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #define HALVE_PAIR_PRODUCTS 1  // Words and everything on them exist
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(HALVE_BASELINE)
+#define HALVE_PAIR_PRODUCTS 1
+#include "simd_neon.h"
 #endif
 
 namespace halve {
 namespace {
-
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
 // The larger of each lane; where one is not a number, b.
 inline Lanes maximum(Lanes a, Lanes b) {
@@ -38,6 +42,8 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) {
     return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__) && defined(__FMA__)
     return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return (Lanes)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
@@ -71,7 +77,7 @@ inline Lanes exp2(Lanes x) {
     return p * (Lanes)((Bits)shifted << 23);
 }
 
-#if defined(HALVE_PAIR_PRODUCTS)
+#if defined(__AVX2__) && defined(__FMA__)
 
 constexpr int kWords = 2 * kLanes;
 typedef int16_t Words __attribute__((vector_size(kLanes * 4)));
@@ -133,9 +139,13 @@ inline Words broadcast_pair(const int16_t* p) {
 
 // sums + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1], exact while it fits 32 bits.
 inline Ints add_products(Ints sums, Words a, Words b) {
+#if defined(__AVXVNNI__)
+    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#else
     Ints products;  // as above
     asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "x"(b));
     return sums;
+#endif
 }
 
 inline Lanes to_floats(Ints v) { return _mm256_cvtepi32_ps((__m256i)v); }
@@ -150,6 +160,9 @@ inline Words to_words(Lanes low, Lanes high) {
 inline Lanes maximum_positive(Lanes a, Lanes b) { return (Lanes)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 
 #endif
+#endif
+
+#if defined(HALVE_PAIR_PRODUCTS)
 
 inline float largest_positive(Lanes v) {
     FourInts quarters[kLanes / 4];
