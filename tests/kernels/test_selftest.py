@@ -13,12 +13,12 @@ from halve.hardware import detect_cpu
 from halve.kernels import native_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "emulate_avx512.py"
+SCRIPT = ROOT / "scripts" / "emulate_cpu.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("emulate_avx512", SCRIPT)
+    spec = importlib.util.spec_from_file_location("emulate_cpu", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -61,6 +61,13 @@ def test_without_an_emulator_the_reason_is_told(script, monkeypatch, capsys, tmp
     assert "Bochs is not installed" in capsys.readouterr().out
 
 
+def test_an_instruction_set_that_is_not_emulated_is_refused(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main(["neon_i8mm"])
+    assert ended.value.code == 2
+    assert "'neon_i8mm' is not one of avx2, avxvnni, avx512, avx512bf16, amx" in capsys.readouterr().err
+
+
 def test_an_old_bochs_is_refused(script, monkeypatch, tmp_path):
     old = tmp_path / "bochs"
     old.write_text("#!/bin/sh\necho Bochs x86 Emulator 2.7\n")
@@ -83,7 +90,7 @@ def test_rows_agree_with_the_baseline_natively_and_touch_no_page_beyond_their_bu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["avxvnni", "avx512", "avx512bf16", "amx"])
 def test_rows_agree_with_the_baseline_on_an_emulated_processor(script, build, isa):
     command = [sys.executable, str(SCRIPT), isa, "--build", str(build)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Run the kernels' self-test on an emulated processor with AVX-512 VNNI and BF16.
+"""Run the kernels' self-test on an emulated processor with AVX-512 VNNI and BF16, AVX-VNNI or AMX.
 
-`scripts/emulate_avx512.py [ISA [part ...]]` builds tests/kernels/selftest statically, boots it on a Linux kernel in
+`scripts/emulate_cpu.py [ISA [part ...]]` builds tests/kernels/selftest statically, boots it on a Linux kernel in
 Bochs, prints what it prints, and exits as it exits; 77 with the reason where Bochs or a kernel is missing, 3 where the
 machine fails.
 
@@ -9,8 +9,11 @@ What it needs:
   Bochs 3.0 or newer (2.7 has no AVX-512 BF16) with the display "nogui" and without its debugger: $BOCHS,
   build/emulator/bochs, or the PATH. Debian's package is built the other way; from its source (`apt-get source bochs`,
   Debian 13), 4 minutes on two cores: `./configure --enable-cpu-level=6 --enable-x86-64 --enable-avx --enable-evex
-  --enable-fpu --enable-pci --enable-all-optimizations --disable-plugins --disable-docbook --enable-cdrom --without-x11
-  --without-wx --with-nogui && make && cp bochs HALVE/build/emulator/`.
+  --enable-amx --enable-fpu --enable-pci --enable-all-optimizations --disable-plugins --disable-docbook --enable-cdrom
+  --without-x11 --without-wx --with-nogui && make && cp bochs HALVE/build/emulator/`. For AMX, before `make`:
+  `sed -i 's/if (op_flags & BX_PREPARE_AMX)/if (false)/' cpu/decoder/fetchdecode32.cc`. Linux lends tile registers only
+  where it can take them away again (XFD), which Bochs 3.0 does not know; with this a program has them without asking,
+  and one program is all that runs.
   A kernel, bzImage: $KERNEL, build/emulator/boot/vmlinuz-*, or /boot/vmlinuz-*. On Debian and without installing it:
   `apt-get download linux-image-$VERSION-cloud-amd64 && dpkg -x linux-image-*.deb build/emulator`, where VERSION is what
   `apt-cache depends linux-image-cloud-amd64` names.
@@ -41,13 +44,22 @@ MEMORY_MIB = 256
 PARAMS_BYTES, PAGE = 0x2000, 0x1000
 END = re.compile(r"^halve-init: (?:exit (\d+)|(.+))$", re.MULTILINE)
 
-# Skylake-X with the two features that the kernels use beyond it: under the newer models of Bochs 3.0, Linux 6.1 stops
-# before its first process. Its CPUID does not list BF16, hence --unchecked. `ips` is how fast time passes: of 10
-# million instructions a second, 250 ticks leave 40,000 for each.
+# The features that an instruction set needs beyond Skylake-X, in Bochs's words.
+FEATURES = {
+    "avx2": "",
+    "avxvnni": "avx_vnni",
+    "avx512": "avx512vnni",
+    "avx512bf16": "avx512vnni,avx512bf16",
+    "amx": "avx512vnni,avx512bf16,amx,amx_int8,amx_bf16",
+}
+
+# Skylake-X with these features: under the newer models of Bochs 3.0, Linux 6.1 stops before its first process. CPUID
+# lists not all, hence --unchecked. `ips` is how fast time passes: of 10 million instructions a second, 250 ticks
+# leave 40,000 for each.
 BOCHSRC = """\
 config_interface: textconfig
 display_library: nogui
-cpu: model=corei7_skylake_x, count=1, ips=10000000, add_features="avx512vnni,avx512bf16"
+cpu: model=corei7_skylake_x, count=1, ips=10000000, add_features="{features}"
 memory: guest={memory}, host={memory}
 romimage: file={folder}/rom.bin, options=none
 vga: extension=none
@@ -125,7 +137,7 @@ def find_emulator() -> Emulator:
     candidates = [os.environ.get("BOCHS"), str(TOOLS / "bochs"), shutil.which("bochs")]
     bochs = next((Path(c) for c in candidates if c and Path(c).is_file()), None)
     if bochs is None:
-        raise MissingError("Bochs is not installed; see the head of scripts/emulate_avx512.py")
+        raise MissingError("Bochs is not installed; see the head of scripts/emulate_cpu.py")
     told = subprocess.run([str(bochs), "--help", "cpu"], capture_output=True, text=True, check=False)
     version = re.search(r"Bochs x86 Emulator (\d+)\.(\d+)", told.stdout + told.stderr)
     if version is None or int(version[1]) < 3:
@@ -137,7 +149,7 @@ def find_emulator() -> Emulator:
     )
     kernel = next((Path(k) for k in kernels if Path(k).is_file()), None)
     if kernel is None:
-        raise MissingError("no Linux kernel (bzImage) to boot; see the head of scripts/emulate_avx512.py")
+        raise MissingError("no Linux kernel (bzImage) to boot; see the head of scripts/emulate_cpu.py")
     return Emulator(bochs, kernel)
 
 
@@ -205,9 +217,10 @@ def write_rom(folder: Path, image_bytes: int, kernel_at: int) -> None:
     (folder / "vga.bin").write_bytes(empty)
 
 
-def run(emulator: Emulator, folder: Path, timeout_s: float) -> int:
+def run(emulator: Emulator, folder: Path, features: str, timeout_s: float) -> int:
     """Boot what lies in the folder, print what the machine prints as it comes, and return the self-test's status."""
-    (folder / "bochsrc").write_text(BOCHSRC.format(folder=folder, memory=MEMORY_MIB, image_at=IMAGE_AT))
+    settings = BOCHSRC.format(folder=folder, memory=MEMORY_MIB, image_at=IMAGE_AT, features=features)
+    (folder / "bochsrc").write_text(settings.replace(', add_features=""', ""))
     serial, shown, text = folder / "serial.txt", 0, ""
     command = [str(emulator.bochs), "-q", "-f", str(folder / "bochsrc")]
     with subprocess.Popen(
@@ -229,6 +242,9 @@ def run(emulator: Emulator, folder: Path, timeout_s: float) -> int:
     if end and end[1]:
         return int(end[1])
     log = (folder / "bochs.log").read_text(errors="replace").splitlines() if (folder / "bochs.log").exists() else []
+    if unknown := next((line for line in log if "unknown feature name" in line), None):
+        print(f"skipped: this Bochs was built without what it takes ({unknown.strip()}); see the head of this script")
+        return SKIPPED
     why = end[2] if end else f"no end within {timeout_s:g} s, or the machine stopped; Bochs's last words: {log[-3:]}"
     print(f"the emulated machine failed: {why}", file=sys.stderr)
     return BROKEN
@@ -244,6 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "selftest", help="CMake's folder")
     parser.add_argument("--program", type=Path, help="another static program to run in place of the self-test")
     options = parser.parse_args(arguments)
+    if options.words[0] not in FEATURES:
+        parser.error(f"{options.words[0]!r} is not one of {', '.join(FEATURES)}")
     try:
         emulator = find_emulator()
     except MissingError as error:
@@ -257,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         image, kernel_at = boot_image(emulator.kernel.read_bytes(), cpio(files), line)
         (folder / "image.bin").write_bytes(image)
         write_rom(folder, len(image), kernel_at)
-        return run(emulator, folder, options.timeout_s)
+        return run(emulator, folder, FEATURES[options.words[0]], options.timeout_s)
 
 
 if __name__ == "__main__":
