@@ -17,7 +17,8 @@ from halve.kernels import native_library
 HOT = re.compile(r"\bhot_\w+")
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")
-JUMP = re.compile(r"^j\w+\s+([0-9a-f]+)\b")
+JUMP = re.compile(r"^(?:j\w+ |b(?:\.\w+)? |cbn?z \w+, |tbn?z \w+, #\d+, )([0-9a-f]+)\b")  # of x86, of ARM
+ON_VECTORS = re.compile(r"^v|\bv\d+\.\d*[bhsd]\b")  # of x86, of ARM
 VECTOR_ON_STACK = re.compile(r"^v\w+ (?=.*%[xyz]mm)(?=.*\(%r[sb]p\b)")
 PINNED = "GCC: (Debian 12"
 
@@ -49,7 +50,7 @@ def successors(body: list[Instruction]) -> dict[int, list[int]]:
     for instruction, after in zip(body, [*body[1:], None], strict=True):
         jump = JUMP.match(instruction.text)
         targets = [int(jump[1], 16)] if jump else []
-        if after is not None and not instruction.text.startswith(("jmp", "ret")):
+        if after is not None and not instruction.text.startswith(("jmp ", "ret", "b ")):
             targets.append(after.address)
         following[instruction.address] = [t for t in targets if t in inside]
     return following
@@ -84,7 +85,7 @@ def innermost_loops(body: list[Instruction]) -> list[list[Instruction]]:
             entry = body[0].address
             if head <= start and (head == entry or start not in reached(onward, entry, head)):
                 loops.setdefault(head, {head}).update({head} if start == head else reached(backward, start, head))
-    on_vectors = {i.address for i in body if i.text.startswith("v")}
+    on_vectors = {i.address for i in body if ON_VECTORS.search(i.text)}
     loops = {head: loop for head, loop in loops.items() if loop & on_vectors}
     inner = [loop for head, loop in loops.items() if not any(other in loop for other in loops if other != head)]
     return [[i for i in body if i.address in loop] for loop in sorted(inner, key=min)]
