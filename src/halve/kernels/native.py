@@ -153,7 +153,7 @@ class NativeOps:
 
         With s the largest sum |q| |k| / sqrt(D) of a query, n positions and eps = 2^-24, weights of the softmax are off
         by a factor of e^d, d = (D + 16) * eps * s + 16 * eps, and the output by (2 d + (2 n + 16) eps) max |v|. int8 in
-        blocks of 16 with a head size that 16 divides is multiplied in whole numbers where the processor has avx2
+        blocks of 16 with a head size that 16 divides is multiplied in whole numbers where it has avx2 or dotprod
         (csrc/attention_int8.h): max |q| * max sum |k| / sqrt(D) / 65534 more in d and max |v| / 500 in the output.
         A token's bits do not depend on other sequences, on how its own was cut into steps, or on threads; only on the
         instruction set and the block size.
