@@ -13,7 +13,8 @@ What it needs:
   --without-x11 --without-wx --with-nogui && make && cp bochs HALVE/build/emulator/`. For AMX, before `make`:
   `sed -i 's/if (op_flags & BX_PREPARE_AMX)/if (false)/' cpu/decoder/fetchdecode32.cc`. Linux lends tile registers only
   where it can take them away again (XFD), which Bochs 3.0 does not know; with this a program has them without asking,
-  and one program is all that runs.
+  and one program is all that runs. And `sed -i 's/Bit32s(xbyte\\[/Bit8s(xbyte[/' cpu/avx/amx.cc`: Bochs 3.0 multiplies
+  signed bytes of tdpbsud as unsigned ones.
   A kernel, bzImage: $KERNEL, build/emulator/boot/vmlinuz-*, or /boot/vmlinuz-*. On Debian and without installing it:
   `apt-get download linux-image-$VERSION-cloud-amd64 && dpkg -x linux-image-*.deb build/emulator`, where VERSION is what
   `apt-cache depends linux-image-cloud-amd64` names.

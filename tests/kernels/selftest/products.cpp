@@ -304,22 +304,22 @@ std::vector<double> bounds(const Case& c, const Buffer<float>& x, const std::vec
 
 constexpr int kManyRows = 50;  // three strips of 16 and two rows, eight of 6 and two
 
-std::vector<float> row_of(const std::vector<float>& values, int64_t row, int64_t width) {
-    return std::vector<float>(values.begin() + row * width, values.begin() + (row + 1) * width);
+Buffer<float> row_of(const Buffer<float>& values, int64_t row, int64_t width) {
+    return Buffer<float>(values.begin() + row * width, values.begin() + (row + 1) * width);
 }
 
 // Rows that were multiplied with others have the bits that they have by themselves.
-void check_alone(Report& report, const std::string& what, const Case& c, const std::vector<float>& x,
-                 const std::vector<Weight>& weights, const std::vector<float>& bias, const std::vector<float>& before,
-                 const std::vector<float>& together) {
+void check_alone(Report& report, const std::string& what, const Case& c, const Buffer<float>& x,
+                 const std::vector<Weight>& weights, const Buffer<float>& bias, const Buffer<float>& before,
+                 const Buffer<float>& together) {
     const int64_t stride = c.weight.outputs + 3;
     Case one = c;
     one.rows = 1;
-    std::vector<float> got, wanted;
+    Buffer<float> got, wanted;
     for (const int64_t row : {int64_t{0}, int64_t{33}, c.rows - 1}) {
-        const std::vector<float> alone =
+        const Buffer<float> alone =
             run_product(report.rows, one, row_of(x, row, c.weight.inputs), weights, bias, row_of(before, row, stride));
-        const std::vector<float> among = row_of(together, row, stride);
+        const Buffer<float> among = row_of(together, row, stride);
         got.insert(got.end(), among.begin(), among.end());
         wanted.insert(wanted.end(), alone.begin(), alone.end());
     }
@@ -336,7 +336,7 @@ void check_case(Report& report, const Case& c) {
     const std::string what = format("product %s rows=%d%s%s%s%s", name_of(c.rounding), static_cast<int>(c.rows),
                                     c.members > 1 && !c.gated ? " members=2" : "", c.bias ? " bias" : "",
                                     c.add ? " add" : "", c.gated ? " gated" : "");
-    const std::vector<float> got = run_product(report.rows, c, x, weights, bias, before);
+    const Buffer<float> got = run_product(report.rows, c, x, weights, bias, before);
     report.close(what + " " + describe(c.weight), got, run_product(rows_baseline, c, x, weights, bias, before),
                  bounds(c, x, weights));
     if (c.rows == kManyRows)

@@ -66,10 +66,14 @@ inline void to_int8(const float* __restrict x, int64_t width, const Activations&
         // Adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the low bits.
         int32_t whole[kHalfChunk];
         for (int j = 0; j < kHalfChunk; ++j) {
+#if defined(__aarch64__)
+            whole[j] = static_cast<int32_t>(__builtin_rintf(part[j]));  // the sum would be fused with the product
+#else
             const float shifted = part[j] + 12582912.0f;
             int32_t bits;
             memcpy(&bits, &shifted, sizeof bits);
             whole[j] = bits - 0x4b400000;
+#endif
         }
         if (out.wide) {
             int16_t* __restrict wide = out.wide + row * out.code_stride + i;
@@ -96,7 +100,11 @@ inline void to_int8(const float* __restrict x, int64_t width, const Activations&
 inline void round_int8(const float* x, float* y, int64_t width) {
     const Int8Scale row_scale(x, width);
     for (int64_t i = 0; i < width; ++i) {
+#if defined(__aarch64__)
+        const float code = row_scale.some ? __builtin_rintf(x[i] * row_scale.inverse) : 1.0f;
+#else
         const float code = row_scale.some ? (x[i] * row_scale.inverse + 12582912.0f) - 12582912.0f : 1.0f;
+#endif
         y[i] = code * row_scale.scale;
     }
 }
