@@ -119,7 +119,7 @@ class CudaOps:
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations: {activations!r} is not one of {list(ACTIVATIONS)}")
         self.torch_device = torch.device(device)
-        if self.torch_device.type == "cuda" and self.torch_device.index is None:
+        if device == "cuda":
             self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.device = cuda_device(str(self.torch_device))
         self.activations = activations
