@@ -89,7 +89,7 @@ def over_cache(kv_format, head_dim, *, sinks=False):
     return constants, types
 
 
-def decode(kv_format, head_dim, tiling, *, window=0, splits=8, sinks=False, group=4):
+def decode(kv_format, head_dim, tiling, *, window=0, splits=33, sinks=False, group=4):
     constants, types = over_cache(kv_format, head_dim, sinks=sinks)
     constants.update(
         DIM=triton.next_power_of_2(head_dim), GROUP=group,
@@ -118,8 +118,6 @@ def decodes(kv_format, sweep):
             decode(kv_format, head_dim, other)
     decode(kv_format, 64, attention.decode_tiling(cache, 64), window=128, sinks=True, group=8)
     decode(kv_format, 80, attention.decode_tiling(cache, 80), splits=1, sinks=True, group=1)
-    for splits in (2, 33, 128):
-        decode(kv_format, 128, attention.decode_tiling(cache, 128), splits=splits, sinks=True)
 
 
 def prefills(kv_format, sweep):
