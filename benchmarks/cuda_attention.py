@@ -141,14 +141,6 @@ def spec_of(kv_format: str, head_dim: int) -> AttentionSpec:
     return AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=head_dim, kv_format=kv_format)
 
 
-def scratch_of(batch: int, splits: int, spec: AttentionSpec) -> Scratch:
-    """Memory for sequences cut in so many parts."""
-    parts = (batch, spec.num_heads, splits)
-    return Scratch(
-        torch.empty(*parts, spec.head_dim, device="cuda"), torch.empty(*parts, 2, dtype=torch.float32, device="cuda")
-    )
-
-
 def decode(
     case: Case, bandwidth: float, others: list[tuple[Tiling | None, int]], until: float = math.inf
 ) -> list[dict[str, Any]]:
@@ -161,7 +153,7 @@ def decode(
     for tiling, splits in [(None, 0), *others]:
         if time.monotonic() > until:
             break
-        scratch = scratch_of(batch, splits or default, spec)
+        scratch = attention.decode_scratch(batch, spec, "cuda", splits or default)
 
         def step(tiling: Tiling | None = tiling, scratch: Scratch = scratch) -> torch.Tensor:
             return attention.decode(
@@ -264,9 +256,8 @@ def compile_ahead(job: tuple[str, str, Tiling | None, int]) -> None:
     case = Case(spec, 1, 32)
     q = torch.randn(1, spec.num_heads * spec.head_dim, dtype=torch.bfloat16, device="cuda")
     if kind == "decode":
-        attention.decode(
-            q, case.cache, case.tables, case.lengths, spec, scratch=scratch_of(1, splits, spec), tiling=tiling
-        )
+        scratch = attention.decode_scratch(1, spec, "cuda", splits)
+        attention.decode(q, case.cache, case.tables, case.lengths, spec, scratch=scratch, tiling=tiling)
     else:
         offsets = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
         attention.prefill(q, case.cache, case.tables, offsets, case.lengths, spec, tiling=tiling)

@@ -12,11 +12,12 @@ arithmetic. Parts:
            output tokens/s = 1 / (1 / decode_tok_s + 1000 / 1000 / prefill_tok_s)
        which says what the two rates add up to when neither waits for the other; it is a formula over two measurements
     e  a real run of the engine, --sequences requests of 1000 in / 1000 out that arrive at once, until all are done or
-       --run-seconds are over; output tokens by wall time, warm-up, ramp-up and drain included
+       --run-seconds are over; output tokens by wall time, ramp-up and drain included. Without --sequences as many as
+       memory holds and, by the rates of b, are done in time
     c  dollars per million output tokens at --usd-per-hour, from b and e
 
     python benchmarks/cuda_engine.py [--shape llama-3.1-8b] [--formats bf16,int4-g128,fp8,int8] [--parts a,b,e,c]
-        [--usd-per-hour 3.50] [--sequences 512] [--seconds 190]
+        [--usd-per-hour 3.50] [--sequences N] [--seconds 190]
 
 Each format runs in a process of its own, so that one that fails takes no other with it. Before them all, processes
 side by side with one layer compile what will run (Triton keeps it on disk). Prints progress on stderr and one JSON line
@@ -69,7 +70,8 @@ SHAPES = {
     },
 }
 # Weights -> activations and cache of the plan. Weights below 8 bits meet bf16 activations on CUDA.
-PLANS = {"bf16": ("fp32", "bf16"), "fp8": ("fp8", "fp8"), "int8": ("int8", "int8"), "int4-g128": ("fp32", "fp8")}
+# The cache is int8 but with bf16: it is read faster than fp8 and is nearer to the original.
+PLANS = {"bf16": ("fp32", "bf16"), "fp8": ("fp8", "int8"), "int8": ("int8", "int8"), "int4-g128": ("fp32", "int8")}
 BARS = {"bf16": 0.80, "int4-g128": 0.65}  # of the bandwidth bound, part a
 PUBLISHED = {  # TensorRT-LLM 1.0, docs/source/performance/perf-overview.md: Llama 3.1 8B FP8, 1000 in / 1000 out
     "H200": {"engine": "TensorRT-LLM 1.0", "model": "Llama-3.1-8B FP8", "output_tok_s": 17744},
@@ -83,6 +85,8 @@ DECODE_STEPS = 128  # of part a
 DECODES = 4  # steps of one sample of part b
 MOST_SEQUENCES = 1024
 PREFILL_TOKENS = 8192  # of a step
+SEQUENCES = 256  # of part e where part b says nothing
+SHARES = 6  # processes that compile ahead what part e comes through
 
 
 def say(*words: object) -> None:
@@ -362,14 +366,38 @@ def part_b(decoder: Any, clock: Clock, device: str, gb_s: float, rounds: int) ->
     }
 
 
-def run_buckets(decoder: Any, device: str, sequences: int) -> None:
-    """A step of every bucket that a run of so many sequences comes through, so that part e compiles nothing."""
+def fitting_sequences(b: dict[str, Any], run_seconds: float) -> int:
+    """Sequences, a graph's bucket, that part e comes through within four fifths of its time by the rates of part b.
+
+    A step of decode is taken to be as long as its sequences are many, and no shorter than half of the one measured.
+    """
+    from halve.models.captured import BUCKETS
+
+    if "decode_tok_s" not in b:
+        return SEQUENCES
+    step_s = b["sequences"] / b["decode_tok_s"]
+
+    def seconds(count: int) -> float:
+        return count * PROMPT / b["prefill_tok_s"] + OUTPUT * step_s * max(0.5, count / b["sequences"])
+
+    fits = [n for n in BUCKETS if n <= b["sequences"] and seconds(n) <= 0.8 * run_seconds]
+    return max(fits, default=1)
+
+
+def run_buckets(decoder: Any, sequences: int, share: int) -> None:
+    """A step of every bucket that a run of so many sequences comes through, so that part e compiles nothing.
+
+    share: which of the buckets, every `SHARES`th from there on.
+    """
     from halve.kernels.sampling import SamplingBatch
     from halve.models.captured import BUCKETS
 
-    most, num_blocks = most_sequences(decoder, device)
+    counts = [b for b in BUCKETS if b <= max(sequences, 1)][share::SHARES]
+    if not counts:
+        return
+    num_blocks = counts[-1] * -(-(PROMPT + OUTPUT) // BLOCK)
     cache, rng = decoder.new_cache(num_blocks, BLOCK), np.random.default_rng(2)
-    for count in (b for b in BUCKETS if b <= min(sequences, most)):
+    for count in counts:
         batch = decode_batch(count, num_blocks, rng)
         decoder.submit(batch, cache, np.arange(count), SamplingBatch.greedy(count)).result()
 
@@ -461,9 +489,10 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 
     def real_run() -> dict[str, Any]:
         if short:
-            run_buckets(decoder, device, options.sequences)
+            run_buckets(decoder, options.sequences or MOST_SEQUENCES, options.share)
             forget(decoder, clock)
-        return part_e(decoder, device, options.sequences, 3 if short else OUTPUT, options.run_seconds)
+        count = options.sequences or fitting_sequences(result.get("b", {}), options.run_seconds)
+        return part_e(decoder, device, count, 3 if short else OUTPUT, options.run_seconds)
 
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "a": lambda: part_a(decoder, clock, gb_s, 4 if short else DECODE_STEPS),
@@ -499,7 +528,8 @@ def start(options: argparse.Namespace, name: str, parts: str, *more: str) -> "su
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, __file__, "--one", name, "--shape", options.shape, "--parts", parts]
-    command += ["--device", options.device, "--sequences", str(options.sequences), "--real-run", options.real_run]
+    command += ["--device", options.device, "--real-run", options.real_run]
+    command += [] if options.sequences is None else ["--sequences", str(options.sequences)]
     command += ["--run-seconds", str(options.run_seconds), *(["--tune"] if options.tune else []), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=None, text=True, env=environment)
 
@@ -533,15 +563,16 @@ def main() -> None:
     parser.add_argument("--formats", default="bf16,int4-g128,fp8,int8")
     parser.add_argument("--parts", default="a,b,e,c")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--sequences", type=int, default=512, help="of part e")
+    parser.add_argument("--sequences", type=int, default=None, help="of part e; as many as fit")
     parser.add_argument("--real-run", default="fp8", help="the format of part e")
-    parser.add_argument("--run-seconds", type=float, default=50.0, help="when part e stops at the latest")
+    parser.add_argument("--run-seconds", type=float, default=45.0, help="when part e stops at the latest")
     parser.add_argument("--usd-per-hour", type=float, default=None)
     parser.add_argument("--seconds", type=float, default=190.0, help="for all of it; what does not fit is left out")
     parser.add_argument("--tune", action="store_true", help="measure cuts of products first; takes minutes")
     parser.add_argument("--no-warm", action="store_true", help="do not compile ahead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(run_one(options)))
@@ -553,9 +584,13 @@ def main() -> None:
     warm: dict[str, Any] = {}
     if not options.no_warm:
         say("compiling", *names)
-        jobs = [(name, part) for name in names for part in options.parts.split(",") if part in "abe"]
-        jobs = [(name, part) for name, part in jobs if part != "e" or name == options.real_run]
-        processes = {f"{name} {part}": start(options, name, part, "--compile-only") for name, part in jobs}
+        jobs = [(name, part, 0) for name in names for part in options.parts.split(",") if part in "ab"]
+        if "e" in options.parts.split(",") and options.real_run in names:
+            jobs += [(options.real_run, "e", share) for share in range(SHARES)]
+        processes = {
+            f"{name} {part} {share}": start(options, name, part, "--compile-only", "--share", str(share))
+            for name, part, share in jobs
+        }
         deadline = began + 0.5 * options.seconds
         warm = {name: finish(process, deadline - time.monotonic()) for name, process in processes.items()}
         for name, outcome in warm.items():

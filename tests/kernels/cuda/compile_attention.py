@@ -32,7 +32,7 @@ TYPES = {
     "whole": "*i64", "chosen": "*i32", "status": "*i32", "bias": "*fp32", "counts": "*i32", "seen": "*i8",
     "allowed": "*i32", "penalties": "*fp64", "words": "i32", "wanted": "*i64", "logprobs": "*fp32", "most": "i32",
     "maxima": "*fp32", "group_maxima": "*fp32", "candidates": "*i32", "limits": "*i32", "lowest": "*fp64",
-    "weights": "*fp64", "equals": "*i32",
+    "weights": "*fp64", "equals": "*i32", "apart": "i32", "counters": "*i32",
 }  # fmt: skip
 SWEEP_DECODE = [
     Tiling(16, 32, 4, 4), Tiling(16, 64, 4, 2), Tiling(16, 64, 4, 4), Tiling(16, 64, 8, 3), Tiling(16, 128, 4, 2),
@@ -89,12 +89,12 @@ def over_cache(kv_format, head_dim, *, sinks=False):
     return constants, types
 
 
-def decode(kv_format, head_dim, tiling, *, window=0, splits=8, sinks=False, group=4):
+def decode(kv_format, head_dim, tiling, *, window=0, splits=33, sinks=False, group=4):
     constants, types = over_cache(kv_format, head_dim, sinks=sinks)
     constants.update(
         DIM=triton.next_power_of_2(head_dim), GROUP=group,
         HEADS=attention._columns(group, SimpleNamespace(kv_format=kv_format)), WINDOW=window, N=tiling.tokens,
-        SPLITS=splits, LEAST=attention.TILES_A_SPLIT, SINKS=sinks,
+        SPLITS=splits, PARTS=triton.next_power_of_2(splits), LEAST=attention.TILES_A_SPLIT, SINKS=sinks,
     )  # fmt: skip
     name = f"decode {kv_format} {head_dim} {tuple(tiling)} window {window} splits {splits} sinks {sinks} group {group}"
     compiled(name, kernels.decode_kernel, constants, tiling.num_warps, tiling.num_stages, **types)
@@ -118,12 +118,6 @@ def decodes(kv_format, sweep):
             decode(kv_format, head_dim, other)
     decode(kv_format, 64, attention.decode_tiling(cache, 64), window=128, sinks=True, group=8)
     decode(kv_format, 80, attention.decode_tiling(cache, 80), splits=1, sinks=True, group=1)
-    for splits in (2, 128):
-        constants = {
-            "G": 8, "D": 128, "DIM": 128, "GROUP": 4, "WINDOW": 0, "N": 64, "SPLITS": splits,
-            "LEAST": attention.TILES_A_SPLIT, "SINKS": True, "PARTS": splits,
-        }  # fmt: skip
-        compiled(f"join {splits}", kernels.join_kernel, constants, 4)
 
 
 def prefills(kv_format, sweep):

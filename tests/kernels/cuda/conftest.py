@@ -1,4 +1,4 @@
-"""Triton's interpreter stands in where there is no CUDA device; it is asked for before anything imports triton.
+"""Triton's interpreter stands in where there is no CUDA device (tests/conftest.py asks for it).
 
 Triton 3.6's interpreter is wrong in three places, put right here: it cuts bits off where a device rounds to bf16 or
 fp8, multiplies the bit patterns of bf16 as whole numbers in `tl.dot`, and takes int() of an array, which numpy 2.4
@@ -10,10 +10,6 @@ import os
 
 import ml_dtypes
 import numpy as np
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _mend_interpreter():

@@ -160,19 +160,35 @@ def test_decode_sees_its_window_alone_and_sinks_take_their_share(kv_format, wind
     agree(decoded(scene, sinks), scene, sinks)
 
 
-def test_decode_in_one_part_needs_no_second_kernel():
+def test_decode_of_whole_sequences_has_nothing_to_join():
     scene = Scene(spec_of(6, 2, 64), [1, 200, 70], seed=2, block_size=64)
     sinks = torch.linspace(-2, 3, 6, device=DEVICE)
-    whole = attention.Scratch(torch.empty(3, 6, 1, 64, device=DEVICE), torch.empty(3, 6, 1, 2, device=DEVICE))
+    whole = attention.decode_scratch(3, scene.spec, DEVICE, 1)
     agree(decoded(scene, scratch=whole), scene)
     agree(decoded(scene, sinks, scratch=whole), scene, sinks)
+
+
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_the_last_part_of_a_sequence_joins_all_and_leaves_its_counter_at_zero(kv_format):
+    scene = Scene(spec_of(6, 2, 64, kv_format=kv_format), [1, 2500, 700], seed=2, block_size=64)
+    sinks = torch.linspace(-2, 3, 6, device=DEVICE)
+    parts = attention.decode_scratch(3, scene.spec, DEVICE, 5)
+    for _ in range(2):
+        agree(decoded(scene, scratch=parts), scene)
+        agree(decoded(scene, sinks, scratch=parts), scene, sinks)
+        assert not parts.counters.any()
+
+
+def test_decode_cuts_sequences_until_the_device_is_full_and_no_further(monkeypatch):
+    monkeypatch.setattr(attention, "_num_sms", lambda device: 132)
+    wanted = {1: 33, 2: 16, 8: 4, 16: 2, 17: 1, 32: 1, 1024: 1}
+    assert {n: attention.num_splits(n, spec_of(32, 8), torch.device("cuda")) for n in wanted} == wanted
 
 
 def test_decode_of_padding_leaves_zeros_in_one_part_and_in_several():
     scene = Scene(spec_of(2, 1, 64), [0, 3], [1, 1])
     sinks = torch.zeros(2, device=DEVICE)
-    one = attention.Scratch(torch.empty(2, 2, 1, 64, device=DEVICE), torch.empty(2, 2, 1, 2, device=DEVICE))
-    for scratch in (one, None):
+    for scratch in (attention.decode_scratch(2, scene.spec, DEVICE, n) for n in (1, 3)):
         assert not decoded(scene, scratch=scratch)[0].any()
         assert not decoded(scene, sinks, scratch=scratch)[0].any()
 

@@ -28,7 +28,7 @@ def _bench(monkeypatch):
 
 def options(**changed):
     given = {"one": "fp8", "shape": "tiny", "parts": "a,b,e", "device": DEVICE, "sequences": 2, "real_run": "fp8"}
-    return Namespace(**{**given, "run_seconds": 100.0, "tune": False, "compile_only": True, **changed})
+    return Namespace(**{**given, "run_seconds": 100.0, "tune": False, "compile_only": True, "share": 0, **changed})
 
 
 def test_every_part_reports_rates_and_what_they_are_held_to(bench):
@@ -41,6 +41,18 @@ def test_every_part_reports_rates_and_what_they_are_held_to(bench):
     assert b["output_tok_s"] == pytest.approx(rate)
     assert result["e"]["output_tokens"] == 2 * 3
     assert not result["e"]["stopped_early"]
+
+
+def test_a_real_run_has_as_many_sequences_as_its_time_allows(bench, monkeypatch):
+    monkeypatch.setattr(bench, "PROMPT", 1000)
+    monkeypatch.setattr(bench, "OUTPUT", 1000)
+    b = {"sequences": 896, "decode_tok_s": 22400.0, "prefill_tok_s": 80_000.0}  # 40 ms a step
+    # 640: 8 s of prompts and 29 s of 29 ms; 576: 7.2 s and 25.7 s
+    assert bench.fitting_sequences(b, 50.0) == 640
+    assert bench.fitting_sequences(b, 43.0) == 576
+    assert bench.fitting_sequences(b, 1000.0) == 896
+    assert bench.fitting_sequences(b, 1.0) == 1
+    assert bench.fitting_sequences({"error": "broken"}, 50.0) == bench.SEQUENCES
 
 
 def test_dollars_follow_from_the_rates(bench):

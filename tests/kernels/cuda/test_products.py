@@ -1,4 +1,5 @@
 import importlib.util
+from dataclasses import replace
 from itertools import pairwise
 
 import ml_dtypes
@@ -15,7 +16,7 @@ from halve.formats import FORMATS, Weight, pack_codes
 from halve.hardware import Device
 from halve.kernels.cuda import libraries
 from halve.kernels.cuda.configs import Config
-from halve.kernels.cuda.launching import launch, launch_persistent
+from halve.kernels.cuda.launching import launch, launch_persistent, splits_of
 from halve.kernels.cuda.packing import activations_refusal, concatenate, pack, pack_fp8
 from halve.kernels.cuda.product_rows import TABLE, cuda_device, cuts, runnable
 from halve.kernels.cuda.products import Activations, grouped_project, project
@@ -313,6 +314,24 @@ def test_sums_of_int8_are_scaled_with_bias_and_residual(residual):
     out = torch.zeros((80, 40), dtype=torch.bfloat16, device=DEVICE)
     libraries.int8(matrix, x, out, add)
     assert_near(out, dense, exact(weight), extra=torch.full((80, 40), 3.0 if residual else 1.0, dtype=torch.float64))
+
+
+def test_slabs_of_wide_matrices_begin_where_every_kernel_can(monkeypatch):
+    firsts = []
+    monkeypatch.setattr(libraries, "SLAB_ELEMENTS", 300 * 64)
+    monkeypatch.setattr(libraries, "widen_rows", lambda m, first, rows, out: (firsts.append((first, rows)), out)[1])
+    monkeypatch.setattr(libraries, "_multiply", lambda *_: None)
+    matrix = pack(make_weight("int4-g32", (600, 64)), DEVICE)
+    x, _ = make_activations("bf16", 80, 64)
+    libraries.widened(matrix, x, torch.zeros((80, 600), dtype=torch.bfloat16, device=DEVICE), None)
+    assert firsts == [(0, 256), (256, 256), (512, 88)]
+
+
+def test_large_tiles_are_split_into_no_second_round():
+    matrix = pack(make_weight("int8", (8, 4096)), DEVICE, activations="int8")
+    large = Config(bt=128, bn=128, cols=128, programs_a_sm=10)
+    assert splits_of(matrix, 7, large, torch.device("cpu")) == 2  # 20 programs over 7 tiles
+    assert splits_of(matrix, 7, replace(large, bt=64), torch.device("cpu")) == 3
 
 
 def device_of(kind, *features):

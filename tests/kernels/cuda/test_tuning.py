@@ -87,6 +87,13 @@ def test_without_measurements_the_default_runs(cache, matrix):
     assert not (cache / "cuda").exists()
 
 
+def test_without_measurements_torch_multiplies_many_tokens(cache, monkeypatch):
+    monkeypatch.setattr(product_rows, "_library_refusal", lambda device, spec, multiple: None)
+    plain, packed = (pack(make_weight(name, (64, 128)), DEVICE) for name in ("bf16", "int4-g32"))
+    names = [tuning.chosen(m, n, torch.bfloat16).kernel.name for m in (plain, packed) for n in (64, 65, 128, 129)]
+    assert names == ["triton", *["torch_mm"] * 3, *["triton"] * 3, "widen_torch_mm"]
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -1,7 +1,8 @@
 """Attention over the paged cache in Triton: rotate and store, decode, prefill. Definition: `reference.TorchOps`.
 
 decode: flash-decoding (arXiv:2311.01282). Reading keys and values once is the bound, so the query heads of a key-value
-head share a tile of tensor cores and a sequence is cut in parts, enough to fill the device; a second kernel joins them.
+head share a tile of tensor cores and a sequence is cut in parts, enough to fill the device; the last part to come joins
+them, and a sequence of one part has nothing to join.
 prefill: FlashAttention-2 (arXiv:2307.08691). A tile holds some queries times the query heads of one key-value head, so
 that a chunk of 8192 tokens and a sequence's one new token run by the same kernel, side by side.
 
@@ -10,13 +11,13 @@ captured graph serves every length that its tables have room for. Integer tensor
 """
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 
 from halve.core.errors import KernelError
-from halve.kernels.cuda.attention_kernels import decode_kernel, join_kernel, prefill_kernel, write_kernel
+from halve.kernels.cuda.attention_kernels import decode_kernel, prefill_kernel, write_kernel
 from halve.kernels.cuda.cache import CudaCache
 
 if TYPE_CHECKING:
@@ -24,15 +25,19 @@ if TYPE_CHECKING:
 
 LOG2E = math.log2(math.e)
 MOST_SPLITS = 128
-TILES_A_SPLIT = 2  # fewer in a part of a sequence than this cost more to join than they save
-INSTANCES_PER_SM = 8  # of decode: some four waves of two, so that an uneven end weighs little
+TILES_A_SPLIT = 4  # fewer in a part of a sequence than this cost more to join than they save
+INSTANCES_PER_SM = 2  # of decode: what runs at once; measured, more parts read no faster
 
 
 class Scratch(NamedTuple):
-    """Memory for the parts of a decode step: float32 [S, H, parts, D] and [S, H, parts, 2] (maximum, sum)."""
+    """Memory for the parts of a decode step: float32 [S, H, parts, D] and [S, H, parts, 2] (maximum, sum).
+
+    counters: int32 [S, G], parts that came; zero between steps.
+    """
 
     values: torch.Tensor
     sums: torch.Tensor
+    counters: torch.Tensor
 
 
 class Tiling(NamedTuple):
@@ -76,19 +81,26 @@ def rope_and_write(
     return q
 
 
-def decode_scratch(num_sequences: int, spec: "AttentionSpec", device: torch.device | str) -> Scratch:
-    """Memory that `decode` of this many sequences needs; the same may serve every layer."""
-    parts = (num_sequences, spec.num_heads, num_splits(num_sequences, spec, torch.device(device)))
+def decode_scratch(
+    num_sequences: int, spec: "AttentionSpec", device: torch.device | str, splits: int | None = None
+) -> Scratch:
+    """Memory that `decode` of this many sequences needs; the same may serve every layer, one after another.
+
+    splits: parts that a sequence is cut into at most; `num_splits` where none are given.
+    """
+    splits = num_splits(num_sequences, spec, torch.device(device)) if splits is None else splits
+    parts = (num_sequences, spec.num_heads, splits)
     return Scratch(
         torch.empty(*parts, spec.head_dim, dtype=torch.float32, device=device),
         torch.empty(*parts, 2, dtype=torch.float32, device=device),
+        torch.zeros(num_sequences, spec.num_kv_heads, dtype=torch.int32, device=device),
     )
 
 
 def num_splits(num_sequences: int, spec: "AttentionSpec", device: torch.device) -> int:
-    """Parts that a sequence is cut into, at most, so that every multiprocessor has work."""
-    wanted = INSTANCES_PER_SM * _num_sms(device)
-    return max(1, min(MOST_SPLITS, -(-wanted // max(1, num_sequences * spec.num_kv_heads))))
+    """Parts that a sequence is cut into, at most: what the device runs at once, and no more."""
+    room = INSTANCES_PER_SM * _num_sms(device)
+    return max(1, min(MOST_SPLITS, room // max(1, num_sequences * spec.num_kv_heads)))
 
 
 def decode_tiling(cache: CudaCache, head_dim: int) -> Tiling:
@@ -122,28 +134,22 @@ def decode(
         return out
     tile = tiling or decode_tiling(cache, spec.head_dim)
     group = spec.num_heads // spec.num_kv_heads
-    shape: dict[str, Any] = {
-        "G": spec.num_kv_heads, "D": spec.head_dim, "DIM": triton.next_power_of_2(spec.head_dim), "GROUP": group,
-        "WINDOW": spec.window or 0, "N": tile.tokens, "SPLITS": splits, "LEAST": TILES_A_SPLIT,
-        "SINKS": sinks is not None,
-    }  # fmt: skip
     decode_kernel[(spec.num_kv_heads, num_sequences, splits)](
         q, *_memory(cache), block_tables, seq_lens, sinks, out, *scratch,
         q.stride(0), out.stride(0), block_tables.stride(0), LOG2E / math.sqrt(spec.head_dim),
-        **shape, HEADS=_columns(group, cache), P=cache.block_size, KV=cache.kv_format,
+        G=spec.num_kv_heads, D=spec.head_dim, DIM=triton.next_power_of_2(spec.head_dim), GROUP=group,
+        HEADS=_columns(group, cache), P=cache.block_size, WINDOW=spec.window or 0, KV=cache.kv_format, N=tile.tokens,
+        SPLITS=splits, PARTS=triton.next_power_of_2(splits), LEAST=TILES_A_SPLIT, SINKS=sinks is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        join_kernel[(spec.num_heads, num_sequences)](
-            *scratch, seq_lens, sinks, out, out.stride(0),
-            **shape, PARTS=triton.next_power_of_2(splits), num_warps=4,
-        )  # fmt: skip
     return out
 
 
 def prefill_tiling(cache: CudaCache, head_dim: int) -> Tiling:
     """What keeps sums in registers, and loads of two tiles under way."""
-    return Tiling(128, 64, 4 if head_dim <= 64 and cache.kv_format != "int8" else 8, 3)
+    if head_dim > 64:
+        return Tiling(128, 128 if cache.kv_format == "bf16" else 64, 8, 3)
+    return Tiling(128, 64, 8 if cache.kv_format == "int8" else 4, 3)
 
 
 def prefill(
@@ -183,8 +189,8 @@ def prefill(
 
 
 def _columns(group: int, cache: CudaCache) -> int:
-    """Query heads that an instance of decode has room for: 8 columns of tensor cores, two a head over bytes."""
-    return max(16 if cache.kv_format == "bf16" else 8, int(triton.next_power_of_2(group)))
+    """Query heads that an instance of decode has room for: 16 columns of tensor cores, two a head over int8."""
+    return max(8 if cache.kv_format == "int8" else 16, int(triton.next_power_of_2(group)))
 
 
 def _check(q: torch.Tensor, cache: CudaCache, spec: "AttentionSpec") -> None:

@@ -2,16 +2,34 @@
 
 Scores are in powers of two: exp(x) = exp2(x * log2(e)). Products over bf16 take bf16 and sum in float32.
 
-Decode over bytes multiplies them as they lie: tensor cores of e4m3 and of int8 read them from shared memory, and no
-thread converts one. Queries and probabilities are two columns each, a value and what rounding left of it, which makes
-some 8 bits of e4m3 and 15 of int8; columns are free, for tensor cores have more than there are heads. Prefill takes
-keys in e4m3 likewise, and otherwise widens a tile to fp16, in which both formats are exact.
+Decode over int8 multiplies it as it lies: tensor cores read it from shared memory, and no thread converts one. Queries
+and probabilities are two columns each, a value and what rounding left of it, which makes some 15 bits; columns are
+free, for tensor cores have more than there are heads. Prefill takes keys in e4m3 likewise. All else widens a tile to
+fp16, in which both formats are exact: columns of e4m3 that decode made in registers, as for int8, came out wrong on
+sm_90 (Triton 3.6).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _fp8(x):
+    """float32 to e4m3, to nearest even, saturating, by whole numbers.
+
+    Not by the conversion of sm_90: it makes two bytes at once, and where Triton 3.6 takes them apart for stores of
+    single bytes, wrong ones arrived.
+    """
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # the exponent's bias is 7, not 127
+    # Below 2^-6 codes are multiples of 2^-9. Adding and taking 1.5 * 2^23 rounds to nearest even.
+    small = ((tl.abs(x) * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
+    code = tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
@@ -29,8 +47,7 @@ def _encode(x1, x2, KV: tl.constexpr):
         y1 = tl.minimum(tl.maximum(c1, -127.0), 127.0).to(tl.int8)
         y2 = tl.minimum(tl.maximum(c2, -127.0), 127.0).to(tl.int8)
     elif KV == "fp8":
-        y1 = tl.minimum(tl.maximum(x1, -448.0), 448.0).to(tl.float8e4nv)
-        y2 = tl.minimum(tl.maximum(x2, -448.0), 448.0).to(tl.float8e4nv)
+        y1, y2 = _fp8(x1), _fp8(x2)
     else:
         y1 = x1.to(tl.bfloat16)
         y2 = x2.to(tl.bfloat16)
@@ -80,8 +97,8 @@ def write_kernel(
             tl.store(values + to_key, y1, is_value[:, None] & inside)
             tl.store(values + to_key + D // 2, y2, is_value[:, None] & inside)
         else:
-            # Loaded once more, as threads store them (`apart` hides that they lie side by side): bytes that Triton 3.6
-            # moves between threads come out wrong on sm_90.
+            # Loaded once more, as threads store them (`apart` hides that they lie side by side): no bytes move
+            # between threads.
             to_value = place[:, None] * (D * P) + i[None, :] * P + offset
             again = source + i[None, :] * apart
             v1 = tl.load(again, is_value[:, None] & inside, 0.0).to(tl.float32)
@@ -163,35 +180,23 @@ def _halves(x):
 
 
 @triton.jit
-def _planes(x, KV: tl.constexpr):
-    """A float32 tile [K, HEADS] as two columns a head, [K, 2 HEADS], whose weighted sum it is to some 8 bits or more.
-
-    fp8: x and what rounding it left. int8: x, whole numbers up to 16256, as 128 * first + second, exactly.
-    """
-    if KV == "fp8":
-        first, second = _halves(x)
-        both = tl.join(first.to(tl.int8, bitcast=True), second.to(tl.int8, bitcast=True))
-        both = tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
-        return both.to(tl.float8e4nv, bitcast=True)
-    else:  # noqa: RET505 - a branch at compile time
-        # Adding and taking 1.5 * 2^23 rounds to nearest even.
-        whole = (x + 12582912.0) - 12582912.0
-        high = (whole * 0.0078125 + 12582912.0) - 12582912.0
-        low = whole - high * 128.0
-        # As fp8 and back: Triton 3.6 fails where it finds a product's operand joined in the type of the product.
-        first = high.to(tl.int8).to(tl.float8e4nv, bitcast=True)
-        both = tl.join(first, low.to(tl.int8).to(tl.float8e4nv, bitcast=True))
-        return tl.reshape(both, [x.shape[0], 2 * x.shape[1]]).to(tl.int8, bitcast=True)
+def _planes(x):
+    """float32 [K, HEADS] up to 16256, rounded to whole numbers, as int8 [K, 2 HEADS]: 128 * first + second."""
+    # Adding and taking 1.5 * 2^23 rounds to nearest even.
+    whole = (x + 12582912.0) - 12582912.0
+    high = (whole * 0.0078125 + 12582912.0) - 12582912.0
+    low = whole - high * 128.0
+    # As fp8 and back: Triton 3.6 fails where it finds a product's operand joined in the type of the product.
+    first = high.to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    both = tl.join(first, low.to(tl.int8).to(tl.float8e4nv, bitcast=True))
+    return tl.reshape(both, [x.shape[0], 2 * x.shape[1]]).to(tl.int8, bitcast=True)
 
 
 @triton.jit
-def _summed(x, KV: tl.constexpr):
-    """Products with `_planes`, [M, 2 HEADS], joined to float32 [M, HEADS]."""
+def _summed(x):
+    """Products with `_planes`, int32 [M, 2 HEADS], joined to float32 [M, HEADS]."""
     first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    if KV == "fp8":
-        return first + second
-    else:  # noqa: RET505 - a branch at compile time
-        return (first * 128 + second).to(tl.float32)
+    return (first * 128 + second).to(tl.float32)
 
 
 @triton.jit
@@ -243,7 +248,7 @@ def _scales(
 
 
 @triton.jit
-def _decode_tile(  # noqa: PLR0912 - most branches are at compile time
+def _decode_tile(
     q, scale, acc, most, total, tile, entries, key_scale, value_scale, length, lowest, keys, values, g,
     G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, KV: tl.constexpr, N: tl.constexpr,
     MASKED: tl.constexpr,
@@ -267,10 +272,8 @@ def _decode_tile(  # noqa: PLR0912 - most branches are at compile time
         k = _read(key_at, real[None, :], 0.0, D != DIM)
     if KV == "bf16":
         scores = tl.dot(k, q) * scale
-    elif KV == "fp8":
-        scores = _summed(tl.dot(k, q), KV) * scale[None, :]
     else:
-        scores = _summed(tl.dot(k, q, out_dtype=tl.int32), KV) * scale[None, :] * key_scale.to(tl.float32)[:, None]
+        scores = _summed(tl.dot(k, q, out_dtype=tl.int32)) * scale[None, :] * key_scale.to(tl.float32)[:, None]
     if MASKED:
         scores = tl.where(there[:, None], scores, float("-inf"))
     top = tl.maximum(most, tl.max(scores, 0))
@@ -288,51 +291,77 @@ def _decode_tile(  # noqa: PLR0912 - most branches are at compile time
         if MASKED:
             v = tl.where(there[:, None], v, 0.0)  # NaN of who had the block before, times 0, would be NaN
         acc = tl.dot(tl.trans(v), p.to(tl.bfloat16), acc * kept[None, :])
-    elif KV == "fp8":
-        if MASKED:
-            v = tl.where(there[None, :], v.to(tl.int8, bitcast=True), 0).to(tl.float8e4nv, bitcast=True)
-        acc = acc * kept[None, :] + _summed(tl.dot(v, _planes(p * 256.0, KV)), KV) * 0.00390625
     else:
         wide = value_scale.to(tl.float32)
         largest = tl.max(wide, 0)
         steps = tl.where(largest > 0.0, 16256.0 / largest, 0.0)
-        weight = _planes(p * (wide * steps)[:, None], KV)
-        acc = acc * kept[None, :] + _summed(tl.dot(v, weight, out_dtype=tl.int32), KV) * (largest / 16256.0)
+        weight = _planes(p * (wide * steps)[:, None])
+        acc = acc * kept[None, :] + _summed(tl.dot(v, weight, out_dtype=tl.int32)) * (largest / 16256.0)
     return acc, top, total
 
 
+@triton.jit
+def _any_tile(
+    q, scale, acc, most, total, tile, entries, key_scale, value_scale, length, lowest, keys, values, g,
+    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, KV: tl.constexpr, N: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """`_decode_tile`, or over fp8 `_tile`, with a row for each query head."""
+    if KV == "fp8":
+        last = tl.zeros(most.shape, tl.int32) + (length - 1)
+        return _tile(
+            q, q, scale, acc, most, total, tile, entries, key_scale, value_scale, length, lowest, last, keys, values, g,
+            G, D, DIM, P, 0, KV, N, False, MASKED,
+        )  # fmt: skip
+    else:  # noqa: RET505 - a branch at compile time
+        return _decode_tile(
+            q, scale, acc, most, total, tile, entries, key_scale, value_scale, length, lowest, keys, values, g,
+            G, D, DIM, P, KV, N, MASKED,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["table_stride"])
-def decode_kernel(
-    q, keys, values, key_scales, value_scales, block_tables, seq_lens, sinks, out, parts, sums,
+def decode_kernel(  # noqa: PLR0912, PLR0915 - most branches are at compile time
+    q, keys, values, key_scales, value_scales, block_tables, seq_lens, sinks, out, parts, sums, counters,
     q_stride, out_stride, table_stride, scale,
     G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
-    WINDOW: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
-    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    LEAST: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The query heads of one key-value head over one part of one sequence."""
+    """The query heads of one key-value head over one part of one sequence; the last part to come joins them.
+
+    counters: int32 [S, G], parts that came, zero between launches.
+    """
     g, s, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     length = tl.load(seq_lens + s)
     lowest, first, tiles, each = _parts(length, WINDOW, N, SPLITS, LEAST)
     begin = first + part * each
     end = tl.minimum(begin + each, first + tiles)
-    if SPLITS == 1 or begin < end:
+    if (begin < end) | (part == 0):
         h = tl.arange(0, HEADS)
         d = tl.arange(0, DIM)
         head = g * GROUP + h
         mask = (h < GROUP)[None, :] & (d < D)[:, None]
         at = head[None, :] * D + d[:, None]
-        columns = tl.load(q + s * q_stride + at, mask, 0.0)
-        if KV != "bf16":
-            wide = columns.to(tl.float32)
-            largest = tl.maximum(tl.max(tl.abs(wide), 0), 1e-30)
-            steps: tl.constexpr = 448.0 if KV == "fp8" else 16256.0
-            columns = _planes(wide * (steps / largest)[None, :], KV)
-            rate = largest * (scale / steps)
-        else:
-            rate = scale
-        acc = tl.zeros([DIM, HEADS], tl.float32)
         most = tl.full([HEADS], float("-inf"), tl.float32)
-        totals = tl.zeros([N, HEADS], tl.float32)  # summed once, at the end
+        if KV == "fp8":
+            row_at = q + s * q_stride + head[:, None] * D + d[None, :]
+            wide = tl.load(row_at, (h < GROUP)[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
+            columns = tl.minimum(tl.maximum(wide, -65504.0), 65504.0).to(tl.float16)
+            rate = tl.zeros([HEADS], tl.float32) + scale
+            acc = tl.zeros([HEADS, DIM], tl.float32)
+            totals = tl.zeros([HEADS], tl.float32)
+        else:
+            columns = tl.load(q + s * q_stride + at, mask, 0.0)
+            if KV == "int8":
+                wide = columns.to(tl.float32)
+                largest = tl.maximum(tl.max(tl.abs(wide), 0), 1e-30)
+                columns = _planes(wide * (16256.0 / largest)[None, :])
+                rate = largest * (scale / 16256.0)
+            else:
+                rate = scale
+            acc = tl.zeros([DIM, HEADS], tl.float32)
+            totals = tl.zeros([N, HEADS], tl.float32)  # summed once, at the end
         tables = block_tables + s * table_stride
         whole = begin
         if WINDOW == 0:
@@ -346,7 +375,7 @@ def decode_kernel(
                 next_key_scale, next_value_scale = _scales(
                     key_scales, value_scales, following, tile + 1, length, lowest, g, G, P, KV, N
                 )
-                acc, most, totals = _decode_tile(
+                acc, most, totals = _any_tile(
                     columns, rate, acc, most, totals, tile, entries, key_scale, value_scale, length, lowest, keys,
                     values, g, G, D, DIM, P, KV, N, False,
                 )  # fmt: skip
@@ -356,48 +385,57 @@ def decode_kernel(
         for tile in range(tl.maximum(begin, whole), end):
             entries = _entries(tables, tile, length, lowest, P, N)
             key_scale, value_scale = _scales(key_scales, value_scales, entries, tile, length, lowest, g, G, P, KV, N)
-            acc, most, totals = _decode_tile(
+            acc, most, totals = _any_tile(
                 columns, rate, acc, most, totals, tile, entries, key_scale, value_scale, length, lowest, keys, values,
                 g, G, D, DIM, P, KV, N, True,
             )  # fmt: skip
-        total = tl.sum(totals, 0)
-        if SPLITS == 1:
-            result = acc * _share(most, total, sinks, head, h < GROUP, SINKS)[None, :]
-            tl.store(out + s * out_stride + at, result.to(out.dtype.element_ty), mask)
+        if KV == "fp8":
+            total = totals
+            acc = tl.trans(acc)
         else:
-            where = (s * (G * GROUP) + head) * SPLITS + part
+            total = tl.sum(totals, 0)
+        to = out + s * out_stride + at
+        if SPLITS == 1 or tiles <= each:
+            result = acc * _share(most, total, sinks, head, h < GROUP, SINKS)[None, :]
+            tl.store(to, result.to(out.dtype.element_ty), mask)
+        else:
+            start = (s * (G * GROUP) + head) * SPLITS
+            where = start + part
             tl.store(parts + where[None, :] * D + d[:, None], acc, mask)
             tl.store(sums + where * 2, most, h < GROUP)
             tl.store(sums + where * 2 + 1, total, h < GROUP)
+            tl.debug_barrier()
+            used = tl.cdiv(tiles, each)
+            arrived = tl.atomic_add(counters + s * G + g, 1, sem="acq_rel")
+            if arrived == used - 1:
+                _join(
+                    parts, sums, sinks, to, start, used, head, h < GROUP, mask,
+                    D, DIM, SINKS, HEADS, PARTS,
+                )  # fmt: skip
+                tl.store(counters + s * G + g, 0)  # as the next launch expects it
 
 
 @triton.jit
-def join_kernel(
-    parts, sums, seq_lens, sinks, out, out_stride,
-    G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr,
+def _join(
+    parts, sums, sinks, to, start, used, head, real, mask,
+    D: tl.constexpr, DIM: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one head of one sequence."""
-    head, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _, _, tiles, each = _parts(tl.load(seq_lens + s), WINDOW, N, SPLITS, LEAST)
-    used = tl.cdiv(tiles, each)
+    """All parts of some heads of a sequence, [DIM, HEADS] to `to`. start: where the parts of each head begin."""
     part = tl.arange(0, PARTS)
     d = tl.arange(0, DIM)
-    where = (s * (G * GROUP) + head) * SPLITS + part
-    most = tl.load(sums + where * 2, part < used, float("-inf"))
-    total = tl.load(sums + where * 2 + 1, part < used, 0.0)
-    top = tl.max(most, 0)
-    if SINKS:
-        sink = tl.load(sinks + head) * 1.4426950408889634
-        top = tl.maximum(top, sink)
-    top = tl.where(top == float("-inf"), 0.0, top)  # an empty sequence
-    share = tl.math.exp2(most - top)
-    whole = tl.sum(total * share, 0)
-    if SINKS:
-        whole += tl.math.exp2(sink - top)
-    acc = tl.load(parts + where[:, None] * D + d[None, :], (part < used)[:, None] & (d < D)[None, :], 0.0)
-    result = tl.sum(acc * share[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
-    tl.store(out + s * out_stride + head * D + d, result.to(out.dtype.element_ty), d < D)
+    some = (part < used)[:, None] & real[None, :]
+    sum_at = sums + (start[None, :] + part[:, None]) * 2
+    maxima = tl.load(sum_at, some, float("-inf"), cache_modifier=".cg")
+    totals = tl.load(sum_at + 1, some, 0.0, cache_modifier=".cg")
+    most = tl.max(maxima, 0)
+    top = tl.where(most == float("-inf"), 0.0, most)  # columns without a head
+    total = tl.sum(totals * tl.math.exp2(maxima - top[None, :]), 0)
+    acc = tl.zeros([DIM, HEADS], tl.float32)
+    for i in tl.range(0, used, loop_unroll_factor=4):  # four loads on their way at once
+        weight = tl.math.exp2(tl.load(sums + (start + i) * 2, real, float("-inf"), cache_modifier=".cg") - top)
+        acc += tl.load(parts + (start + i)[None, :] * D + d[:, None], mask, 0.0, cache_modifier=".cg") * weight[None, :]
+    result = acc * _share(top, total, sinks, head, real, SINKS)[None, :]
+    tl.store(to, result.to(to.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -408,8 +446,9 @@ def _tile(
 ):  # fmt: skip
     """Take a tile of N tokens into a running softmax: (acc, most, total) afterwards.
 
-    q: over fp8 the larger half of the queries, q_rest the smaller, and scale one for each row. A row sees tokens up to
-    pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest` are not loaded.
+    q: fp16 or bf16; or in fp8 the larger half of the queries, and q_rest the smaller. scale: over fp8 one for each row.
+    A row sees tokens up to pos [ROWS] and, with a window, above pos - WINDOW. Tokens from `limit` on or before `lowest`
+    are not loaded.
     """
     n = tile * N + tl.arange(0, N)
     d = tl.arange(0, DIM)
@@ -430,7 +469,10 @@ def _tile(
     else:
         k = _read(key_at, real[:, None], 0.0, D != DIM)
         v_real = real[None, :]
-    scores = tl.dot(q_rest, k, tl.dot(q, k)) if KV == "fp8" else tl.dot(q, _widen(k, KV, ASM))
+    if q.dtype == tl.float8e4nv:  # noqa: SIM108 - branches have different types
+        scores = tl.dot(q_rest, k, tl.dot(q, k))
+    else:
+        scores = tl.dot(q, _widen(k, KV, ASM))
     if KV == "int8":
         scores *= key_scale.to(tl.float32)[None, :]
     if MASKED:

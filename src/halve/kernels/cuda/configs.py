@@ -97,9 +97,11 @@ def _wished(matrix: CudaMatrix, tokens: int, *, grouped: bool) -> list[Config]:
         if bt == 8:
             found.append(Config(bt=16, bn=64, cols=cols, unroll=twice, programs_a_sm=splits, stages=3))
         return found
+    # So few tiles leave most of the device without work; what is read in two planes has no registers for splits.
+    few = 1 if tokens <= 256 and not grouped and not wide else 0
     if matrix.activations == "bf16":
         found = [
-            Config(bt=128, bn=128, cols=cols, swizzle=8, warps=8, stages=3),
+            Config(bt=128, bn=128, cols=cols, programs_a_sm=few, swizzle=8, warps=8, stages=3),
             Config(bt=64, bn=128, cols=cols, swizzle=8, warps=8, stages=4),
             Config(bt=128, bn=64, cols=cols, swizzle=8, warps=8, stages=3),
         ]
@@ -108,7 +110,7 @@ def _wished(matrix: CudaMatrix, tokens: int, *, grouped: bool) -> list[Config]:
         if not matrix.in_cells:
             found.append(Config(bt=256, bn=128, cols=cols, swizzle=8, warps=8, stages=3))
         return found
-    small = Config(bt=128, bn=128, cols=cols, swizzle=8, warps=8, stages=4)
+    small = Config(bt=128, bn=128, cols=cols, programs_a_sm=few, swizzle=8, warps=8, stages=4)
     large = Config(bt=256, bn=128, cols=cols, swizzle=8, warps=8, stages=4)
     square = Config(bt=128, bn=128, cols=cols, swizzle=8, warps=4, stages=4)
     ordered = [large, small] if tokens >= 1024 and not matrix.group_size else [small, large]

@@ -28,11 +28,15 @@ class Activations:
 
 
 def splits_of(matrix: CudaMatrix, tiles: int, config: Config, device: torch.device) -> int:
-    """Programs that share the inputs of each tile: enough to fill the device, no more than memory and inputs allow."""
+    """Programs that share the inputs of each tile: enough to fill the device, no more than memory and inputs allow.
+
+    Of large tiles only one or two fit a multiprocessor: one program too many would be a second round of all.
+    """
     if not config.programs_a_sm:
         return 1
     rounds = -(-matrix.in_features // (configs.inputs_a_step(matrix, config.cols) * config.unroll))
-    fills = -(-config.programs_a_sm * num_sms(device) // tiles)
+    room = config.programs_a_sm * num_sms(device)
+    fills = room // tiles if config.bt > 64 else -(-room // tiles)
     fits = PARTIAL_ELEMENTS // (tiles * config.bt * config.bn)
     splits = min(fills, fits, max(1, rounds // 2), 64) if tiles <= COUNTERS else 1
     if splits <= 1:

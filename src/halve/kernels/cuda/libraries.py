@@ -16,6 +16,7 @@ from halve.kernels.cuda.packing import COLUMNS, CudaMatrix
 from halve.kernels.cuda.workspace import SLAB_ELEMENTS, workspace
 
 ROWS = 32  # outputs that one program widens
+SLAB_ROWS = 256  # slabs have a multiple of so many outputs, so that where each begins suits every kernel of torch's
 
 
 def widen_rows(matrix: CudaMatrix, first: int, rows: int, out: Tensor) -> Tensor:
@@ -45,6 +46,7 @@ def widened(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None)
     """Weights to bf16 slab by slab, and torch's bf16 product of each."""
     buffer = workspace(x.values.device).slab
     rows = SLAB_ELEMENTS // matrix.in_features
+    rows = rows // SLAB_ROWS * SLAB_ROWS or rows
     for first in range(0, matrix.out_features, rows):
         last = min(first + rows, matrix.out_features)
         view = buffer[: (last - first) * matrix.in_features].view(last - first, matrix.in_features)

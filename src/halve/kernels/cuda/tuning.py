@@ -36,6 +36,8 @@ log = logging.getLogger("halve.kernels")
 
 FILE_VERSION = 1  # raised when the kernels change so that old measurements mislead
 ROTATED_BYTES = 200 << 20  # of weights that are read in turn, so that no cache holds them
+# Classes of tokens from which a row is the default.
+LIBRARIES_FROM = {"torch_mm": 128, "torch_scaled_mm": 256, "triton_persistent": 512, "widen_torch_mm": 256}
 TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096)  # classes that `tune` measures unless told
 
 
@@ -77,10 +79,9 @@ def _look_up(matrix: CudaMatrix, num_tokens: int, out_dtype: torch.dtype) -> Cho
 
 def _default(matrix: CudaMatrix, num_tokens: int, rows: dict[str, Kernel]) -> Choice:
     """Without measurements: torch's rows or `triton_persistent` where tensor cores are the limit, else `triton`."""
-    if num_tokens >= 512:
-        for name in ("torch_mm", "torch_scaled_mm", "triton_persistent", "widen_torch_mm"):
-            if name in rows:
-                return Choice(rows[name], product_rows.cuts(rows[name], matrix, num_tokens)[0])
+    for name, least in LIBRARIES_FROM.items():
+        if name in rows and configs.token_class(num_tokens) >= least:
+            return Choice(rows[name], product_rows.cuts(rows[name], matrix, num_tokens)[0])
     row = next(iter(rows.values()))
     return Choice(row, product_rows.cuts(row, matrix, num_tokens)[0])
 
