@@ -32,7 +32,7 @@ TYPES = {
     "whole": "*i64", "chosen": "*i32", "status": "*i32", "bias": "*fp32", "counts": "*i32", "seen": "*i8",
     "allowed": "*i32", "penalties": "*fp64", "words": "i32", "wanted": "*i64", "logprobs": "*fp32", "most": "i32",
     "maxima": "*fp32", "group_maxima": "*fp32", "candidates": "*i32", "limits": "*i32", "lowest": "*fp64",
-    "weights": "*fp64", "equals": "*i32",
+    "weights": "*fp64", "equals": "*i32", "apart": "i32",
 }  # fmt: skip
 SWEEP_DECODE = [
     Tiling(16, 32, 4, 4), Tiling(16, 64, 4, 2), Tiling(16, 64, 4, 4), Tiling(16, 64, 8, 3), Tiling(16, 128, 4, 2),

@@ -78,7 +78,7 @@ def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
     multiprocessor overlap by themselves. Fewer programs have to bring many warps each, if the inputs give each warp
     steps enough; bytes that become bf16 in few instructions (8 bits and bf16) go best through many small programs.
     """
-    sms = num_sms(matrix.codes.device)
+    sms, tokens = num_sms(matrix.codes.device), configs.token_class(tokens)
     steps = matrix.in_features // inputs_a_step(matrix, COLUMNS)
     bits = matrix.format.bits if matrix.in_cells else 16
     if matrix.out_features > 32 * sms:
