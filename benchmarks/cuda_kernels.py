@@ -185,6 +185,53 @@ def few(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, An
     return runs
 
 
+def gemv_run(found: dict[str, float], name: str, shape: tuple[int, int], count: int) -> dict[str, Any]:
+    """One product of few tokens by every cut of `cuda_gemv`, and by `triton` as it is cut without measurements."""
+    matrix, rows = make(name, shape)
+    x = tuning.example(matrix, count)
+    out = torch.empty((count, shape[0]), dtype=torch.bfloat16, device=DEVICE)
+    ours = [c for c in tuning.choices(matrix, count) if c.kernel.name in ("cuda_gemv", "triton")]
+    tried = [c for c in ours if c.kernel.name == "cuda_gemv" or c.config == configs.default(matrix, count)]
+    tuning.prepare(tried, matrix, x, out)
+    copies, cuts = tuning.copies_of(matrix), []
+    for choice in tried:
+        run = functools.partial(run_choice, choice=choice, x=x, out=out)
+        took = tuning.measure(run, copies, repeats=7, launches=48)
+        cut = {
+            "row": choice.kernel.name,
+            "us": round(took, 2),
+            "ceiling_fraction": round(matrix.size_bytes / took / 1e3 / found["copy_gb_s"], 3),
+            "error": error_of(matrix, rows, choice, count),
+            "config": str(choice.config),
+        }
+        cuts.append(cut)
+        say(f"{name} {shape} T={count}: {cut}")
+    return {"format": name, "shape": shape, "tokens": count, "default": cuts[0], "cuts": cuts}
+
+
+def gemv(found: dict[str, float], left: Callable[[], float]) -> list[dict[str, Any]]:
+    """Cuts of `cuda_gemv`, the default first, against a copy."""
+    small, large, head = FEW[0], FEW[2], (128256, 4096)
+    plan: list[tuple[str, tuple[int, int], int]] = [("int4-g128", shape, 1) for shape in FEW]
+    plan += [("int4-g128", small, 8), ("int4-g128", large, 8), ("int4-g32", small, 1), ("int4-g32", large, 1)]
+    plan += [
+        ("int8", small, 1),
+        ("fp8", small, 8),
+        ("bf16", small, 1),
+        ("bf16", head, 1),
+        ("int4-g128", (4096, 4096), 1),
+    ]
+    plan += [("int4-g128", small, 2), ("int4-g128", small, 4), ("int4-g32", small, 8), ("int2-g32", small, 1)]
+    runs: list[dict[str, Any]] = []
+    for name, shape, count in plan:
+        if left() < 3:
+            runs.append({"format": name, "shape": shape, "tokens": count, "skipped": "no time left"})
+            continue
+        runs.append(guarded(gemv_run, found, name, shape, count))
+        print(json.dumps(runs), flush=True)
+    return runs
+
+
 def run_choice(matrix: CudaMatrix, choice: tuning.Choice, x: Activations, out: torch.Tensor) -> None:
     """One product by one row."""
     choice.kernel.run(matrix, x, out, None, choice.config)
@@ -292,8 +339,8 @@ def experts(found: dict[str, float], left: Callable[[], float]) -> list[dict[str
     return runs
 
 
-PARTS = {"few": few, "many": many, "experts": experts}
-SHARE = {"few": 0.6, "many": 0.75, "experts": 1.0}  # of the seconds that are left
+PARTS = {"few": few, "gemv": gemv, "many": many, "experts": experts}
+SHARE = {"few": 0.5, "gemv": 0.3, "many": 0.75, "experts": 1.0}  # of the seconds that are left
 
 
 def in_its_own_process(part: str, found: dict[str, float], seconds: float, cache: str) -> Any:

@@ -25,6 +25,7 @@ from halve.kernels.dispatch import Spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPRESSED = [name for name, fmt in FORMATS.items() if fmt.scaled]
+UNIT_OF_FEW = 2.0**-20  # tensor cores cut bits off where a code's offset cancels
 BF16 = 2.0**-8  # a rounding to bf16 changes a value by half of this, at most
 
 
@@ -58,7 +59,7 @@ def exact(weight):
     return torch.from_numpy(weight.dequantize()).double()
 
 
-def assert_near(out, x, weights, *, kind="bf16", extra=None, rounded=True):
+def assert_near(out, x, weights, *, kind="bf16", extra=None, rounded=True, unit=2.0**-22):
     """Against float64: one float32 rounding for each of the sums' terms, and the output's own rounding.
 
     fp8 sums on a device are kept in 14 bits between promotions, so that 128 terms may each lose 2^-13.
@@ -67,7 +68,7 @@ def assert_near(out, x, weights, *, kind="bf16", extra=None, rounded=True):
     if extra is not None:
         expected = expected + extra
     magnitude = x.abs() @ weights.T.abs() + (0 if extra is None else extra.abs())
-    unit = 2.0**-13 if kind == "fp8" and DEVICE == "cuda" else 2.0**-22
+    unit = 2.0**-13 if kind == "fp8" and DEVICE == "cuda" else unit
     bound = unit * magnitude + (BF16 * expected.abs() if rounded else 0) + 1e-30
     error = (out.double().cpu() - expected).abs()
     assert (error <= bound).all(), (error / bound).max()
@@ -82,6 +83,19 @@ def test_a_product_of_every_format_agrees_with_float64(name, tokens, blocks):
     out = torch.empty((tokens, 70), device=DEVICE)
     project(pack(weight, DEVICE), x, out)
     assert_near(out, dense, exact(weight), rounded=False)
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int4-g32", "int2-g32", "int8", "fp8", "bf16"])
+@pytest.mark.parametrize(("tokens", "wide"), [(1, True), (2, False), (5, True), (8, False)])
+def test_a_product_of_few_tokens_agrees_with_float64(name, tokens, wide):
+    """Of sizes that the row of few tokens takes, where there is a device for it."""
+    weight = make_weight(name, (48, 512))
+    x, dense = make_activations("bf16", tokens, 512)
+    add = torch.linspace(-9, 9, 48 * tokens).view(tokens, 48).to(torch.bfloat16).to(DEVICE)
+    out = torch.empty((tokens, 48), dtype=torch.float32 if wide else torch.bfloat16, device=DEVICE)
+    extra = add.double().cpu() + 1
+    project(pack(weight, DEVICE, bias=np.ones(48)), x, out, add=add)
+    assert_near(out, dense, exact(weight), extra=extra, rounded=not wide, unit=UNIT_OF_FEW)
 
 
 @pytest.mark.parametrize(

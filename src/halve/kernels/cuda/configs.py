@@ -25,7 +25,8 @@ class Config:
     swizzle: int = 1
     warps: int = 4
     stages: int = 4
-    flatten: bool = False  # see `persistent.persistent`; nothing to `gemm.product`
+    flatten: bool = False  # see `persistent.persistent`; nothing to the others
+    blocks: int = 1  # programs that a multiprocessor must hold at once; see `gemv.cut`; nothing to the others
 
 
 def token_class(num_tokens: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from halve.hardware import Device
-from halve.kernels.cuda import configs, libraries
+from halve.kernels.cuda import configs, gemv, libraries
 from halve.kernels.cuda.configs import Config
 from halve.kernels.cuda.launching import INTERPRETED, launch, launch_persistent
 from halve.kernels.cuda.packing import CudaMatrix, activations_refusal
@@ -125,6 +125,7 @@ def _row(name: str, refusal: Any, run: Any) -> Kernel:
 
 
 TABLE = [
+    Kernel(name="cuda_gemv", op="project", refusal=gemv.refusal, run=gemv.launch),
     Kernel(name="triton", op="project", refusal=_triton_refusal, run=launch),
     Kernel(name="triton_persistent", op="project", refusal=_persistent_refusal, run=launch_persistent),
     _row("torch_scaled_mm", _scaled_mm_refusal, libraries.scaled_fp8),
@@ -149,12 +150,12 @@ def spec_of(matrix: CudaMatrix, num_tokens: int) -> Spec:
 def runnable(matrix: CudaMatrix, num_tokens: int, device: Device, out_dtype: torch.dtype) -> list[Kernel]:
     """Rows that do not refuse a product, in the order of the table.
 
-    Outputs in float32 and blocks under scales of their own are `triton`'s; a persistent program keeps its output tile
-    in shared memory, where float32 does not fit beside the inputs.
+    Outputs in float32 and blocks under scales of their own are not for torch's rows; a persistent program keeps its
+    output tile in shared memory, where float32 does not fit beside the inputs.
     """
     rows = [row for row in TABLE if row.refusal(device, spec_of(matrix, num_tokens)) is None]
     if out_dtype != torch.bfloat16:
-        rows = [row for row in rows if row.name == "triton"]
+        rows = [row for row in rows if row.name in ("cuda_gemv", "triton")]
     if matrix.group_size and matrix.activations == "fp8":
         rows = [row for row in rows if row.name == "triton"]
     return rows
@@ -162,6 +163,8 @@ def runnable(matrix: CudaMatrix, num_tokens: int, device: Device, out_dtype: tor
 
 def cuts(row: Kernel, matrix: CudaMatrix, num_tokens: int) -> Sequence[Config | None]:
     """How a row may cut a product, the default first; None alone where it has nothing to choose."""
+    if row.name == "cuda_gemv":
+        return gemv.candidates(matrix, num_tokens)
     if row.name == "triton":
         return configs.candidates(matrix, configs.token_class(num_tokens))
     return configs.persistent_candidates(matrix) if row.name == "triton_persistent" else [None]

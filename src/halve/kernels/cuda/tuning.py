@@ -2,17 +2,14 @@
 
 A key is format, activations, shape and a class of tokens (a power of two). `tune` measures; `chosen` only looks up and
 falls back to the fixed default, so that no request ever waits for a measurement and nothing is measured inside a
-graph's capture. The file is one for each device, Triton and torch: in $HALVE_CACHE, else $XDG_CACHE_HOME/halve, else
-~/.cache/halve, under `cuda`; HALVE_CACHE=off keeps nothing. A file that can't be read, or holds what this version does
-not know, is measured anew; a new one replaces it whole.
+graph's capture. The file is one for each device, Triton and torch, in `disk.folder()`. A file that can't be read, or
+holds what this version does not know, is measured anew; a new one replaces it whole.
 """
 
 import json
 import logging
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,7 +22,7 @@ import triton
 from torch import Tensor
 
 from halve.core.errors import KernelError
-from halve.kernels.cuda import configs, product_rows
+from halve.kernels.cuda import configs, disk, gemv, product_rows
 from halve.kernels.cuda.configs import Config
 from halve.kernels.cuda.launching import INTERPRETED, Activations, warm, warm_persistent
 from halve.kernels.cuda.packing import CudaMatrix
@@ -34,10 +31,12 @@ from halve.kernels.dispatch import Kernel
 
 log = logging.getLogger("halve.kernels")
 
-FILE_VERSION = 1  # raised when the kernels change so that old measurements mislead
+FILE_VERSION = 2  # raised when the kernels change so that old measurements mislead
 ROTATED_BYTES = 200 << 20  # of weights that are read in turn, so that no cache holds them
 # Classes of tokens from which a row is the default.
 LIBRARIES_FROM = {"torch_mm": 128, "torch_scaled_mm": 256, "triton_persistent": 512, "widen_torch_mm": 256}
+FEW = 64  # tokens, up to which a product takes microseconds: launches of a graph must be many to be timed
+WARM = {"triton": warm, "triton_persistent": warm_persistent, "cuda_gemv": gemv.warm}  # what compiles a row's cuts
 TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096)  # classes that `tune` measures unless told
 
 
@@ -78,7 +77,7 @@ def _look_up(matrix: CudaMatrix, num_tokens: int, out_dtype: torch.dtype) -> Cho
 
 
 def _default(matrix: CudaMatrix, num_tokens: int, rows: dict[str, Kernel]) -> Choice:
-    """Without measurements: torch's rows or `triton_persistent` where tensor cores are the limit, else `triton`."""
+    """Without measurements: torch's rows or `triton_persistent` where tensor cores are the limit, else the first."""
     for name, least in LIBRARIES_FROM.items():
         if name in rows and configs.token_class(num_tokens) >= least:
             return Choice(rows[name], product_rows.cuts(rows[name], matrix, num_tokens)[0])
@@ -124,27 +123,19 @@ def choices(matrix: CudaMatrix, num_tokens: int) -> list[Choice]:
 
 def _fastest(matrix: CudaMatrix, num_tokens: int) -> Choice:
     device = matrix.codes.device
-    copies = [matrix]
-    if not INTERPRETED:
-        while sum(m.size_bytes for m in copies) < ROTATED_BYTES and len(copies) < 16:
-            scale = None if matrix.scale is None else matrix.scale.clone()
-            copies.append(replace(matrix, codes=matrix.codes.clone(), scale=scale))
+    copies = copies_of(matrix)
     x = example(matrix, num_tokens)
     out = torch.empty((num_tokens, matrix.out_features), dtype=torch.bfloat16, device=device)
     tried = choices(matrix, num_tokens)
-    if not INTERPRETED:
-        with ThreadPoolExecutor(8) as threads:  # compiling is most of the time
-            for choice in tried:
-                if choice.config is not None:
-                    threads.submit(_compiles, choice, matrix, x, out)
-    measured = []
+    prepare(tried, matrix, x, out)
+    measured, launches = [], 32 if num_tokens <= FEW else 8
     for choice in tried:
 
         def run(m: CudaMatrix, choice: Choice = choice) -> None:
             choice.kernel.run(m, x, out, None, choice.config)
 
         try:
-            measured.append(replace(choice, microseconds=measure(run, copies)))
+            measured.append(replace(choice, microseconds=measure(run, copies, launches=launches)))
         except triton.runtime.errors.OutOfResources as error:
             log.debug("%s %s: %s", choice.kernel.name, choice.config, error)
     if not measured:
@@ -152,11 +143,30 @@ def _fastest(matrix: CudaMatrix, num_tokens: int) -> Choice:
     return min(measured, key=lambda c: c.microseconds or 0.0)
 
 
+def copies_of(matrix: CudaMatrix) -> list[CudaMatrix]:
+    """A matrix at places enough that no cache holds them; under the interpreter the one."""
+    copies = [matrix]
+    if not INTERPRETED:
+        while sum(m.size_bytes for m in copies) < ROTATED_BYTES and len(copies) < 16:
+            scale = None if matrix.scale is None else matrix.scale.clone()
+            copies.append(replace(matrix, codes=matrix.codes.clone(), scale=scale))
+    return copies
+
+
+def prepare(tried: Iterable[Choice], matrix: CudaMatrix, x: Activations, out: Tensor) -> None:
+    """Compile cuts at once, ahead of their runs: compiling is most of what measuring takes."""
+    if not INTERPRETED:
+        with ThreadPoolExecutor(8) as threads:
+            for choice in tried:
+                if choice.config is not None:
+                    threads.submit(_compiles, choice, matrix, x, out)
+
+
 def _compiles(choice: Choice, matrix: CudaMatrix, x: Activations, out: Tensor) -> None:
     """Compile one cut ahead; whatever goes wrong shows when it is run."""
     assert choice.config is not None
     with suppress(Exception):
-        (warm if choice.kernel.name == "triton" else warm_persistent)(matrix, x, out, choice.config)
+        WARM[choice.kernel.name](matrix, x, out, choice.config)
 
 
 def example(matrix: CudaMatrix, num_tokens: int) -> Activations:
@@ -171,16 +181,19 @@ def example(matrix: CudaMatrix, num_tokens: int) -> Activations:
     return Activations(values.to(torch.float8_e4m3fn), scale)
 
 
-def measure(run: Callable[[CudaMatrix], None], copies: Sequence[CudaMatrix], *, repeats: int = 5) -> float:
+def measure(
+    run: Callable[[CudaMatrix], None], copies: Sequence[CudaMatrix], *, repeats: int = 5, launches: int = 8
+) -> float:
     """Microseconds of one run, the median of replays of a graph that runs over the copies in turn.
 
+    launches: of the graph, at least; it has a whole number of turns.
     Under the interpreter there is nothing to measure: it runs once and takes 0.
     """
     run(copies[0])
     if INTERPRETED:
         return 0.0
     torch.cuda.synchronize()
-    launches = max(len(copies), 8)
+    launches = -(-launches // len(copies)) * len(copies)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(launches):
@@ -199,21 +212,11 @@ def measure(run: Callable[[CudaMatrix], None], copies: Sequence[CudaMatrix], *, 
 
 def cache_file(device: torch.device) -> Path | None:
     """Where the choices of a device are kept; None where nothing is."""
-    named = os.environ.get("HALVE_CACHE", "")
-    if named.lower() == "off":
+    home = disk.folder()
+    if home is None:
         return None
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if named:
-        home = Path(named)
-    elif os.path.isabs(base):
-        home = Path(base) / "halve"
-    else:
-        try:
-            home = Path.home() / ".cache" / "halve"
-        except RuntimeError:  # a user without a home
-            return None
     model = re.sub(r"[^A-Za-z0-9.]+", "-", cuda_device(device).model)
-    return home / "cuda" / f"{model}-triton{triton.__version__}-torch{torch.__version__}.json"
+    return home / f"{model}-triton{triton.__version__}-torch{torch.__version__}.json"
 
 
 @cache
@@ -255,9 +258,6 @@ def _save(path: Path | None, table: dict[str, Choice]) -> None:
         },
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False, encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        Path(file.name).replace(path)
+        disk.write(path, json.dumps(content, indent=1).encode())
     except OSError as error:
         log.warning("measured products can't be kept in %s: %s", path, error.strerror)

@@ -1,0 +1,221 @@
+// out[t, n] = sum_k x[t, k] * weight[n, k] for at most 8 tokens, every weight read once, as fast as memory gives it.
+//
+// A program takes tiles of 16 * TALL outputs; its warps share a tile's inputs and add their sums at its end, in
+// order, so that a product is the same to the bit each time. Weights are the left operand of the tensor cores' 16 x 8
+// x 16 product, the tokens are the eight columns of the right one. 64 bytes of each of 16 rows are one step of a warp:
+// a lane has 16 of these bytes of rows g and g + 8 (g = lane / 4), and the cells' layout makes every field of such a
+// register a pair of neighbouring inputs, so that it fits an operand as it is and nothing moves between lanes.
+//
+// Weights travel through a ring of copies in flight that belongs to one warp. The copies may begin before the kernel
+// before this one has ended (programmatic dependent launch), whatever kernel that is: until `after_the_kernel_before`
+// only codes and groups' scales are read, which no kernel of a graph writes, and nothing is written but shared memory.
+// Tokens, bias, what is added, rows' scales and the output, which may be what is added, are touched after it. Every
+// thread passes it, so that a kernel that waited for this one has waited for all before it, too.
+//
+// A code u of B bits becomes bf16 by a shift and an and-or: 1 + u / 2^B, exactly. The product with all of a group's
+// weights - 3/2 is a second, constant left operand, shared by all rows, and 2^B multiplies the row's sum at its end.
+//
+// What a compilation fixes: KIND (0 int, 1 fp8, 2 bf16), BITS, GROUP (inputs under one scale, 0: rows), SCALES (bytes
+// of a scale, 0: none), TOKENS (1, 2, 4 or 8), TALL, WARPS, RING (steps in flight), BLOCKS (programs that a
+// multiprocessor must hold at once), WIDE (output float32), HAS_BIAS, HAS_ADD.
+
+struct __align__(16) Quad {
+    u32 at[4];
+};
+
+constexpr int FIELDS = KIND == 2 ? 1 : 16 / BITS;      // of a cell
+constexpr int INPUTS = 32 * FIELDS;                     // of one row in a step
+constexpr int SPAN = GROUP > 0 ? GROUP : 1;             // to divide by
+constexpr int GROUPS = GROUP == 0 ? 0 : GROUP >= INPUTS ? 1 : INPUTS / SPAN;  // scales of one row in a step
+constexpr int SCALE_BYTES = GROUPS * 16 * SCALES;       // of 16 rows in a step
+constexpr int STEP_BYTES = TALL * (1024 + SCALE_BYTES);
+constexpr bool OFFSET = KIND == 0 && BITS < 8;
+
+template <int BY> __device__ __forceinline__ u32 shifted(u32 v) {
+    if constexpr (BY >= 0)
+        return v << BY;
+    else
+        return v >> -BY;
+}
+
+// Field F of two cells, as two bf16.
+template <int F> __device__ __forceinline__ u32 field(u32 cells) {
+    if constexpr (KIND == 2)
+        return cells;
+    else if constexpr (KIND == 1) {
+        u32 a = shifted<8 - 8 * F>(cells);
+        return fma2(and_or<0x80008000u>(a, (a >> 4) & 0x07f007f0u), 0x7b807b80u, 0x80008000u);
+    } else if constexpr (BITS == 8) {
+        u32 a = shifted<-8 * F>(cells);
+        return fma2(and_or<0x007f007fu>(a, 0x43004300u), 0x3f803f80u, and_or<0x00800080u>(a, 0xc300c300u));
+    } else {
+        constexpr u32 MASK = OFFSET ? ((1u << BITS) - 1) << (OFFSET ? 7 - BITS : 0) : 0;
+        return and_or<MASK * 65537u>(shifted<7 - BITS - BITS * F>(cells), 0x3f803f80u);
+    }
+}
+
+__device__ __forceinline__ float scale_at(const u8 *at) {
+    if constexpr (SCALES == 2)
+        return __uint_as_float((u32) * (const u16 *)at << 16);
+    else
+        return *(const float *)at;
+}
+
+// The part of a step that field F is, and all after it.
+template <int F>
+__device__ __forceinline__ void fields(const Quad (&w)[TALL][2], const Quad (&x)[FIELDS], const u8 *scales, int g,
+                                       float (&sum)[TALL][4], float (&part)[TALL][4], float (&base)[4]) {
+    if constexpr (F < FIELDS) {
+        if constexpr (GROUP > 0 && (F * 32) % SPAN == 0) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) base[i] = 0;
+#pragma unroll
+            for (int m = 0; m < TALL; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) part[m][i] = 0;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            u32 b0 = x[F].at[2 * h], b1 = x[F].at[2 * h + 1];
+            if constexpr (OFFSET) multiply(base, 0xbfc0bfc0u, 0xbfc0bfc0u, 0xbfc0bfc0u, 0xbfc0bfc0u, b0, b1);
+#pragma unroll
+            for (int m = 0; m < TALL; ++m)
+                multiply(GROUP > 0 ? part[m] : sum[m], field<F>(w[m][0].at[2 * h]), field<F>(w[m][1].at[2 * h]),
+                         field<F>(w[m][0].at[2 * h + 1]), field<F>(w[m][1].at[2 * h + 1]), b0, b1);
+        }
+        if constexpr (GROUP > 0 && (F + 1 == FIELDS || (F + 1) * 32 % SPAN == 0)) {
+            constexpr int AT = GROUP >= INPUTS ? 0 : F * 32 / SPAN;
+#pragma unroll
+            for (int m = 0; m < TALL; ++m) {
+                const u8 *of = scales + m * SCALE_BYTES + (AT * 16 + g) * SCALES;
+                float low = scale_at(of), high = scale_at(of + 8 * SCALES);
+                sum[m][0] += low * (part[m][0] + base[0]);
+                sum[m][1] += low * (part[m][1] + base[1]);
+                sum[m][2] += high * (part[m][2] + base[2]);
+                sum[m][3] += high * (part[m][3] + base[3]);
+            }
+        }
+        fields<F + 1>(w, x, scales, g, sum, part, base);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+    gemv(const u8 *codes, const u8 *scales, const float *bias, const u16 *x, const u16 *add, void *out, int T, int N,
+         int K, i64 code_row, i64 x_row, i64 add_row, i64 out_row) {
+    extern __shared__ __align__(16) u8 shared[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
+    const int tiles = N / (16 * TALL), steps = K / INPUTS;
+    const int first = warp * steps / WARPS, count = (warp + 1) * steps / WARPS - first;  // this warp's of every tile
+    u8 *ring = shared + warp * RING * STEP_BYTES;
+    const u32 ring_at = shared_address(ring);
+    float *sums = (float *)(shared + WARPS * RING * STEP_BYTES);  // [2][WARPS][16 * TALL][TOKENS]
+
+    // What is fetched next: it runs RING - 1 steps ahead, through all tiles of this program.
+    int next_tile = count ? blockIdx.x : tiles, next_step = 0;
+    const u8 *codes_at = nullptr, *scales_at = nullptr;
+    const int scale_piece = lane < GROUPS * SCALES ? lane : 0;  // SCALES pieces of 16 bytes for 16 rows
+    auto begin = [&]() {
+        const i64 row = (i64)next_tile * (16 * TALL);
+        codes_at = codes + (row + g) * code_row + first * 64 + c * 16;
+        if constexpr (GROUP > 0)
+            scales_at = scales + ((i64)(first * INPUTS / SPAN + scale_piece / SCALES) * N + row) * SCALES +
+                        scale_piece % SCALES * 16;
+    };
+    begin();
+    const i64 tall = 16 * code_row, half = 8 * code_row, scale_row = (i64)N * SCALES;
+    auto fetch = [&](u32 to) {
+        if (next_tile < tiles) {
+#pragma unroll
+            for (int m = 0; m < TALL; ++m) {
+                copy16(to + m * 1024 + lane * 16, codes_at + m * tall);
+                copy16(to + m * 1024 + 512 + lane * 16, codes_at + m * tall + half);
+                if constexpr (GROUP > 0)
+                    if (lane < GROUPS * SCALES)
+                        copy16(to + TALL * 1024 + m * SCALE_BYTES + lane * 16, scales_at + m * 16 * SCALES);
+            }
+            ++next_step;
+            codes_at += 64;
+            if constexpr (GROUP > INPUTS) {
+                if ((first + next_step) % (GROUP > INPUTS ? GROUP / INPUTS : 1) == 0) scales_at += scale_row;
+            } else
+                scales_at += GROUPS * scale_row;
+            if (next_step == count) {
+                next_step = 0;
+                next_tile += gridDim.x;
+                begin();
+            }
+        }
+        commit();
+    };
+#pragma unroll 1
+    for (int s = 0; s < RING - 1; ++s) fetch(ring_at + s * STEP_BYTES);
+
+    after_the_kernel_before();
+
+    const int token = g < T ? g : T - 1;
+    const u16 *x_at = x + token * x_row + first * INPUTS + 8 * c;
+    Quad next[FIELDS];
+    if (count) {
+#pragma unroll
+        for (int f = 0; f < FIELDS; ++f) next[f] = *(const Quad *)(x_at + 32 * f);
+    }
+    u32 slot = 0, filled = (RING - 1) * STEP_BYTES;
+    int buffer = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        float sum[TALL][4], part[TALL][4], base[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) base[i] = 0;
+#pragma unroll
+        for (int m = 0; m < TALL; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[m][i] = part[m][i] = 0;
+#pragma unroll 2
+        for (int s = 0; s < count; ++s) {
+            arrived<RING - 2>();
+            __syncwarp();  // scales come by other lanes; and all have read what is overwritten next
+            const u8 *here = ring + slot;
+            Quad w[TALL][2], now[FIELDS];
+#pragma unroll
+            for (int m = 0; m < TALL; ++m) {
+                w[m][0] = *(const Quad *)(here + m * 1024 + lane * 16);
+                w[m][1] = *(const Quad *)(here + m * 1024 + 512 + lane * 16);
+            }
+            fetch(ring_at + filled);
+            filled = slot;
+#pragma unroll
+            for (int f = 0; f < FIELDS; ++f) now[f] = next[f];
+            const u16 *from = x_at + (s + 1 == count ? 0 : s + 1) * INPUTS;
+#pragma unroll
+            for (int f = 0; f < FIELDS; ++f) next[f] = *(const Quad *)(from + 32 * f);
+            fields<0>(w, now, here + TALL * 1024, g, sum, part, base);
+            slot = slot == (RING - 1) * STEP_BYTES ? 0 : slot + STEP_BYTES;
+        }
+        float *mine = sums + (buffer * WARPS + warp) * (16 * TALL * TOKENS);
+#pragma unroll
+        for (int m = 0; m < TALL; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int t = 2 * c + (i & 1), row = m * 16 + g + (i >> 1) * 8;
+                if (t < TOKENS) mine[row * TOKENS + t] = sum[m][i];
+            }
+        __syncthreads();  // the other buffer is written only after the next one
+#pragma unroll 1
+        for (int at = threadIdx.x; at < 16 * TALL * T; at += WARPS * 32) {
+            const int t = at / (16 * TALL), row = at % (16 * TALL);
+            const i64 n = tile * (16 * TALL) + row;
+            const float *from = sums + buffer * WARPS * (16 * TALL * TOKENS) + row * TOKENS + t;
+            float value = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) value += from[w * (16 * TALL * TOKENS)];
+            if constexpr (OFFSET) value *= 1 << BITS;
+            if constexpr (GROUP == 0 && SCALES > 0) value *= scale_at(scales + n * SCALES);
+            if constexpr (HAS_BIAS) value += bias[n];
+            if constexpr (HAS_ADD) value += __uint_as_float((u32)add[t * add_row + n] << 16);
+            if constexpr (WIDE)
+                ((float *)out)[t * out_row + n] = value;
+            else
+                ((u16 *)out)[t * out_row + n] = to_bf16(value);
+        }
+        buffer ^= 1;
+    }
+}

@@ -1,0 +1,198 @@
+"""Products of at most 8 tokens by `gemv.cu`, which reads every weight once, as fast as memory gives it.
+
+Each cut is compiled at its first use (`nvrtc.py`) and launched through the driver. Inside a graph's capture launches
+are programmatic: a product fetches its first weights while the kernel before it ends. Outside one, where that kernel
+may still be writing these weights, they are not; so a graph must not write weights that it multiplies.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.hardware import Device
+from halve.kernels.cuda import configs, driver, launching, nvrtc
+from halve.kernels.cuda.configs import Config, inputs_a_step
+from halve.kernels.cuda.launching import Activations
+from halve.kernels.cuda.packing import CELL_BITS, COLUMNS, PLANES, CudaMatrix
+from halve.kernels.cuda.workspace import num_sms
+from halve.kernels.cuda.workspace import shared_bytes as device_shared_bytes
+from halve.kernels.dispatch import Spec
+
+SOURCES = [Path(__file__).with_name(name) for name in ("gemv_machine.cuh", "gemv.cu")]
+MAX_TOKENS = 8
+ROWS = 16  # of a tile of the tensor cores
+CELL_ROW_BYTES = 64  # of one row in a step
+ALIGNMENT = 16  # bytes, of the tokens that a thread reads at once
+PROGRAMMATIC = (9, 0)  # the capability from which a kernel may begin before the one before it ends
+
+
+def refusal(device: Device, spec: Spec) -> str | None:
+    """Why the row does not run a product here, or None."""
+    if device.kind != "cuda" or "sm_80" not in device.features:
+        return "needs a CUDA device of sm_80 or later"
+    if spec.activations != "bf16":
+        return "multiplies bf16 activations"
+    if spec.format is not None and spec.format.scaled and len(PLANES[spec.format.bits]) > 1:
+        return f"does not read codes of {spec.format.bits} bits, which lie in two planes"
+    if spec.num_tokens is not None and spec.num_tokens > MAX_TOKENS:
+        return f"takes {MAX_TOKENS} tokens at most, not {spec.num_tokens}"
+    inputs = COLUMNS
+    if spec.format is not None and spec.format.scaled:
+        inputs *= CELL_BITS // spec.format.bits
+    for name, size, multiple in (("out_features", spec.out_features, ROWS), ("in_features", spec.in_features, inputs)):
+        if size is not None and size % multiple:
+            return f"needs {name} in multiples of {multiple}, not {size}"
+    return nvrtc.refusal(max(int(f[3:]) for f in device.features if f.startswith("sm_")))
+
+
+def cut(tall: int, warps: int, ring: int, blocks: int = 1, programs: int = 0) -> Config:
+    """A cut: tiles of 16 * tall outputs, `ring` steps of every warp in flight, `blocks` programs on a multiprocessor.
+
+    programs: for each multiprocessor, which share the tiles; 0 for one a tile.
+    """
+    return Config(
+        bt=MAX_TOKENS, bn=ROWS * tall, cols=COLUMNS, warps=warps, stages=ring, blocks=blocks, programs_a_sm=programs
+    )
+
+
+# The last has more in flight than any that was measured: reading and computing overlap the least in small matrices.
+OTHERS = (
+    cut(2, 16, 4),
+    cut(2, 8, 4, 2),
+    cut(1, 8, 8),
+    cut(2, 8, 6),
+    cut(1, 4, 8, 4),
+    cut(2, 16, 3, 1, 1),
+    cut(2, 16, 5),
+)
+
+
+def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
+    """What is worth trying, the default first; all divide the matrix and fit the device's shared memory.
+
+    Defaults are the fastest of a sweep on an H200. Tiles of 32 outputs that make more than one program for every
+    multiprocessor overlap by themselves. Fewer programs have to bring many warps each, if the inputs give each warp
+    steps enough; bytes that become bf16 in few instructions (8 bits and bf16) go best through many small programs.
+    """
+    sms, tokens = num_sms(matrix.codes.device), configs.token_class(tokens)
+    steps = matrix.in_features // inputs_a_step(matrix, COLUMNS)
+    bits = matrix.format.bits if matrix.in_cells else 16
+    if matrix.out_features > 32 * sms:
+        first = cut(4, 8, 4) if tokens >= 8 and matrix.out_features <= 64 * sms else cut(2, 8, 4, 2)
+    elif bits == 2:
+        first = cut(2, 8, 6)
+    elif tokens <= 2 and bits >= 8:
+        first = cut(1, 16, 4, 2) if steps >= 192 else cut(1, 8, 8)
+    elif steps < 96 or (tokens == 1 and matrix.group_size == 32):
+        first = cut(1, 8, 8)
+    else:
+        first = cut(2, 16, 3 if tokens == 1 else 4)
+    wished = [first, *OTHERS, cut(4, 8, 4) if tokens > 2 else first]
+    if bits >= 8:
+        wished.append(cut(1, 16, 4, 2))  # of which fewer bits need more registers than there are
+    limit = device_shared_bytes(matrix.codes.device)
+    return [
+        c
+        for c in dict.fromkeys(wished)
+        if matrix.out_features % c.bn == 0
+        and shared_bytes(macros(matrix, tokens, c, wide=False, add=False), inputs_a_step(matrix, COLUMNS)) <= limit
+    ]
+
+
+def macros(matrix: CudaMatrix, tokens: int, config: Config, *, wide: bool, add: bool) -> dict[str, int]:
+    """What `gemv.cu` is compiled for. tokens: rounded up to 1, 2, 4 or 8."""
+    return {
+        "KIND": 2 if not matrix.in_cells else 1 if matrix.format.kind == "float" else 0,
+        "BITS": matrix.format.bits if matrix.in_cells else 16,
+        "GROUP": matrix.group_size,
+        "SCALES": 0 if matrix.scale is None else matrix.scale.element_size(),
+        "TOKENS": configs.token_class(tokens),
+        "TALL": config.bn // ROWS,
+        "WARPS": config.warps,
+        "RING": config.stages,
+        "BLOCKS": config.blocks,
+        "WIDE": int(wide),
+        "HAS_BIAS": int(matrix.bias is not None),
+        "HAS_ADD": int(add),
+    }
+
+
+def shared_bytes(fixed: dict[str, int], inputs: int) -> int:
+    """Shared memory of one program whose steps have so many inputs: the rings, and two buffers of sums."""
+    groups = 0 if not fixed["GROUP"] else max(1, inputs // fixed["GROUP"])
+    step = fixed["TALL"] * (ROWS * CELL_ROW_BYTES + groups * ROWS * fixed["SCALES"])
+    return fixed["WARPS"] * (fixed["RING"] * step + 2 * ROWS * fixed["TALL"] * fixed["TOKENS"] * 4)
+
+
+def launch(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, config: Config) -> None:
+    """Run `gemv`. Tokens that do not begin on a multiple of 16 bytes, and other types of numbers, go to Triton."""
+    values = x.values
+    if not _suits(matrix, values, out, add):
+        launching.launch(matrix, x, out, add, configs.default(matrix, len(values)))
+        return
+    device = values.device
+    fixed = macros(matrix, len(values), config, wide=out.dtype == torch.float32, add=add is not None)
+    shared = shared_bytes(fixed, inputs_a_step(matrix, COLUMNS))
+    with torch.cuda.device(device), driver.context(device.index):
+        driver.launch(
+            _functions(device.index, tuple(fixed.items()), shared),
+            _programs(matrix, config),
+            config.warps * 32,
+            shared,
+            torch.cuda.current_stream(device).cuda_stream,
+            _parameters(matrix, values, out, add),
+            ahead=torch.cuda.is_current_stream_capturing() and torch.cuda.get_device_capability(device) >= PROGRAMMATIC,
+        )
+
+
+def warm(matrix: CudaMatrix, x: Activations, out: Tensor, config: Config) -> None:
+    """Compile what `launch` would run, without running it; safe in threads."""
+    fixed = macros(matrix, len(x.values), config, wide=out.dtype == torch.float32, add=False)
+    _binary(tuple(fixed.items()), torch.cuda.get_device_capability(out.device))
+
+
+def _programs(matrix: CudaMatrix, config: Config) -> int:
+    tiles = matrix.out_features // config.bn
+    return min(tiles, config.programs_a_sm * num_sms(matrix.codes.device)) if config.programs_a_sm else tiles
+
+
+def _suits(matrix: CudaMatrix, values: Tensor, out: Tensor, add: Tensor | None) -> bool:
+    """Whether operands are as the kernel reads and writes them."""
+    aligned = values.data_ptr() % ALIGNMENT == 0 and values.stride(0) * values.element_size() % ALIGNMENT == 0
+    types = out.dtype in (torch.bfloat16, torch.float32) and (add is None or add.dtype == torch.bfloat16)
+    return types and aligned and values.device == out.device == matrix.codes.device
+
+
+def _parameters(matrix: CudaMatrix, values: Tensor, out: Tensor, add: Tensor | None) -> list[Any]:
+    """What `gemv` takes, in its order."""
+    pointers = (matrix.codes, matrix.scale, matrix.bias, values, add, out)
+    sizes = (len(values), matrix.out_features, matrix.in_features)
+    code_row = matrix.codes.stride(-2) * matrix.codes.element_size()
+    strides = (code_row, values.stride(0), 0 if add is None else add.stride(0), out.stride(0))
+    return [
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in pointers),
+        *(ctypes.c_int(n) for n in sizes),
+        *(ctypes.c_longlong(n) for n in strides),
+    ]
+
+
+@cache
+def _source() -> bytes:
+    return b"".join(path.read_bytes() for path in SOURCES)
+
+
+def _binary(fixed: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
+    options = tuple(f"-D{name}={value}" for name, value in fixed)
+    return nvrtc.compiled(_source(), "gemv.cu", options, capability[0] * 10 + capability[1])
+
+
+def _load(device: int, fixed: tuple[tuple[str, int], ...], shared: int) -> ctypes.c_void_p:
+    """The kernel in the current context, the device's."""
+    return driver.load(_binary(fixed, torch.cuda.get_device_capability(device)), "gemv", shared)
+
+
+_functions = nvrtc.Once(_load)
