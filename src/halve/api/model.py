@@ -70,7 +70,7 @@ class Model:
         self.config, self.plan, self.ops, self.decoder = decoder.config, plan, ops, decoder
         self.tokenizer = tokenizer
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
-        self._engine_config = engine_config or (CUDA_ENGINE if decoder.runs_ahead else EngineConfig())
+        self._engine_config = engine_config or default_engine(decoder)
         self._draft = draft
         if cache_bytes is None and isinstance(ops, OwnMemoryOps):
             cache_bytes = ops.spare_bytes()
@@ -211,7 +211,7 @@ def load(
         decoder = load_decoder(checkpoint, config, ops, progress)
     for what, kernel in sorted(ops.kernels.items()):
         log.debug("%s: %s", what, kernel)
-    engine = engine or EngineConfig()
+    engine = engine or default_engine(decoder)
     if speculation is not None or engine.speculation.method == "none":
         engine = replace(engine, speculation=choose_speculation(speculation, plan, checkpoint))
     draft = None
@@ -224,6 +224,11 @@ def load(
             keep=keep,
         )
     return Model(checkpoint, plan, ops, decoder, tokenizer, engine_config=engine, cache_bytes=cache_bytes, draft=draft)
+
+
+def default_engine(decoder: Decoder) -> EngineConfig:
+    """How an engine over a decoder divides its steps unless told: a GPU takes more at once."""
+    return CUDA_ENGINE if decoder.runs_ahead else EngineConfig()
 
 
 def cache_blocks(
