@@ -39,7 +39,7 @@ from halve.engine import Candidate, Completion, Request, SamplingParams, StepOut
         ("n", 0, "n: 0 must be a whole number from 1 to 1024"),
         ("logprobs", 21, "logprobs: 21 must be None or a whole number from 0 to 20"),
         ("include_stop", None, "include_stop: None must be true or false"),
-        ("version", 4, r"sampling.version: 4 must be 1 to 3, the versions that this Halve reads"),
+        ("version", 4, r"sampling.version: 5 must be 1 to 4, the versions that this Halve reads"),
     ],
 )
 def test_a_sampling_parameter_out_of_range_is_refused_with_the_rule(field, value, rule):
@@ -57,7 +57,7 @@ def test_a_sampling_parameter_out_of_range_is_refused_with_the_rule(field, value
         ("prompt_token_ids", (1, -2), r"prompt_token_ids: \(1, -2\) must be"),
         ("sampling", None, "sampling: None must be SamplingParams"),
         ("priority", 101, "priority: 101 must be a whole number from -100 to 100"),
-        ("version", 0, "request.version: 0 must be 1 to 3"),
+        ("version", 0, "request.version: 0 must be 1 to 4"),
     ],
 )
 def test_a_malformed_request_is_refused_with_the_rule(field, value, rule):

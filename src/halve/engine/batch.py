@@ -99,13 +99,16 @@ def sampled_rows(step: Step) -> list[SampledRow]:
     return rows
 
 
-def sampling_batch(step: Step, eos_token_ids: Collection[int] = ()) -> SamplingBatch:
+def sampling_batch(step: Step, eos_token_ids: Collection[int] = (), allowed: Array | None = None) -> SamplingBatch:
     """How each row of a step is sampled: `sampling_of` its `sampled_rows`."""
-    return sampling_of(sampled_rows(step), eos_token_ids)
+    return sampling_of(sampled_rows(step), eos_token_ids, allowed)
 
 
-def sampling_of(rows: list[SampledRow], eos_token_ids: Collection[int] = ()) -> SamplingBatch:
-    """How each row is sampled. eos_token_ids: what `min_tokens` forbids, with a request's stop tokens.
+def sampling_of(
+    rows: list[SampledRow], eos_token_ids: Collection[int] = (), allowed: Array | None = None
+) -> SamplingBatch:
+    """How each row is sampled. eos_token_ids: what `min_tokens` forbids, with a request's stop tokens. allowed: tokens
+    that may be chosen, as `SamplingBatch` has them.
 
     Penalties count the tokens that are known, and guessed ones; a token in flight is not among them.
     """
@@ -131,6 +134,7 @@ def sampling_of(rows: list[SampledRow], eos_token_ids: Collection[int] = ()) -> 
         output_tokens=_histories(rows, answer=True) if penalized else None,
         bias_tokens=bias_tokens,
         bias_values=bias_values,
+        allowed=allowed,
     )
 
 

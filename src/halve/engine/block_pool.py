@@ -29,6 +29,11 @@ def block_hash(parent: BlockHash | None, token_ids: "array[int]") -> BlockHash:
     return blake2b(token_ids.tobytes(), key=parent or _ROOT, digest_size=32).digest()
 
 
+def root_hash(salt: str) -> BlockHash | None:
+    """The parent of first blocks under a salt: prefixes under different salts are different."""
+    return blake2b(salt.encode(), digest_size=32, person=b"halve-cache-salt").digest() if salt else None
+
+
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens."""
 

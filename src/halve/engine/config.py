@@ -51,6 +51,7 @@ class EngineMetrics:
     num_finished, num_aborted, num_failed: answers that ended well, were aborted, or were in a step that failed.
     num_draft_tokens: guesses that ran beside decodes (num_computed_tokens counts them too). num_accepted_tokens: of
     them, those that the model chose too. num_switched_off: answers for which guesses were tried and did not pay.
+    busy_s: seconds of steps; what answers are charged adds up to it.
     """
 
     num_waiting: int = 0
@@ -69,3 +70,4 @@ class EngineMetrics:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_switched_off: int = 0
+    busy_s: float = 0.0

@@ -20,6 +20,7 @@ from halve.core.errors import ConfigError, EngineError, HalveError, RequestError
 from halve.engine.batch import block_copies, sampling_batch, token_batch
 from halve.engine.block_pool import BlockPool
 from halve.engine.config import EngineConfig, EngineMetrics
+from halve.engine.constrain import Constrainer, Matcher
 from halve.engine.draft_model import DraftModel
 from halve.engine.request import Candidate, FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
 from halve.engine.runner import AheadRunner, Handle, Runner
@@ -47,6 +48,7 @@ class _Flight:
     step: Step
     handle: Handle
     num_rows: int
+    submitted_at: float
 
 
 class _AnswerText:
@@ -76,7 +78,8 @@ class EngineCore:
 
     tokenizer: makes text of the tokens; without one outputs hold token ids only, and stop strings are refused.
     eos_token_ids: tokens that end a text, of the model's generation config. draft: of the draft model, where
-    `config.speculation` asks for one; its cache has the blocks of `runner`'s.
+    `config.speculation` asks for one; its cache has the blocks of `runner`'s. constrainer: makes texts follow a
+    grammar where requests ask for it.
     Raises ConfigError when the configuration asks for what the runner does not do.
     """
 
@@ -88,8 +91,11 @@ class EngineCore:
         *,
         eos_token_ids: Collection[int] = (),
         draft: Runner | None = None,
+        constrainer: Constrainer | None = None,
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
+        self.constrainer = constrainer
+        self._matchers: dict[Sequence, Matcher] = {}
         self.config = config or EngineConfig()
         if self.config.deterministic and not runner.batch_invariant:
             raise ConfigError(
@@ -107,6 +113,8 @@ class EngineCore:
         self._flight: _Flight | None = None
         self._num_finished = self._num_aborted = self._num_failed = 0
         self._clock = time.perf_counter
+        self._told_at = 0.0  # when the latest step of an `AheadRunner` was told
+        self._busy_s = 0.0
         self._run_s = 0.0  # that the runner took for the latest step
 
     def _speculator(self, draft: Runner | None) -> Speculator | None:
@@ -149,6 +157,10 @@ class EngineCore:
                 )
         if params.stop and self.tokenizer is None:
             raise RequestError(f"{name}: stop strings need a tokenizer; use stop_token_ids")
+        if params.grammar is not None:
+            if self.constrainer is None:
+                raise RequestError(f"{name}: this engine has no constrainer; leave grammar out")
+            self.constrainer.check(params.grammar)
         if params.min_tokens and len(self.eos_token_ids.union(params.stop_token_ids)) >= self.runner.vocab_size:
             raise RequestError(f"{name}: min_tokens forbids every token, since all of them end the text; set it to 0")
         self.scheduler.check(request)
@@ -188,7 +200,7 @@ class EngineCore:
 
     def _step_now(self) -> list[StepOutput]:
         if self.speculator:
-            self.speculator.plan(self.scheduler.running)
+            self.speculator.plan(one for one in self.scheduler.running if one.request.sampling.grammar is None)
         step = self.scheduler.schedule()
         outputs = []
         if step.chunks:
@@ -206,8 +218,8 @@ class EngineCore:
 
     def _step_ahead(self, runner: AheadRunner) -> list[StepOutput]:
         """Submit the next step, then take the tokens of the one before."""
-        if self._flight is not None and any(sequence.is_penalized for sequence in self._flight.step.sampled):
-            landing, self._flight = self._flight, None  # penalties count the tokens so far: the next step needs them
+        if self._flight is not None and any(sequence.waits_for_tokens for sequence in self._flight.step.sampled):
+            landing, self._flight = self._flight, None  # the next step needs the tokens so far
             return self._land(landing)
         step = self.scheduler.schedule()
         submitted = self._submit(runner, step) if step.chunks else None
@@ -234,24 +246,26 @@ class EngineCore:
             num_draft_tokens=counts.num_draft_tokens,
             num_accepted_tokens=counts.num_accepted_tokens,
             num_switched_off=self.speculator.num_switched_off if self.speculator else 0,
+            busy_s=self._busy_s,
         )
 
     def check_invariants(self) -> None:
         """Assert that no block is lost, and that nothing is kept for a request that has ended."""
         self.scheduler.check_invariants()
-        assert all(sequence.status is not Status.FINISHED for sequence in self._texts)
+        assert all(one.status is not Status.FINISHED for kept in (self._texts, self._matchers) for one in kept)
 
     def _run(self, step: Step) -> Sampled:
         batch, rows, sampling = self._arrays(step)
         started = self._clock()
         sampled = self.runner.run(batch, rows, sampling)
         self._run_s = self._clock() - started
+        self._charge(step, self._run_s)
         return self._checked(sampled, len(rows))
 
     def _submit(self, runner: AheadRunner, step: Step) -> _Flight:
         try:
             batch, rows, sampling = self._arrays(step)
-            return _Flight(step, runner.submit(batch, rows, sampling), len(rows))
+            return _Flight(step, runner.submit(batch, rows, sampling), len(rows), self._clock())
         except Exception as error:
             self._fail(step, error)
         except BaseException:
@@ -261,6 +275,9 @@ class EngineCore:
     def _land(self, flight: _Flight) -> list[StepOutput]:
         try:
             sampled = self._checked(flight.handle.result(), flight.num_rows)
+            now = self._clock()  # the device had it from when the step before was done, or from when it was submitted
+            self._charge(flight.step, now - max(flight.submitted_at, self._told_at))
+            self._told_at = now
         except Exception as error:
             self._fail(flight.step, error)
         except BaseException:
@@ -273,7 +290,32 @@ class EngineCore:
         batch, rows = token_batch(step, self.runner.block_size)
         for pairs in block_copies(step):
             self.runner.copy_blocks(pairs)
-        return batch, rows, sampling_batch(step, self.eos_token_ids)
+        return batch, rows, sampling_batch(step, self.eos_token_ids, self._allowed(step))
+
+    def _allowed(self, step: Step) -> Array | None:
+        """What the grammars of a step's rows allow, a word for 32 tokens; None where there are none."""
+        sequences = step.sampled
+        if self.constrainer is None or all(one.request.sampling.grammar is None for one in sequences):
+            return None
+        masks = np.full((len(sequences), -(-self.runner.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        for row, sequence in enumerate(sequences):
+            if (grammar := sequence.request.sampling.grammar) is not None:
+                matcher = self._matchers.get(sequence)
+                if matcher is None:
+                    matcher = self._matchers[sequence] = self.constrainer.matcher(grammar)
+                matcher.fill(masks[row])
+        return masks
+
+    def _charge(self, step: Step, seconds: float) -> None:
+        """Share the seconds of a step among its sequences by their tokens."""
+        self._busy_s += seconds
+        counts = [chunk.num_tokens + len(chunk.draft) for chunk in step.chunks]
+        each = seconds / max(1, sum(counts))
+        for chunk, count in zip(step.chunks, counts, strict=True):
+            sequence = chunk.sequence
+            prompt = min(count, max(0, sequence.num_prompt_tokens - chunk.start))
+            sequence.prefill_s += prompt * each
+            sequence.decode_s += (count - prompt) * each
 
     def _checked(self, sampled: Sampled, num_rows: int) -> Sampled:
         ids = sampled.token_ids
@@ -298,6 +340,8 @@ class EngineCore:
         if text is None:
             text = self._texts[sequence] = _AnswerText(params, self.tokenizer)
         logprobs = None if params.logprobs is None else _logprobs(sampled, told.row)
+        if (matcher := self._matchers.get(sequence)) is not None:
+            matcher.advance(token_id)
         reason, piece, stopped = self._stop_reason(told, token_id), "", False
         if reason != "stop" or params.include_stop:  # else a token that stops has no part in the text
             piece, stopped = text.push(token_id, may_stop=told.num_generated > params.min_tokens)
@@ -325,13 +369,15 @@ class EngineCore:
 
     def _discard(self, step: Step) -> set[str]:
         request_ids = self.scheduler.discard(step)
-        for sequence in [s for s in self._texts if s.request.request_id in request_ids]:
-            del self._texts[sequence]
+        for kept in (self._texts, self._matchers):
+            for sequence in [s for s in kept if s.request.request_id in request_ids]:
+                del kept[sequence]
         self._num_failed += len(request_ids)
         return request_ids
 
     def _remove(self, sequence: Sequence) -> None:
         self._texts.pop(sequence, None)
+        self._matchers.pop(sequence, None)
         self.scheduler.remove(sequence)
 
 
@@ -355,6 +401,8 @@ def _output(
         num_cached_tokens=sequence.num_cached_tokens,
         num_draft_tokens=sequence.num_draft_tokens,
         num_accepted_tokens=sequence.num_accepted_tokens,
+        prefill_s=sequence.prefill_s,
+        decode_s=sequence.decode_s,
     )
 
 

@@ -2,12 +2,14 @@
 
 import itertools
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from halve.core.errors import RequestError
 from halve.engine.config import EngineConfig, EngineMetrics
+from halve.engine.constrain import Constrainer
 from halve.engine.core import EngineCore
 from halve.engine.request import Completion, Request, SamplingParams, StepOutput
 from halve.engine.runner import Runner
@@ -15,6 +17,7 @@ from halve.engine.worker import Mailbox, Worker
 from halve.text import Tokenizer
 
 Prompt = str | Sequence[int]
+T = TypeVar("T")
 
 
 class Stream:
@@ -99,7 +102,7 @@ class Engine:
     block, or when the engine is no longer referred to. What is unfinished then ends with reason "abort".
     runner: the model; no one else may use it. tokenizer: makes text of tokens; without one, prompts are token ids,
     outputs hold ids only, and stop strings are refused. eos_token_ids: tokens that end a text, of the model's
-    generation config. draft: as for `EngineCore`. Raises ConfigError when the configuration asks for what the runner
+    generation config. draft, constrainer: as for `EngineCore`. Raises ConfigError when the configuration asks for what the runner
     does not do.
     """
 
@@ -111,8 +114,9 @@ class Engine:
         *,
         eos_token_ids: Collection[int] = (),
         draft: Runner | None = None,
+        constrainer: Constrainer | None = None,
     ) -> None:
-        core = EngineCore(runner, tokenizer, config, eos_token_ids=eos_token_ids, draft=draft)
+        core = EngineCore(runner, tokenizer, config, eos_token_ids=eos_token_ids, draft=draft, constrainer=constrainer)
         self.config, self.tokenizer = core.config, tokenizer
         self._worker = Worker(core)
         self._numbers = itertools.count()
@@ -148,13 +152,16 @@ class Engine:
         *,
         priority: int = 0,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Stream:
         """Continue a prompt step by step: `for output in engine.stream(...)`, or `async for`.
 
-        request_id: for `abort`; None makes one. Raises RequestError at once for what can't be served, EngineError when
+        request_id: for `abort`; None makes one. cache_salt: as `Request` has it. Raises RequestError at once for what can't be served, EngineError when
         the engine is closed or has stopped.
         """
-        return Stream(self, self.request(prompt, sampling, priority=priority, request_id=request_id))
+        return Stream(
+            self, self.request(prompt, sampling, priority=priority, request_id=request_id, cache_salt=cache_salt)
+        )
 
     def complete(self, requests: Iterable[Request], *, max_in_flight: int | None = None) -> Iterator[list[Completion]]:
         """The answers of each request, as requests end; requests are taken up as there is room for them.
@@ -197,6 +204,13 @@ class Engine:
         """Its state after the latest step, and what it has done so far."""
         return self._worker.metrics
 
+    def between_steps(self, job: Callable[[], T]) -> "Future[T]":
+        """Run something on the engine's thread between two steps, when no one else uses the model.
+
+        Raises EngineError when the engine is closed or has stopped.
+        """
+        return self._worker.between_steps(job)
+
     def close(self) -> None:
         """Abort what is unfinished and end the engine's thread; later requests are refused."""
         self._close()
@@ -208,6 +222,7 @@ class Engine:
         *,
         priority: int = 0,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Request:
         """A request of the model's tokens, not yet begun. Raises RequestError for a prompt without tokens."""
         if isinstance(prompt, str) and self.tokenizer is None:
@@ -222,6 +237,7 @@ class Engine:
             prompt_token_ids=tuple(ids),  # type: ignore[arg-type]  # Request checks it
             sampling=sampling or SamplingParams(),
             priority=priority,
+            cache_salt=cache_salt,
         )
 
     def __enter__(self) -> Self:

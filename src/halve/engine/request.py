@@ -10,7 +10,7 @@ from halve.core.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort"]
 
-VERSION = 3  # 2 and 3 add fields with defaults to records of the version before, so all are read
+VERSION = 4  # 2 to 4 add fields with defaults to records of the version before, so all are read
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 1024
 MAX_PRIORITY = 100
@@ -34,6 +34,7 @@ class SamplingParams:
     stop: text ends before the first of these strings. stop_token_ids: text ends before any of these tokens.
     include_stop: the stop string or the text of the stop token stays in the text.
     ignore_eos: the model's end-of-sequence tokens do not end the text (for measuring).
+    grammar: the text is one that this grammar (`halve.engine.constrain`) allows; an engine with a constrainer takes it.
     Raises RequestError naming the field, its value and the rule.
     """
 
@@ -55,6 +56,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False
     ignore_eos: bool = False
+    grammar: str | None = None
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class SamplingParams:
         stops_fit = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
         _require("stop", self.stop, stops_fit, "a tuple of strings, none of them empty")
         _require("stop_token_ids", self.stop_token_ids, _are_ids(self.stop_token_ids), "a tuple of token ids")
+        grammar_fits = self.grammar is None or (isinstance(self.grammar, str) and bool(self.grammar))
+        _require("grammar", self.grammar, grammar_fits, "None or a grammar as a string, not empty")
         for name in ("include_stop", "ignore_eos"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
         _check_version("sampling", self.version)
@@ -109,13 +113,15 @@ class Request:
     """One prompt to continue.
 
     request_id: any string that no unfinished request of the engine has. priority: lower runs first, from -100 to 100;
-    how much one level is worth is `EngineConfig.overtakes_per_priority`.
+    how much one level is worth is `EngineConfig.overtakes_per_priority`. cache_salt: requests share cached prefixes with
+    those of the same salt alone.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
+    cache_salt: str = ""
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -127,6 +133,7 @@ class Request:
         _require("sampling", self.sampling, sampling_fits, "SamplingParams")
         priority_fits = _is_whole(self.priority, -MAX_PRIORITY) and self.priority <= MAX_PRIORITY
         _require("priority", self.priority, priority_fits, f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+        _require("cache_salt", self.cache_salt, isinstance(self.cache_salt, str), "a string")
         _check_version("request", self.version)
 
 
@@ -158,7 +165,8 @@ class StepOutput:
     context; "abort"), None while it goes on.
     logprobs: of this token, where they were asked for. num_cached_tokens: prompt tokens that were in the cache.
     num_draft_tokens: tokens of this answer that were guessed so far. num_accepted_tokens: of them, those that the model
-    chose too.
+    chose too. prefill_s, decode_s: seconds of steps that this answer is to be charged for so far: of each step the share
+    that its tokens are of all tokens (guesses count), prompt and answer apart.
     """
 
     request_id: str
@@ -171,6 +179,8 @@ class StepOutput:
     num_cached_tokens: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
     version: int = VERSION
 
 

@@ -5,7 +5,7 @@ from array import array
 from enum import Enum
 from functools import cached_property
 
-from halve.engine.block_pool import BlockHash, block_hash
+from halve.engine.block_pool import BlockHash, block_hash, root_hash
 from halve.engine.request import Request
 
 # Orders sequences by urgency, least first: rank, then arrival, then which answer of its request.
@@ -30,7 +30,8 @@ class Sequence:
     the steps scheduled so far have run. max_tokens: of prompt and answer. num_forks: samples that will split off when
     the prompt is computed. seed: of the sampler. num_cached_tokens: prompt tokens that were in the cache. num_drafts:
     guesses that it asks to run in the next step; is_guessing: a step in flight holds some. num_draft_tokens,
-    num_accepted_tokens: guesses that ran, and of them those that the model chose too.
+    num_accepted_tokens: guesses that ran, and of them those that the model chose too. prefill_s, decode_s: its share of
+    the seconds that steps took.
     """
 
     def __init__(self, request: Request, key: Key, max_tokens: int) -> None:
@@ -47,6 +48,7 @@ class Sequence:
         self.flight_row = -1  # where the latest step that samples it has its token
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.is_guessing = False
+        self.prefill_s = self.decode_s = 0.0
         given = request.sampling.seed
         self.seed = secrets.randbits(64) if given is None else given
         self._hashes: list[BlockHash] = []
@@ -79,7 +81,13 @@ class Sequence:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken as the model says it, and nothing is told about it."""
         p = self.request.sampling
-        return not (p.temperature or p.logit_bias or self.is_penalized) and p.logprobs is None
+        plain = not (p.temperature or p.logit_bias or self.is_penalized or p.grammar)
+        return plain and p.logprobs is None
+
+    @property
+    def waits_for_tokens(self) -> bool:
+        """Whether a token can be chosen only when those before it are known."""
+        return self.is_penalized or self.request.sampling.grammar is not None
 
     @property
     def num_generated(self) -> int:
@@ -99,7 +107,7 @@ class Sequence:
     def hashes(self, num_blocks: int, block_size: int) -> list[BlockHash]:
         """Names of its first num_blocks blocks, all of whose tokens are known."""
         for i in range(len(self._hashes), num_blocks):
-            parent = self._hashes[-1] if i else None
+            parent = self._hashes[-1] if i else root_hash(self.request.cache_salt)
             self._hashes.append(block_hash(parent, self.token_ids[i * block_size : (i + 1) * block_size]))
         return self._hashes[:num_blocks]
 

@@ -9,8 +9,10 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from halve.core.errors import EngineError, RequestError
 from halve.engine.core import EngineCore, StepError
@@ -70,6 +72,20 @@ def _opened(item: StepOutput | EngineError) -> StepOutput:
     return item
 
 
+class _Job:
+    """Something to run between two steps."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run, self.future = run, Future[Any]()
+
+    def run(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            try:
+                self.future.set_result(self._run())
+            except Exception as error:  # whoever asked raises it
+                self.future.set_exception(error)
+
+
 @dataclass(slots=True)
 class _Reader:
     mailbox: Mailbox
@@ -84,7 +100,7 @@ class Worker:
         self.metrics = core.metrics()  # between two steps; replaced, never changed
         self._changed = threading.Condition(threading.RLock())
         # Requests, and ids to abort. Appended to without the lock too, since a collected stream aborts anywhere.
-        self._inbox: deque[Request | str] = deque()
+        self._inbox: deque[Request | str | _Job] = deque()
         self._readers: dict[str, _Reader] = {}
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -98,20 +114,14 @@ class Worker:
         """
         self.core.check(request)
         with self._changed:
-            if self._death is not None:
-                raise EngineError(str(self._death)) from self._death.__cause__
-            if self._closing:
-                raise EngineError("the engine is closed; make a new one")
+            self._require_open()
             if request.request_id in self._readers:
                 raise RequestError(
                     f"request {request.request_id!r}: a request that has not ended has this id; take another"
                 )
             self._readers[request.request_id] = _Reader(mailbox, request.sampling.n)
             self._inbox.append(request)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="halve-engine", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+            self._begin()
 
     def abort(self, request_id: str) -> bool:
         """End a request at the next step; its last outputs then come with reason "abort". False when it has ended."""
@@ -121,6 +131,28 @@ class Worker:
         with self._changed:
             self._changed.notify()
         return True
+
+    def between_steps(self, run: Callable[[], Any]) -> "Future[Any]":
+        """Run something when no step runs. Raises EngineError when the engine is closed or dead."""
+        job = _Job(run)
+        with self._changed:
+            self._require_open()
+            self._inbox.append(job)
+            self._begin()
+        return job.future
+
+    def _require_open(self) -> None:
+        if self._death is not None:
+            raise EngineError(str(self._death)) from self._death.__cause__
+        if self._closing:
+            raise EngineError("the engine is closed; make a new one")
+
+    def _begin(self) -> None:
+        """Wake the thread, or start it. The caller holds the lock."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="halve-engine", daemon=True)
+            self._thread.start()
+        self._changed.notify()
 
     def close(self) -> None:
         """Abort what is unfinished and end the thread. May be called again, from any thread."""
@@ -167,6 +199,8 @@ class Worker:
             message = self._inbox.popleft()
             if isinstance(message, Request):
                 self.core.add(message)
+            elif isinstance(message, _Job):
+                message.run()
             else:
                 self.core.abort(message)
 
@@ -195,6 +229,9 @@ class Worker:
             self._death = death
             readers, self._readers = self._readers, {}
         log.critical("%s", death, exc_info=error)
+        for message in self._inbox:
+            if isinstance(message, _Job) and message.future.set_running_or_notify_cancel():
+                message.future.set_exception(death)
         for reader in readers.values():
             reader.mailbox.put(death)
         with contextlib.suppress(Exception):  # what the core keeps is of use to nobody now
