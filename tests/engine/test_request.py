@@ -39,7 +39,7 @@ from halve.engine import Candidate, Completion, Request, SamplingParams, StepOut
         ("n", 0, "n: 0 must be a whole number from 1 to 1024"),
         ("logprobs", 21, "logprobs: 21 must be None or a whole number from 0 to 20"),
         ("include_stop", None, "include_stop: None must be true or false"),
-        ("version", 4, r"sampling.version: 5 must be 1 to 4, the versions that this Halve reads"),
+        ("version", 5, r"sampling.version: 5 must be 1 to 4, the versions that this Halve reads"),
     ],
 )
 def test_a_sampling_parameter_out_of_range_is_refused_with_the_rule(field, value, rule):

@@ -28,6 +28,7 @@ from halve.engine import (
     blocks_within,
     run_file,
 )
+from halve.engine.constrain import GuidanceConstrainer
 from halve.hardware import detect_cpu
 from halve.kernels import native, native_cache, native_library, native_rows
 from halve.kernels.backends import backend
@@ -66,7 +67,7 @@ class Model:
         cache_bytes: int | None = None,
         draft: Decoder | None = None,
     ) -> None:
-        self.path = checkpoint.path
+        self.checkpoint, self.path = checkpoint, checkpoint.path
         self.config, self.plan, self.ops, self.decoder = decoder.config, plan, ops, decoder
         self.tokenizer = tokenizer
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
@@ -75,6 +76,9 @@ class Model:
         if cache_bytes is None and isinstance(ops, OwnMemoryOps):
             cache_bytes = ops.spare_bytes()
         self._num_blocks = cache_blocks(self.config, self._engine_config, cache_bytes, draft.config if draft else None)
+        self.constrainer = GuidanceConstrainer(
+            checkpoint.path / "tokenizer.json", vocab_size=self.config.vocab_size, eos_token_ids=self.eos_token_ids
+        )
         self._engine: Engine | None = None
         self._making_engine = Lock()
 
@@ -96,6 +100,7 @@ class Model:
                     self._engine_config,
                     eos_token_ids=self.eos_token_ids,
                     draft=ModelRunner(self._draft, **sizes) if self._draft else None,
+                    constrainer=self.constrainer,
                 )
             return self._engine
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from halve import __version__
+from halve.cli import serve as cli_serve
 from halve.cli.screen import ShellProgress, error_console, print_json, talks_to_terminal
 from halve.core.errors import ConfigError, HalveError, RequestError, TextError
 
@@ -75,7 +76,7 @@ def options(
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], format="%(message)s")
     if not verbose:
         logging.getLogger("halve.kernels").setLevel(logging.WARNING)
-    for noisy in ("urllib3", "filelock", "huggingface_hub", "httpx", "httpcore"):
+    for noisy in ("alembic", "uvicorn", "urllib3", "filelock", "huggingface_hub", "httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -415,6 +416,11 @@ def doctor(
         print_json(facts)
     else:
         show_machine(facts)
+
+
+app.command()(cli_serve.serve)
+app.command()(cli_serve.usage)
+app.add_typer(cli_serve.keys_app, name="keys")
 
 
 def main() -> None:

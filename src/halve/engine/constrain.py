@@ -44,20 +44,14 @@ class GuidanceConstrainer:
     """Grammars by llguidance, over the vocabulary of a tokenizer.json.
 
     vocab_size: rows of the model's table. eos_token_ids: tokens that end a text; they are allowed where the grammar may
-    end. Raises RequestError where the tokenizer can't be read by llguidance.
+    end. The vocabulary is read with the first grammar. What its methods raise is RequestError.
     """
 
     def __init__(self, tokenizer_file: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        import llguidance
-
-        try:
-            self._tokenizer = llguidance.LLTokenizer(
-                str(tokenizer_file), n_vocab=vocab_size, eos_token=list(eos_token_ids) or None
-            )
-        except Exception as error:  # llguidance raises plain exceptions
-            raise RequestError(f"{tokenizer_file}: llguidance can't read this tokenizer: {error}") from error
+        self._file, self._vocab_size, self._eos_token_ids = tokenizer_file, vocab_size, list(eos_token_ids)
         self._compiled: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._read: Any = None
 
     def check(self, grammar: str) -> None:
         """As `Constrainer.check`."""
@@ -67,9 +61,20 @@ class GuidanceConstrainer:
         """As `Constrainer.matcher`."""
         return _GuidanceMatcher(self._compile(grammar).deep_copy())
 
-    def _compile(self, grammar: str) -> Any:
-        import llguidance
+    def _tokenizer(self) -> Any:
+        llguidance = _llguidance()
+        with self._reading:
+            if self._read is None:
+                try:
+                    self._read = llguidance.LLTokenizer(
+                        str(self._file), n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None
+                    )
+                except Exception as error:  # llguidance raises plain exceptions
+                    raise RequestError(f"{self._file}: llguidance can't read this tokenizer: {error}") from error
+            return self._read
 
+    def _compile(self, grammar: str) -> Any:
+        llguidance = _llguidance()
         with self._lock:
             if grammar in self._compiled:
                 self._compiled.move_to_end(grammar)
@@ -80,7 +85,7 @@ class GuidanceConstrainer:
         limits = llguidance.LLParserLimits(
             initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, max_lexer_states=50_000, max_grammar_size=500_000
         )
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        matcher = llguidance.LLMatcher(self._tokenizer(), grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise RequestError(f"grammar: {matcher.get_error():.300}")
         with self._lock:
@@ -104,8 +109,7 @@ class _GuidanceMatcher:
 
 def json_grammar(schema: Mapping[str, Any] | None) -> str:
     """The grammar of JSON that a schema allows; None for any object. Raises RequestError for a schema that is none."""
-    import llguidance
-
+    llguidance = _llguidance()
     if schema is None:
         schema = {"type": "object"}
     if _depth(schema) > MAX_DEPTH:
@@ -121,9 +125,15 @@ def json_grammar(schema: Mapping[str, Any] | None) -> str:
 
 def lark_grammar(text: str) -> str:
     """The grammar that a text in llguidance's Lark dialect says."""
-    import llguidance
+    return str(_llguidance().LLMatcher.grammar_from_lark(text))
 
-    return str(llguidance.LLMatcher.grammar_from_lark(text))
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise RequestError("grammar: it needs llguidance; pip install 'halve[serve]'") from error
+    return llguidance
 
 
 def _depth(value: Any) -> int:

@@ -102,8 +102,8 @@ class Engine:
     block, or when the engine is no longer referred to. What is unfinished then ends with reason "abort".
     runner: the model; no one else may use it. tokenizer: makes text of tokens; without one, prompts are token ids,
     outputs hold ids only, and stop strings are refused. eos_token_ids: tokens that end a text, of the model's
-    generation config. draft, constrainer: as for `EngineCore`. Raises ConfigError when the configuration asks for what the runner
-    does not do.
+    generation config. draft, constrainer: as for `EngineCore`. Raises ConfigError when the configuration asks for what
+    the runner does not do.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class Engine:
     ) -> Stream:
         """Continue a prompt step by step: `for output in engine.stream(...)`, or `async for`.
 
-        request_id: for `abort`; None makes one. cache_salt: as `Request` has it. Raises RequestError at once for what can't be served, EngineError when
-        the engine is closed or has stopped.
+        request_id: for `abort`; None makes one. cache_salt: as `Request` has it. Raises RequestError at once for
+        what can't be served, EngineError when the engine is closed or has stopped.
         """
         return Stream(
             self, self.request(prompt, sampling, priority=priority, request_id=request_id, cache_salt=cache_salt)

@@ -113,8 +113,8 @@ class Request:
     """One prompt to continue.
 
     request_id: any string that no unfinished request of the engine has. priority: lower runs first, from -100 to 100;
-    how much one level is worth is `EngineConfig.overtakes_per_priority`. cache_salt: requests share cached prefixes with
-    those of the same salt alone.
+    how much one level is worth is `EngineConfig.overtakes_per_priority`. cache_salt: requests share cached prefixes
+    with those of the same salt alone.
     """
 
     request_id: str
@@ -165,8 +165,8 @@ class StepOutput:
     context; "abort"), None while it goes on.
     logprobs: of this token, where they were asked for. num_cached_tokens: prompt tokens that were in the cache.
     num_draft_tokens: tokens of this answer that were guessed so far. num_accepted_tokens: of them, those that the model
-    chose too. prefill_s, decode_s: seconds of steps that this answer is to be charged for so far: of each step the share
-    that its tokens are of all tokens (guesses count), prompt and answer apart.
+    chose too. prefill_s, decode_s: seconds of steps that this answer is to be charged for so far: of each step the
+    share that its tokens are of all tokens (guesses count), prompt and answer apart.
     """
 
     request_id: str
