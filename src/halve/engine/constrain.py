@@ -6,14 +6,19 @@ step waits, some tens of microseconds a token. What it refuses, or takes too lon
 """
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from halve.core.errors import RequestError
 from halve.kernels.ops import Array
+
+log = logging.getLogger("halve.engine")
 
 MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_DEPTH = 100
@@ -59,7 +64,7 @@ class GuidanceConstrainer:
 
     def matcher(self, grammar: str) -> Matcher:
         """As `Constrainer.matcher`."""
-        return _GuidanceMatcher(self._compile(grammar).deep_copy())
+        return _GuidanceMatcher(self._compile(grammar).deep_copy(), self._eos_token_ids)
 
     def _tokenizer(self) -> Any:
         llguidance = _llguidance()
@@ -96,11 +101,21 @@ class GuidanceConstrainer:
 
 
 class _GuidanceMatcher:
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, eos_token_ids: Sequence[int]) -> None:
+        self._matcher, self._eos_token_ids = matcher, eos_token_ids
 
     def fill(self, row: Array) -> None:
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        """A text whose grammar exceeds its limits, or has ended, can only end: others share the step."""
+        try:
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            failed = self._matcher.is_error()
+        except Exception as error:  # llguidance raises plain exceptions
+            log.warning("a grammar failed: %s", error)
+            failed = True
+        if failed or not row.any():
+            row[:] = 0 if self._eos_token_ids else 0xFFFFFFFF
+            for token_id in self._eos_token_ids:
+                row[token_id // 32] |= np.uint32(1 << token_id % 32)
 
     def advance(self, token_id: int) -> None:
         if not self._matcher.is_stopped():

@@ -160,6 +160,8 @@ class EngineCore:
         if params.grammar is not None:
             if self.constrainer is None:
                 raise RequestError(f"{name}: this engine has no constrainer; leave grammar out")
+            if params.min_tokens:
+                raise RequestError(f"{name}: min_tokens and a grammar exclude each other; it may end the text earlier")
             self.constrainer.check(params.grammar)
         if params.min_tokens and len(self.eos_token_ids.union(params.stop_token_ids)) >= self.runner.vocab_size:
             raise RequestError(f"{name}: min_tokens forbids every token, since all of them end the text; set it to 0")

@@ -55,6 +55,11 @@ class _Server(uvicorn.Server):
             loop.call_soon_threadsafe(loop.call_later, self._drain_s, self._desk.end_all)
         super().handle_exit(sig, frame)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """A server that was told to stop has done as it was told: it ends with 0, not by the signal."""
+        await super().shutdown(sockets)
+        self._captured_signals.clear()
+
 
 def listen(config: ServerConfig) -> socket.socket:
     """The socket of a server. Raises OutputError where it can't be had, ConfigError for an unknown host."""

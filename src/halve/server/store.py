@@ -248,13 +248,14 @@ class Store:
         A request is written once: a second line with its id changes nothing.
         """
         with self._connection() as c:
-            done = c.execute(_insert(c, t.ledger).values(**_row(entry)).on_conflict_do_nothing())
+            line = _insert(c, t.ledger).values(**_row(entry)).on_conflict_do_nothing().returning(t.ledger.c.id)
+            is_new = c.execute(line).first() is not None
             held = None
             if reservation_id is not None:
                 held = c.execute(sa.select(t.reservations).where(t.reservations.c.id == reservation_id)).first()
             if held is not None:
                 _release(c, held)
-            if not done.rowcount or entry.key_id is None:
+            if not is_new or entry.key_id is None:
                 return
             tokens = entry.prompt_tokens + entry.completion_tokens
             for limit in c.execute(sa.select(t.budgets).where(t.budgets.c.key_id == entry.key_id)).all():
