@@ -17,6 +17,12 @@ def flags_of(parameters):
     return {flag for p in parameters for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
 
 
+def parameters_of(verb):
+    """Of a verb, or of all verbs of a group."""
+    command = CLI.commands[verb]
+    return [p for one in getattr(command, "commands", {"": command}).values() for p in one.params]
+
+
 def documented(text):
     return {flag: row for row in rows(text, "flag") for flag in re.findall(r"`(--?[\w-]+)`", row[0])}
 
@@ -39,13 +45,13 @@ def test_a_command_line_of_the_docs_parses(name, words):
 def test_the_guide_lists_the_flags_of_a_verb_and_no_others(verb):
     text = section(GUIDE, verb.capitalize())
     assert text is not None, f"docs/GUIDE.md has no section {verb.capitalize()!r}"
-    assert documented(text).keys() == flags_of(CLI.commands[verb].params)
+    assert documented(text).keys() == flags_of(parameters_of(verb))
 
 
 @pytest.mark.parametrize("verb", sorted(CLI.commands))
 def test_the_guide_states_the_defaults_of_a_verb(verb):
     table = documented(section(GUIDE, verb.capitalize()))
-    for parameter in CLI.commands[verb].params:
+    for parameter in parameters_of(verb):
         flags = flags_of([parameter])
         if not flags or isinstance(parameter.default, bool) or parameter.default in (None, ()) or parameter.required:
             continue
@@ -63,7 +69,7 @@ def test_the_guide_names_every_public_name(name):
 
 
 def test_the_guide_lists_every_verb_that_prints_json():
-    printing = {name for name, verb in CLI.commands.items() if "--json" in flags_of(verb.params)}
+    printing = {name for name, verb in CLI.commands.items() if "--json" in flags_of(parameters_of(name))}
     assert {row[0].strip("`") for row in rows(section(GUIDE, "JSON"), "verb")} == printing
 
 

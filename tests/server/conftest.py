@@ -31,9 +31,8 @@ class Live:
 
 
 def halve(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "halve.cli", *arguments], capture_output=True, text=True, timeout=120, **options
-    )
+    command = [sys.executable, "-m", "halve.cli", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, **options)
 
 
 def start(folder: Path, *arguments: str, db: str | None = None) -> Live:

@@ -106,6 +106,7 @@ class Period(StrEnum):
 @keys_app.command("add")
 def add_key(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    admin: Annotated[bool, typer.Option("--admin", help="It sees the sums of all keys in the console.")] = False,
     requests_per_minute: Annotated[int | None, typer.Option(help="Most requests in a minute.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Most tokens in a minute.")] = None,
     db: Db = None,
@@ -115,7 +116,7 @@ def add_key(
     from halve.api.serve import open_store
 
     key, secret = open_store(db).add_key(
-        name, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute
+        name, is_admin=admin, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute
     )
     if json:
         print_json({"id": key.id, "name": key.name, "key": secret})
@@ -144,7 +145,7 @@ def list_keys(db: Db = None, json: Json = False) -> None:
             if key[f"{what}_per_minute"] is not None
         ]
         spent = [f"{b['spent']} of {b['amount']} {b['unit']} a {b['period']}" for b in key["budgets"]]
-        state = "revoked" if key["revoked_at"] else "in use"
+        state = "revoked" if key["revoked_at"] else "admin" if key["is_admin"] else "in use"
         table.add_row(key["id"], key["name"], key["prefix"], state, "\n".join(limits), "\n".join(spent))
     console().print(table)
 

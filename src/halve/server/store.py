@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import secrets
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,14 @@ DEAD_AFTER = 60.0  # seconds without a sign of life
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Key:
-    """A key as its owner sees it; the secret itself is stored as its SHA-256 alone."""
+    """A key as its owner sees it; the secret itself is stored as its SHA-256 alone. is_admin: it sees all keys' sums."""
 
     id: str
     name: str
     prefix: str
     created_at: float
     revoked_at: float | None
+    is_admin: bool
     requests_per_minute: int | None
     tokens_per_minute: int | None
 
@@ -116,7 +118,12 @@ class Store:
     # Keys
 
     def add_key(
-        self, name: str, *, requests_per_minute: int | None = None, tokens_per_minute: int | None = None
+        self,
+        name: str,
+        *,
+        is_admin: bool = False,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
     ) -> tuple[Key, str]:
         """A new key, and its secret, which nobody can read again."""
         if not 0 < len(name) <= 200:
@@ -131,6 +138,7 @@ class Store:
             "prefix": secret[:8],
             "sha256": _digest(secret),
             "created_at": time.time(),
+            "is_admin": is_admin,
             "requests_per_minute": requests_per_minute,
             "tokens_per_minute": tokens_per_minute,
         }
@@ -146,6 +154,7 @@ class Store:
             "prefix": secret[:8],
             "sha256": _digest(secret),
             "created_at": time.time(),
+            "is_admin": False,
         }
         with self._connection() as c:
             c.execute(_insert(c, t.keys).values(**row).on_conflict_do_nothing())
@@ -386,8 +395,16 @@ def _engine(url: str) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _(connection: Any, _record: Any) -> None:
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
+        for pragma in ("busy_timeout=30000", "synchronous=NORMAL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
+        for attempt in range(100):  # no time-out covers this change of a new database
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError:
+                if attempt == 99:
+                    raise
+                time.sleep(0.05)
 
     @sa.event.listens_for(engine, "begin")
     def _(connection: sa.Connection) -> None:

@@ -2,6 +2,7 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Float,
     ForeignKey,
@@ -27,6 +28,7 @@ keys = Table(
     Column("sha256", String(64), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
     Column("revoked_at", Float),
+    Column("is_admin", Boolean, nullable=False),
     Column("requests_per_minute", Integer),
     Column("tokens_per_minute", Integer),
 )

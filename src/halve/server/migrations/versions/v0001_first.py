@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("sha256", sa.String(64), nullable=False, unique=True),
         sa.Column("created_at", sa.Float, nullable=False),
         sa.Column("revoked_at", sa.Float),
+        sa.Column("is_admin", sa.Boolean, nullable=False),
         sa.Column("requests_per_minute", sa.Integer),
         sa.Column("tokens_per_minute", sa.Integer),
     )
