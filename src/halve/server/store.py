@@ -31,7 +31,7 @@ DEAD_AFTER = 60.0  # seconds without a sign of life
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Key:
-    """A key as its owner sees it; the secret itself is stored as its SHA-256 alone. is_admin: it sees all keys' sums."""
+    """A key as its owner sees it; the secret is stored as its SHA-256 alone. is_admin: it sees the sums of all keys."""
 
     id: str
     name: str
