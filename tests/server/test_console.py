@@ -93,6 +93,7 @@ def test_someone_logs_in_and_chats_and_sees_what_it_costs(page, tmp_path):
         page.until("document.getElementById('rows').textContent.includes('team')")
         page.until("[...document.querySelectorAll('.tile')].some(t => t.textContent.includes('requests in a minute') "
                    "&& parseInt(t.textContent) > 0)")  # fmt: skip
+        assert "OpenAI" in page.run("document.getElementById('cost').textContent")
         assert "$3,600" in page.run("document.getElementById('cost').textContent")
         assert key not in page.run("location.href")
         for width in (1280, 390):

@@ -13,6 +13,7 @@ from halve import __version__
 from halve.api.bundle import read_certificate
 from halve.api.model import Model, load
 from halve.core.errors import ConfigError, UserError
+from halve.economics import ApiPrice, api_price
 from halve.engine import EngineConfig
 from halve.kernels.ops import TokenBatch
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("halve")
 
+BESIDE = (("openai", "gpt-5-mini"), ("anthropic", "claude-haiku-4-5"))  # whose prices the console shows
 MISSING = "the server needs more packages: pip install 'halve[serve]'"
 
 
@@ -94,7 +96,7 @@ def serve(
         from halve.server.run import listen
     except ImportError as error:
         raise ConfigError(f"{MISSING} ({error.name} is missing)") from error
-    config = replace(config or ServerConfig(), version=__version__)
+    config = replace(config or ServerConfig(), version=__version__, api_prices=_api_prices())
     named = read_names(models)
     bound = listen(config)
     store = open_store(db)
@@ -123,6 +125,11 @@ def serve(
         for name, path in named.items()
     ]
     run(config, [served_model(name, model) for name, model in loaded], store, bound=bound, started=started)
+
+
+def _api_prices() -> tuple[ApiPrice, ...]:
+    found = (api_price(provider, model) for provider, model in BESIDE)
+    return tuple(price for price in found if price is not None)
 
 
 def _import_keys(store: "Store", path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from halve.core.errors import ConfigError
+from halve.economics import ApiPrice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +17,8 @@ class ServerConfig:
     max_n, max_stops, max_prompts: answers to a prompt, stop strings, prompts of one request. body_s: seconds in which a
     request must have arrived. drain_s: seconds that answers get to end when the server is told to. stall_s: seconds
     without a step, while something waits for one, after which /health says 503. isolate_cache: keys share no cached
-    prefixes. response_days: how long /v1/responses are kept. version: of Halve. Raises ConfigError.
+    prefixes. response_days: how long /v1/responses are kept. version: of Halve. api_prices: of
+    closed APIs, for the console to show beside. Raises ConfigError.
     """
 
     host: str = "127.0.0.1"
@@ -34,6 +36,7 @@ class ServerConfig:
     isolate_cache: bool = False
     response_days: int = 30
     version: str = ""
+    api_prices: tuple[ApiPrice, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -68,6 +68,10 @@ def figures(desk: Desk) -> dict[str, Any]:
         "is_draining": desk.is_draining,
         "usd_per_hour": None if price is None else float(price),
         "models": models,
+        "api_prices": [
+            {"name": p.name, "output_usd_per_mtok": float(p.output_usd_per_mtok), "source": p.source}
+            for p in desk.config.api_prices
+        ],
         "last_minute": {
             "requests": len(recent),
             "tokens": sum(entry[3] for entry in recent),
