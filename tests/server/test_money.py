@@ -108,6 +108,15 @@ def test_tables_are_made_and_dropped_and_made_again(url, opened):
     assert opened(url).all_keys() == []
 
 
+def test_the_newest_version_of_the_tables_is_known():
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", "src/halve/server/migrations")
+    assert ScriptDirectory.from_config(config).get_current_head() == t.HEAD
+
+
 def test_a_budget_holds_under_100_requests_at_once(url, opened):
     stores = [opened(url), opened(url)]
     key, _ = stores[0].add_key("a")

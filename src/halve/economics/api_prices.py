@@ -1,4 +1,4 @@
-"""What closed APIs ask for a million tokens: from the package genai-prices, which brings its list along (no network)."""
+"""What closed APIs ask for a million tokens: from the package genai-prices, which brings its list along."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime

@@ -17,6 +17,7 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+HEAD = "0001"  # the newest of `migrations/versions`
 _Big = BigInteger().with_variant(Integer, "sqlite")
 
 keys = Table(
