@@ -4,10 +4,12 @@ import asyncio
 import io
 import json
 import time
+from typing import Annotated
 
 import anthropic
 import httpx
 import openai
+import pydantic
 import pytest
 
 WEATHER = {
@@ -246,3 +248,29 @@ def test_anthropics_client_is_served(live):
     assert use.input.keys() == {"city"}
     with pytest.raises(anthropic.BadRequestError):
         client.messages.create(model="tiny", max_tokens=9, messages=[{"role": "user", "content": "x " * 4000}])
+
+
+class Person(pydantic.BaseModel):
+    """A record that a client asks for."""
+
+    name: Annotated[str, pydantic.Field(max_length=6)]
+    age: int
+
+
+def test_records_are_parsed_by_the_client(client):
+    made = client.chat.completions.parse(model="tiny", messages=HI, max_tokens=80, response_format=Person, seed=1)
+    if made.choices[0].finish_reason == "stop":
+        assert isinstance(made.choices[0].message.parsed, Person)
+    response = client.responses.parse(model="tiny", input="Hi", text_format=Person, max_output_tokens=80)
+    assert response.status in ("completed", "incomplete")
+
+
+def test_scoring_is_billed(live):
+    asked = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 0, "echo": True, "logprobs": 1}
+    before = httpx.get(live.url + "/console/data").json()["keys"][0]
+    httpx.post(live.url + "/v1/completions", json=asked)
+    httpx.post(live.url + "/v1/embeddings", json={"model": "tiny", "input": "Once upon a time"})
+    after = httpx.get(live.url + "/console/data").json()["keys"][0]
+    assert after["requests"] == before["requests"] + 2
+    assert after["prompt_tokens"] > before["prompt_tokens"]
+    assert after["prefill_us"] > before["prefill_us"]

@@ -3,9 +3,11 @@
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,32 +29,34 @@ TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 5, "ignore_eos": True, "t
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
+def postgres():
     """A PostgreSQL of Debian's packages on loopback, in a folder of its own."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs:
         pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
-    folder, binaries = tmp_path_factory.mktemp("pg"), programs[-1].parent
+    binaries = programs[-1].parent
+    folder = Path(tempfile.mkdtemp(prefix="halve-pg-"))  # pytest's own folders are closed to other users
     as_user: list[str] = []
     if os.geteuid() == 0:  # initdb refuses root
         try:
             user = pwd.getpwnam("postgres")
         except KeyError:
             pytest.skip("initdb does not run as root, and there is no user postgres")
-        for part in (folder, *list(folder.parents)[:2]):
-            os.chmod(part, 0o755)
         os.chown(folder, user.pw_uid, user.pw_gid)
         as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     data = folder / "data"
-    subprocess.run([*as_user, str(binaries / "initdb"), "-D", str(data), "-U", "halve", "-A", "trust"], check=True,
-                   capture_output=True)  # fmt: skip
+    made = subprocess.run(
+        [*as_user, str(binaries / "initdb"), "-D", str(data), "-U", "halve", "-A", "trust"],
+        check=False, capture_output=True, text=True, cwd=folder,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
     server = subprocess.Popen(
         [*as_user, str(binaries / "postgres"), "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1"],
-        stderr=subprocess.DEVNULL,
-    )
+        stderr=subprocess.DEVNULL, cwd=folder,
+    )  # fmt: skip
     url = f"postgresql://halve@127.0.0.1:{port}/postgres"
     for _ in range(200):
         try:
@@ -64,6 +68,7 @@ def postgres(tmp_path_factory):
     yield url
     server.send_signal(signal.SIGINT)
     server.wait(30)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

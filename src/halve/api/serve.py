@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -90,41 +91,42 @@ def serve(
     into the database beside those that are there. Raises ConfigError for an address beyond this machine without keys,
     and what `load` raises.
     """
-    try:
-        from halve.server import ServerConfig
-        from halve.server import serve as run
-        from halve.server.run import listen
-    except ImportError as error:
-        raise ConfigError(f"{MISSING} ({error.name} is missing)") from error
-    config = replace(config or ServerConfig(), version=__version__, api_prices=_api_prices())
     named = read_names(models)
-    bound = listen(config)
-    store = open_store(db)
-    if keys is not None:
-        _import_keys(store, keys)
-    if config.auth and not any(key.revoked_at is None for key in store.all_keys()):
-        if not config.is_loopback:
-            raise ConfigError(
-                f"host {config.host}: others can reach it, and there are no keys; make one with `halve keys add NAME`, "
-                "or let anyone ask with --no-auth"
-            )
-        log.warning("there are no keys, so every program of this machine may ask; `halve keys add NAME` makes one")
-        config = replace(config, auth=False)
-    loaded = [
-        (
-            name,
-            load(
-                path,
-                device=device,
-                engine=engine,
-                cache_bytes=cache_bytes,
-                speculation=speculation,
-                progress=progress,
-            ),
-        )
-        for name, path in named.items()
-    ]
+
+    def load_all() -> list[tuple[str, Model]]:
+        options: Any = {"device": device, "engine": engine, "cache_bytes": cache_bytes, "speculation": speculation}
+        return [(name, load(path, progress=progress, **options)) for name, path in named.items()]
+
+    # Weights are read while the server's packages are imported, which takes half a second.
+    with ThreadPoolExecutor(1, "halve-load") as pool:
+        loading = pool.submit(load_all)
+        try:
+            from halve.server import ServerConfig
+            from halve.server import serve as run
+            from halve.server.run import listen
+        except ImportError as error:
+            raise ConfigError(f"{MISSING} ({error.name} is missing)") from error
+        config = replace(config or ServerConfig(), version=__version__, api_prices=_api_prices())
+        bound = listen(config)
+        store = open_store(db)
+        if keys is not None:
+            _import_keys(store, keys)
+        config = _with_keys(config, store)
+        loaded = loading.result()
     run(config, [served_model(name, model) for name, model in loaded], store, bound=bound, started=started)
+
+
+def _with_keys(config: "ServerConfig", store: "Store") -> "ServerConfig":
+    """Whether keys are asked for. Raises ConfigError where others can reach a server that has none."""
+    if not config.auth or any(key.revoked_at is None for key in store.all_keys()):
+        return config
+    if not config.is_loopback:
+        raise ConfigError(
+            f"host {config.host}: others can reach it, and there are no keys; make one with `halve keys add NAME`, "
+            "or let anyone ask with --no-auth"
+        )
+    log.warning("there are no keys, so every program of this machine may ask; `halve keys add NAME` makes one")
+    return replace(config, auth=False)
 
 
 def _api_prices() -> tuple[ApiPrice, ...]:

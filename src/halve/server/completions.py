@@ -1,10 +1,8 @@
 """POST /v1/completions."""
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,6 +98,8 @@ async def answer_completion(
     served, n = desk.registry.get(body.model), body.n or 1
     if body.best_of is not None and body.best_of != n:
         raise ApiError(400, f"best_of: {body.best_of} must be n ({n}); all answers are returned", param="best_of")
+    if n > desk.config.max_n:
+        raise ApiError(400, f"n: {n} is more than {desk.config.max_n}, this server's most", param="n")
     prompts = read_prompts(desk, served, body.prompt)
     asked = 16 if body.max_tokens is None else body.max_tokens
     if asked == 0 and not body.echo:
@@ -110,35 +110,23 @@ async def answer_completion(
     sampling = sampling_of(body, most, logprobs=body.logprobs, grammar=format_grammar(body.response_format))
     texts = [_Text(served) for _ in range(len(prompts) * n)]
     request_id, created = "cmpl-" + secrets.token_hex(12), int(time.time())
+    if asked == 0 and body.stream:
+        raise ApiError(400, "stream: there is nothing to stream with max_tokens 0", param="stream")
+    scored = Scored(desk, principal, served, prompts)
+    if body.echo:
+        await scored.echo(texts, n, body.logprobs)
     if asked == 0:
-        run = None
-        if body.stream:
-            raise ApiError(400, "stream: there is nothing to stream with max_tokens 0", param="stream")
-    else:
-        run = await desk.begin(principal, served, prompts, sampling, priority=body.priority or 0, request_id=request_id)
-    try:
-        if body.echo:
-            await _echo(served, prompts, texts, n, body.logprobs)
-    except BaseException:
-        if run is not None:
-            await run.finish()
-        raise
-    if run is None:
         for text in texts:
             text.finish_reason = "length"
-        counted = sum(map(len, prompts))
-        usage = Usage(
-            prompt_tokens=counted, cached_tokens=0, completion_tokens=0, prefill_s=0.0, decode_s=0.0, micro_usd=None
-        )
-        return _whole(served, request_id, created, texts, usage, body, {})
+        return _whole(served, request_id, created, texts, scored.usage, body, scored.headers)
+    run = await desk.begin(principal, served, prompts, sampling, priority=body.priority or 0, request_id=request_id)
     if body.stream and request is not None:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = _events(run, texts, n, request_id, created, body, with_usage=with_usage)
         return EventStream(run, events, run.headers)
-    going = run
 
     async def collect() -> None:
-        async for prompt, output in going.outputs():
+        async for prompt, output in run.outputs():
             texts[prompt * n + output.index].push(output)
 
     try:
@@ -148,13 +136,35 @@ async def answer_completion(
     return _whole(served, request_id, created, texts, usage, body, run.headers)
 
 
-async def _echo(served: Served, prompts: list[list[int]], texts: list[_Text], n: int, logprobs: int | None) -> None:
-    for i, prompt in enumerate(prompts):
-        logits = None
-        if logprobs is not None and len(prompt) > 1:
-            logits = await asyncio.wrap_future(served.engine.between_steps(partial(served.logits, prompt)))
-        for text in texts[i * n : (i + 1) * n]:
-            text.echo(prompt, logits, logprobs or 0)
+class Scored:
+    """What the model thinks of prompts, and what asking it took."""
+
+    def __init__(self, desk: Desk, principal: Principal, served: Served, prompts: list[list[int]]) -> None:
+        self._desk, self._principal, self._served, self._prompts = desk, principal, served, prompts
+        self.headers: dict[str, str] = {}
+        self.usage = Usage(
+            prompt_tokens=sum(map(len, prompts)),
+            cached_tokens=0,
+            completion_tokens=0,
+            prefill_s=0.0,
+            decode_s=0.0,
+            micro_usd=desk.meter.charge(0),
+        )
+
+    async def echo(self, texts: list[_Text], n: int, logprobs: int | None) -> None:
+        """Begin each text with its prompt. Raises ApiError."""
+        served = self._served
+        scores: list[Array | None] = [None] * len(self._prompts)
+        if logprobs is not None and not all(self._prompts):
+            raise ApiError(400, "prompt: it has no tokens to think of", param="prompt", code="invalid_value")
+        if logprobs is not None:
+            found, self.usage, self.headers = await self._desk.between_steps(
+                self._principal, served, self._prompts, served.logits
+            )
+            scores = [*found]
+        for i, (prompt, logits) in enumerate(zip(self._prompts, scores, strict=True)):
+            for text in texts[i * n : (i + 1) * n]:
+                text.echo(prompt, logits, logprobs or 0)
 
 
 def _whole(

@@ -9,9 +9,10 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from halve.core.errors import EngineError, UserError
 from halve.economics.ledger import LedgerEntry, Meter
@@ -23,6 +24,8 @@ from halve.server.served import Registry, Served
 from halve.server.store import Key, OverBudgetError, Store, Unit
 
 log = logging.getLogger("halve.server")
+
+T = TypeVar("T")
 
 IDLE_EVERY = 60.0
 ABORT_WITHIN = 20.0  # seconds for the last outputs of an aborted request
@@ -141,6 +144,7 @@ class Desk:
         self.num_in_flight = 0
         self._runs: set[Run] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.jobs_s = 0.0  # of jobs between steps
         self._seconds_per_token = 0.0  # of recent requests, for what a budget sets aside
         self._idle_since, self._busy_s = time.monotonic(), self._busy_now()
         self._steps: dict[str, tuple[int, float]] = {}
@@ -180,7 +184,7 @@ class Desk:
         await asyncio.to_thread(self.store.add_entry, entry)
 
     def _busy_now(self) -> float:
-        return float(sum(served.engine.metrics().busy_s for served in self.registry))
+        return float(sum(served.engine.metrics().busy_s for served in self.registry)) + self.jobs_s
 
     async def close(self) -> None:
         """End what runs, and write the last lines."""
@@ -281,7 +285,7 @@ class Desk:
         run = Run(self, principal, served, request_id, num_sequences, headers)
         try:
             if principal.key:
-                await self._reserve(run, principal.key, most)
+                run.reservation = await self._reserve(request_id, principal.key, most)
             run.start([Stream(served.engine, request) for request in requests], [len(p) for p in prompts])
         except BaseException as error:
             self.num_in_flight -= num_sequences
@@ -309,15 +313,68 @@ class Desk:
         except UserError as error:
             raise ApiError(400, f"response_format: {error}", param="response_format") from error
 
-    async def _reserve(self, run: "Run", key: Key, most: int) -> None:
+    async def _reserve(self, request_id: str, key: Key, most: int) -> str | None:
+        """Set aside what a request may take; the reservation, None where the key has no budget."""
         rate = self.meter.micro_usd_per_second
         money = None if rate is None else int(rate * round(most * self._seconds_per_token * 1e6) / 10**6) + 1
         amounts: Mapping[Unit, int | None] = {"tokens": most, "micro_usd": money}
         try:
-            if await asyncio.to_thread(self.store.reserve, run.request_id, key.id, amounts):
-                run.reservation = run.request_id
+            held = await asyncio.to_thread(self.store.reserve, request_id, key.id, amounts)
         except OverBudgetError as error:
             raise ApiError(429, str(error), code="insufficient_quota", headers={"retry-after": "3600"}) from error
+        return request_id if held else None
+
+    async def between_steps(
+        self, principal: Principal, served: Served, prompts: Sequence[Sequence[int]], job: Callable[[Sequence[int]], T]
+    ) -> tuple[list[T], Usage, dict[str, str]]:
+        """Run a job for each prompt on the engine's thread: let in, limited and billed as prompts are.
+
+        Returns the results, what they took, and headers. Raises ApiError.
+        """
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down; try another", headers={"retry-after": "5"})
+        num_tokens = sum(map(len, prompts))
+        headers = self.limits.take(principal.key, num_tokens) if principal.key else {}
+        request_id, reservation = "job-" + secrets.token_hex(12), None
+        if principal.key:
+            reservation = await self._reserve(request_id, principal.key, num_tokens)
+
+        def timed(prompt: Sequence[int]) -> tuple[T, float]:
+            started = time.perf_counter()
+            return job(prompt), time.perf_counter() - started
+
+        results, seconds = [], 0.0
+        try:
+            for prompt in prompts:
+                result, took = await asyncio.wrap_future(served.engine.between_steps(partial(timed, prompt)))
+                results.append(result)
+                seconds += took
+        except EngineError as error:
+            raise ApiError(503, f"the engine can't take it: {error}", code="engine_error") from error
+        finally:
+            microseconds = round(seconds * 1e6)
+            usage = Usage(
+                prompt_tokens=num_tokens,
+                cached_tokens=0,
+                completion_tokens=0,
+                prefill_s=seconds,
+                decode_s=0.0,
+                micro_usd=self.meter.charge(microseconds),
+            )
+            entry = LedgerEntry(
+                kind="request",
+                at=time.time(),
+                model=served.name,
+                key_id=principal.key_id,
+                request_id=request_id,
+                prompt_tokens=num_tokens,
+                prefill_us=microseconds,
+                micro_usd=usage.micro_usd,
+            )
+            self.jobs_s += seconds
+            settled = self.spawn(asyncio.to_thread(self.store.settle, reservation, entry))
+        await asyncio.shield(settled)
+        return results, usage, headers
 
     def ended(self, run: "Run", usage: Usage) -> None:
         """Count a request that has ended."""

@@ -1,18 +1,16 @@
 """POST /v1/embeddings: the mean of a text's final hidden states, of length 1."""
 
-import asyncio
 import base64
-import secrets
-import time
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from halve.economics.ledger import LedgerEntry
 from halve.kernels.ops import Array
 from halve.server.completions import read_prompts
-from halve.server.desk import Desk, Principal, Usage
+from halve.server.desk import Desk, Principal
 from halve.server.errors import ApiError
 from halve.server.http import Endpoint, read_body
 from halve.server.served import Served
@@ -28,29 +26,11 @@ async def answer_embedding(desk: Desk, principal: Principal, body: EmbeddingBody
             raise ApiError(
                 400, f"input: a text has {len(prompt)} tokens; this model takes 1 to {served.context}", param="input"
             )
-    headers = desk.limits.take(principal.key, sum(map(len, prompts))) if principal.key else {}
-    vectors, seconds = [], 0.0
-    for prompt in prompts:
-        vector, took = await asyncio.wrap_future(
-            served.engine.between_steps(lambda ids=tuple(prompt): _pooled(served, ids))  # type: ignore[misc]
-        )
-        seconds += took
-        if body.dimensions is not None:
-            if body.dimensions > len(vector):
-                raise ApiError(400, f"dimensions: {body.dimensions}; this model has {len(vector)}", param="dimensions")
-            vector = vector[: body.dimensions]
-        vectors.append(vector / max(float(np.linalg.norm(vector)), 1e-12))
-    microseconds = round(seconds * 1e6)
-    usage = Usage(
-        prompt_tokens=sum(map(len, prompts)), cached_tokens=0, completion_tokens=0, prefill_s=seconds, decode_s=0.0,
-        micro_usd=desk.meter.charge(microseconds),
-    )  # fmt: skip
-    entry = LedgerEntry(
-        kind="request", at=time.time(), model=served.name, key_id=principal.key_id,
-        request_id="emb-" + secrets.token_hex(12), prompt_tokens=usage.prompt_tokens, prefill_us=microseconds,
-        micro_usd=usage.micro_usd,
-    )  # fmt: skip
-    await asyncio.to_thread(desk.store.settle, None, entry)
+    pooled, usage, headers = await desk.between_steps(principal, served, prompts, partial(_pooled, served))
+    if body.dimensions is not None and body.dimensions > pooled[0].size:
+        raise ApiError(400, f"dimensions: {body.dimensions}; this model has {pooled[0].size}", param="dimensions")
+    vectors = [vector[: body.dimensions] for vector in pooled]
+    vectors = [vector / max(float(np.linalg.norm(vector)), 1e-12) for vector in vectors]
     as_text = body.encoding_format == "base64"
     data = [
         {
@@ -64,10 +44,8 @@ async def answer_embedding(desk: Desk, principal: Principal, body: EmbeddingBody
     return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": told}, headers=headers)
 
 
-def _pooled(served: Served, ids: tuple[int, ...]) -> tuple[Array, float]:
-    started = time.perf_counter()
-    vector = served.hidden(ids).astype(np.float64).mean(axis=0).astype(np.float32)
-    return vector, time.perf_counter() - started
+def _pooled(served: Served, ids: Sequence[int]) -> Array:
+    return np.asarray(served.hidden(ids).astype(np.float64).mean(axis=0).astype(np.float32))
 
 
 def endpoints(desk: Desk) -> list[Endpoint]:
