@@ -109,8 +109,8 @@ class Served:
     """How quality was measured: the bundle reloaded from disk, run by the engine's own steps over its paged cache.
 
     ops: whose kernels (`native`, `torch`, `cuda`). batch: sequences of a step. step_tokens: tokens of a step at most.
+    decoded_share: of the tokens that ran as decoding steps, one for each sequence; the others in chunks of prompts.
     reference_kl: nats per token from the definition of the kernels (`kernels/reference.py`) on a part of the text.
-    decode_kl: the same between steps of one token a sequence and the longer chunks that quality was measured with.
     speculation: the plan's method; answers_compared: answers with and without it, all of them the same (0: none made).
     """
 
@@ -119,8 +119,8 @@ class Served:
     step_tokens: int
     activations: str
     kv_cache: str
+    decoded_share: float
     reference_kl: float
-    decode_kl: float
     speculation: str = "none"
     answers_compared: int = 0
 
