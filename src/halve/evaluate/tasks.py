@@ -23,6 +23,7 @@ space and a last full stop; numbers by value, the one behind `####` or else the 
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from typing import Any, Literal
 from halve.core.errors import ConfigError, DataError
 from halve.core.record import parse_json, shown
 from halve.data.sources import read_text
+
+log = logging.getLogger("halve.evaluate")
 
 Kind = Literal["choice", "last_word", "generate"]
 
@@ -109,11 +112,17 @@ def read_task(path: Path | str) -> Task:
         reader = form
         found.append(form.read(raw, where))
     assert reader is not None
+    # Published files repeat a choice now and then; where all are the same, every model would be right.
+    asking = [question for question in found if len(set(question.choices)) != 1 or reader.kind != "choice"]
+    if len(asking) < len(found):
+        log.warning("%s: left out %d questions whose choices are all the same", path, len(found) - len(asking))
+    if not asking:
+        raise DataError(f"{path}: the choices of every question are all the same; nothing is asked")
     name = re.sub(r"\.(jsonl|json|gz|xz)$", "", re.sub(r"\.(gz|xz)$", "", path.name))
     return Task(
         name=name,
         kind=reader.kind,
-        questions=tuple(found),
+        questions=tuple(asking),
         sha256=_sha256([line for _, line in lines]),
         number=reader.number,
     )
@@ -166,8 +175,6 @@ def _string(raw: Mapping[str, Any], key: str, where: str) -> str:
 def _choices(values: Any, where: str) -> list[str]:
     if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) and v.strip() for v in values):
         raise DataError(f"{where}: the choices are {shown(values)}; they are a list of two or more texts, none empty")
-    if len(set(values)) < 2:  # published files repeat a wrong choice now and then
-        raise DataError(f"{where}: the choices {shown(values)} are all the same; every one would be right")
     return values
 
 
