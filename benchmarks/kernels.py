@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import json
 import time
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -28,7 +29,15 @@ from halve.kernels.native_rows import Linear, call
 from halve.kernels.products import ROUNDINGS, PrepareRecord, product_record, rows_of
 
 FEW = 4  # rows up to which memory binds
-ROTATED_BYTES = 240_000_000
+
+
+def rotated_bytes() -> int:
+    """More than any cache holds: three times the largest, 240 MB at least."""
+    found = [240_000_000]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        found.append(3 * int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
+    return max(found)
 
 
 def random_weight(fmt: Format, shape: tuple[int, int], rng: np.random.Generator) -> Weight:
@@ -88,14 +97,14 @@ def main() -> None:
     shape = tuple(int(n) for n in options.shape.split("x"))
     ops, rng, results = NativeOps(activations=options.activations), np.random.default_rng(0), []
     threads, device = ops.num_threads, ops.device
-    memory = ceilings.Arena(ceilings.LEAST_ARENA_BYTES)
+    memory = ceilings.Arena()
     rate = ceilings.loop_for("int8" if options.activations == "int8" else "fp32", device)
     print(f"{'format':10} {'rows':>4} {'GB/s':>6} {'GMAC/s':>7} of the ceiling, median [low, high]")
     for name in options.formats.split(","):
         packed = ops.pack(random_weight(FORMATS[name], (shape[0], shape[1]), rng))
         arena = Arena()
         linears = []
-        for _ in range(max(2, ROTATED_BYTES // packed.blob.nbytes)):
+        for _ in range(max(2, rotated_bytes() // packed.blob.nbytes)):
             blob = arena.take(packed.blob.nbytes)
             blob[:] = packed.blob
             linears.append(

@@ -51,12 +51,15 @@ class Loop:
 
 
 LOOPS = (  # of each kind the fastest first
+    Loop(number=9, what="int8", instruction="tdpbssd", macs=4 * 16 * 16 * 64, features=("amx_tile", "amx_int8")),
     Loop(number=1, what="int8", instruction="vpdpbusd zmm", macs=12 * 64, features=("avx512f", "avx512_vnni")),
     Loop(number=2, what="int8", instruction="vpdpbusd ymm", macs=12 * 32, features=("avx2", "avx_vnni")),
     Loop(number=3, what="int8", instruction="vpmaddubsw vpmaddwd vpaddd", macs=5 * 32, features=("avx2",)),
+    Loop(number=9, what="int4", instruction="tdpbssd", macs=4 * 16 * 16 * 64, features=("amx_tile", "amx_int8")),
     Loop(number=1, what="int4", instruction="vpdpbusd zmm", macs=12 * 64, features=("avx512f", "avx512_vnni")),
     Loop(number=2, what="int4", instruction="vpdpbusd ymm", macs=12 * 32, features=("avx2", "avx_vnni")),
     Loop(number=4, what="int4", instruction="8 vpmaddubsw 7 vpaddw vpmaddwd vpaddd", macs=16 * 32, features=("avx2",)),
+    Loop(number=10, what="bf16", instruction="tdpbf16ps", macs=4 * 16 * 16 * 32, features=("amx_tile", "amx_bf16")),
     Loop(number=5, what="bf16", instruction="vdpbf16ps zmm", macs=12 * 32, features=("avx512f", "avx512_bf16")),
     Loop(number=6, what="fp32", instruction="vfmadd231ps zmm", macs=12 * 16, features=("avx512f",)),
     Loop(number=7, what="fp32", instruction="vfmadd231ps ymm", macs=12 * 8, features=("avx2", "fma")),

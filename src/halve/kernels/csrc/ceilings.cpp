@@ -19,14 +19,16 @@ constexpr int64_t kLine = 64;
 
 enum class Loop : int32_t {
     kRead = 0,
-    kDotZmm = 1,        // vpdpbusd, 12 x 64 multiply-adds a round
-    kDotYmm = 2,        // vpdpbusd, 12 x 32
-    kMaddBytes = 3,     // vpmaddubsw, vpmaddwd, vpaddd, 5 x 32
-    kMaddNibbles = 4,   // 8 x vpmaddubsw, 7 x vpaddw, vpmaddwd, vpaddd, twice, 16 x 32
-    kDotBfloat16 = 5,   // vdpbf16ps, 12 x 32
-    kFmaZmm = 6,        // vfmadd231ps, 12 x 16
-    kFmaYmm = 7,        // 12 x 8
-    kMulAddVector = 8,  // multiply and add of four floats as this library is compiled, 12 x 4
+    kDotZmm = 1,         // vpdpbusd, 12 x 64 multiply-adds a round
+    kDotYmm = 2,         // vpdpbusd, 12 x 32
+    kMaddBytes = 3,      // vpmaddubsw, vpmaddwd, vpaddd, 5 x 32
+    kMaddNibbles = 4,    // 8 x vpmaddubsw, 7 x vpaddw, vpmaddwd, vpaddd, twice, 16 x 32
+    kDotBfloat16 = 5,    // vdpbf16ps, 12 x 32
+    kFmaZmm = 6,         // vfmadd231ps, 12 x 16
+    kFmaYmm = 7,         // 12 x 8
+    kMulAddVector = 8,   // multiply and add of four floats as this library is compiled, 12 x 4
+    kTileBytes = 9,      // tdpbssd, 4 x 16 x 16 x 64
+    kTileBfloat16 = 10,  // tdpbf16ps, 4 x 16 x 16 x 32
 };
 
 typedef uint64_t Words __attribute__((vector_size(16)));
@@ -103,6 +105,23 @@ void fma_zmm(const void*, int64_t) { HALVE_LOOP(HALVE_TWELVE(HALVE_FMA_ZMM)); }
 #define HALVE_FMA_YMM(r) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #r "\n\t"
 void fma_ymm(const void*, int64_t) { HALVE_LOOP(HALVE_TWELVE(HALVE_FMA_YMM)); }
 
+// Full tiles of zeros; four sums, as many as one latency takes.
+#define HALVE_TILES(multiply)                                                                         \
+    struct {                                                                                          \
+        uint8_t palette = 1, start = 0, zeros[14] = {};                                               \
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};                                    \
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};                                          \
+    } setup;                                                                                          \
+    static_assert(sizeof setup == 64, "the processor reads 64 bytes");                                \
+    asm volatile("ldtilecfg %0" : : "m"(setup));                                                      \
+    for (int64_t round = 0; round < kRounds; ++round) {                                               \
+        asm volatile(multiply " %tmm6, %tmm4, %tmm0\n\t" multiply " %tmm7, %tmm4, %tmm1\n\t" multiply \
+                              " %tmm6, %tmm5, %tmm2\n\t" multiply " %tmm7, %tmm5, %tmm3");            \
+    }                                                                                                 \
+    asm volatile("tilerelease")
+void tile_bytes(const void*, int64_t) { HALVE_TILES("tdpbssd"); }
+void tile_bfloat16(const void*, int64_t) { HALVE_TILES("tdpbf16ps"); }
+
 #endif
 
 #if defined(__aarch64__)
@@ -149,6 +168,10 @@ Task task_of(Loop loop) {
             return fma_zmm;
         case Loop::kFmaYmm:
             return fma_ymm;
+        case Loop::kTileBytes:
+            return tile_bytes;
+        case Loop::kTileBfloat16:
+            return tile_bfloat16;
 #endif
         default:
             return nullptr;

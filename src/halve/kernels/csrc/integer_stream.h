@@ -176,13 +176,7 @@ template <int bits, bool raw>
 void integer_sums(const Packed& w, const uint8_t* block, const Activations& x, int64_t first, int64_t rows,
                   float* sums) {
 #if defined(HALVE_AMX)
-    if (const int64_t taken = rows / kTileSide * kTileSide) {
-        whole_strips<bits, raw>(w, block, x, first, taken, sums);
-        if (taken == rows) return;
-        first += taken;
-        rows -= taken;
-        sums += taken * kBlock;
-    }
+    if (rows >= fewest_tiled(w)) return tiled_sums<bits, raw>(w, block, x, first, rows, sums);
 #endif
     const int64_t inputs = padded_inputs(w), group = raw ? inputs : w.group;
     const int64_t strips = ceil_div(rows, raw ? kRawRows : kScaledRows);
