@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE
+from halve.api.certify import plan_sha256
 from halve.api.facts import environment, versions
 from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
@@ -251,6 +252,8 @@ def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, ke
         attempts=outcome.attempts,
         max_attempts=MAX_ATTEMPTS if job.searched else 1,
         weights_sha256=weights_sha256,
+        plan_sha256=plan_sha256(outcome.directory),
+        served=trial.served,
     )
 
 

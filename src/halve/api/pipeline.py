@@ -8,6 +8,7 @@ from math import expm1
 from pathlib import Path
 
 from halve.api.bundle import read_plan
+from halve.api.certify import score
 from halve.api.model import torch_ops
 from halve.api.progress import Advance, Progress
 from halve.api.texts import Texts
@@ -256,22 +257,6 @@ def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory:
     opened[label(candidate)] = to_dict(measured)
     job.workspace.save_state()
     return measured
-
-
-def score(
-    original: DecoderScorer,
-    directory: Path,
-    documents: Sequence[Array],
-    window_tokens: int,
-    confidence: float,
-    device: str,
-    progress: Advance,
-) -> Quality:
-    """Reload the smaller model from disk and measure it against the original on documents."""
-    with open_checkpoint(directory) as checkpoint:
-        smaller = DecoderScorer(reload(checkpoint, device))
-        scores = compare(original, smaller, documents, window_tokens=window_tokens, progress=progress)
-    return quality(scores, confidence=confidence)
 
 
 def judge_early(

@@ -11,10 +11,11 @@ from statistics import median
 
 import numpy as np
 
+from halve.api.certify import served
 from halve.api.model import Model, load
 from halve.api.progress import Progress
 from halve.api.texts import WINDOW_TOKENS
-from halve.core.certificate import Measured, Speed
+from halve.core.certificate import Measured, Served, Speed
 from halve.core.errors import KernelError
 from halve.engine import SamplingParams
 from halve.evaluate import compare
@@ -50,12 +51,13 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """speeds: of the original and the smaller model. agreement: KL to the reference kernels."""
+    """speeds: of the original and the smaller model. agreement: KL to the reference kernels. served: how it runs."""
 
     speeds: tuple[Speed, Speed]
     answers: tuple[Answer, ...]
     agreement: float
     kernels: dict[str, str]
+    served: Served
 
 
 def run_trial(
@@ -73,11 +75,13 @@ def run_trial(
         for done, prompt in enumerate(documents):
             answers.append(_answer(models, prompt[:SAMPLE_PROMPT_TOKENS].tolist()))
             advance(done + 1, len(documents))
+    agreement = _agreement(models[1], reference, documents)
     return Trial(
         speeds=(speeds[0], speeds[1]),
         answers=tuple(answers),
-        agreement=_agreement(models[1], reference, documents),
+        agreement=agreement,
         kernels=models[1].kernels,
+        served=served(models[1], agreement, documents),
     )
 
 

@@ -21,6 +21,7 @@ from halve.engine.runner import blocks_for
 from halve.engine.scheduler import Scheduler
 from halve.kernels.ops import Array, TokenBatch
 
+PROMPT_SHARE = 0.5  # of a text; the rest is decoded token by token
 STEP_LOGITS = 1 << 25  # of a step: 128 MiB of float32; a step takes fewer tokens where the vocabulary is large
 
 
@@ -70,7 +71,7 @@ def forced(
     *,
     num_blocks: int | None = None,
     block_size: int = 16,
-    prompt_share: float = 0.5,
+    prompt_share: float = PROMPT_SHARE,
 ) -> Iterator[list[Piece]]:
     """Run texts (int32 [tokens], one token at least) and tell the logits of each step, by text and position.
 
