@@ -7,8 +7,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import halve
+from halve.api import texts
 from halve.checkpoint import open_checkpoint
 from halve.core.errors import CheckpointError, DataError
+from halve.data import Document, documents_sha256, read_documents, write_documents
 from tests.api.tiny import make_model, write_text
 
 
@@ -49,7 +51,7 @@ def test_other_text_judges_the_limit_and_reproduces_nothing(passed, tiny, tmp_pa
 
 def test_other_text_that_is_too_little_is_refused(passed, tiny, tmp_path):
     with pytest.raises(DataError, match="needed are 20 documents"):
-        halve.verify(passed.path, against=tiny, text=write_text(tmp_path / "other.jsonl", count=5))
+        halve.verify(passed.path, against=tiny, text=write_text(tmp_path / "other.jsonl", count=5, seed=5))
 
 
 def test_a_limit_below_the_whole_interval_is_contradicted(bundle, passed, tiny):
@@ -202,3 +204,37 @@ def test_faults_of_the_weights_are_caught_even_under_their_new_hash(bundle, tiny
     edit(bundle, lambda raw: raw.update(weights_sha256=sha256))
     result = halve.verify(bundle, against=tiny)
     assert any(line.startswith("kl_mean.value") for line in result.differences)
+
+
+def test_calibration_text_slipped_into_sealed_text_is_caught_even_under_its_new_hash(bundle, text, tiny):
+    path = bundle / "halve/sealed.jsonl"
+    sealed = set(path.read_text().splitlines())
+    seen = next(d for d in read_documents(text) if d.to_json_line() not in sealed)
+    near = Document(text=f"{seen.text.upper()} And one word more.")
+    write_documents(path, [*read_documents(path), near])
+    edit(bundle, lambda raw: raw["inputs"].update(sealed_sha256=documents_sha256(read_documents(path))))
+    with pytest.raises(DataError, match="holds text that calibration or search saw"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_text_that_the_search_saw_is_no_text_to_judge_on(passed, text, tiny):
+    with pytest.raises(DataError, match="holds text that calibration or search saw"):
+        halve.verify(passed.path, against=tiny, text=text)
+
+
+def test_a_fingerprint_that_was_edited_or_lost_is_told(bundle, tiny):
+    path = bundle / "halve/seen.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"seen\.json: is not the file that was certified"):
+        halve.verify(bundle, against=tiny)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"seen\.json: is missing"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_sealed_text_that_a_broken_split_shares_is_never_opened(tiny, text, tmp_path, monkeypatch):
+    real = texts._unseen
+    monkeypatch.setattr(texts, "_unseen", lambda parts: (real(parts)[0], [*parts.sealed, parts.calibration[0]]))
+    with pytest.raises(DataError, match="holds text that calibration or search saw"):
+        halve.optimize(tiny, tmp_path / "out", format="int8", calibration=text)
+    assert not (tmp_path / "out").exists()

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from halve.api.bundle import PLAN_FILE
+from halve.api.bundle import PLAN_FILE, SEEN_FILE
 from halve.api.model import Model, load
 from halve.api.progress import Advance
 from halve.checkpoint import Checkpoint
 from halve.core.certificate import Certificate, Quality, Served
 from halve.core.errors import CheckpointError, KernelError
 from halve.core.plan import Speculation
+from halve.data import Document
+from halve.data.overlap import Fingerprint, require_unseen
 from halve.engine import EngineCore, ModelRunner, Request, SamplingParams
 from halve.engine.forced import PROMPT_SHARE, step_tokens_of
 from halve.evaluate import compare, quality
@@ -110,3 +112,20 @@ def check_plan(bundle: Checkpoint, recorded: Certificate) -> None:
             f"{bundle.path / PLAN_FILE}: is not the plan that was certified (its hash differs); put the original file "
             "back, or make the bundle again by `halve optimize`"
         )
+
+
+def check_unseen(bundle: Checkpoint, recorded: Certificate, documents: Sequence[Document], what: str) -> None:
+    """Raise when text to judge on holds what the search saw, by the fingerprint in the bundle.
+
+    CheckpointError for a fingerprint that is missing or edited, DataError for a document that was seen; an older
+    certificate has none.
+    """
+    if recorded.seen_sha256 is None:
+        return
+    path = bundle.path / SEEN_FILE
+    if not path.exists():
+        raise CheckpointError(f"{path}: is missing; put it back, or make the bundle again by `halve optimize`")
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != recorded.seen_sha256:
+        raise CheckpointError(f"{path}: is not the file that was certified (its hash differs); put the original back")
+    require_unseen(documents, Fingerprint.from_json(raw.decode(), str(path)), what)

@@ -1,6 +1,7 @@
 """The verb `optimize`: check everything that can be checked first, run the pipeline, publish the bundle."""
 
 import datetime
+import hashlib
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE
+from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE, SEEN_FILE
 from halve.api.certify import plan_sha256
 from halve.api.facts import environment, versions
 from halve.api.model import check_served, torch_ops
@@ -253,6 +254,7 @@ def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, ke
         max_attempts=MAX_ATTEMPTS if job.searched else 1,
         weights_sha256=weights_sha256,
         plan_sha256=plan_sha256(outcome.directory),
+        seen_sha256=hashlib.sha256(job.texts.seen.to_json().encode()).hexdigest(),
         served=trial.served,
     )
 
@@ -264,6 +266,7 @@ def _finish(
     directory = outcome.directory
     if keep_text:
         write_documents(directory / SEALED_FILE, job.texts.sealed_documents)
+    write_atomic(directory / SEEN_FILE, job.texts.seen.to_json())
     write_atomic(directory / CERTIFICATE_FILE, to_json(certificate))
     created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     assert outcome.candidate.plan is not None

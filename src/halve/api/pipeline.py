@@ -18,6 +18,7 @@ from halve.compress import Energies, ModuleReport, apply_plan, calibrate
 from halve.core.certificate import Attempt, Measured, Quality
 from halve.core.errors import QualityError
 from halve.core.record import from_dict, to_dict
+from halve.data.overlap import require_unseen
 from halve.evaluate import PairedScores, compare, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
@@ -248,6 +249,7 @@ def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory:
     opened = job.workspace.state.setdefault("opened", {})
     if isinstance(opened.get(label(candidate)), dict):
         return from_dict(Quality, opened[label(candidate)])
+    require_unseen(job.texts.sealed_documents, job.texts.seen, "sealed text")
     opened[label(candidate)] = "begun"
     job.workspace.save_state()
     with job.progress.task(f"Certifying {label(candidate)}", "tokens") as advance:
