@@ -16,6 +16,7 @@ from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
 from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
 from halve.api.progress import SILENT, Progress
+from halve.api.roofline import judged, rooflines
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
 from halve.api.workspace import Workspace, refuse_existing, write_atomic
@@ -227,6 +228,9 @@ def _log_skipped(listed: list[Candidate]) -> None:
 def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, keep_text: bool) -> Certificate:
     with open_checkpoint(outcome.directory) as bundle:
         size, weights_sha256 = bundle.weight_bytes, bundle.reader.sha256()
+        pairs = zip(("original", "smaller"), (job.checkpoint, bundle), trial.speeds, strict=True)
+        found = [judged(name, checkpoint, job.config, speed) for name, checkpoint, speed in pairs]
+    limits = rooflines([one for one in found if one is not None]) if job.device == "cpu" else ()
     float32 = 4 * num_parameters(job.config)
     assert outcome.candidate.bytes_per_token is not None
     original_bytes_per_token = plain_bytes_per_token(job.config, dict(job.source))
@@ -256,6 +260,8 @@ def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, ke
         plan_sha256=plan_sha256(outcome.directory),
         seen_sha256=hashlib.sha256(job.texts.seen.to_json().encode()).hexdigest(),
         served=trial.served,
+        speed_ratios=trial.ratios,
+        rooflines=limits,
     )
 
 
