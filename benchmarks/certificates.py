@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from halve.api.pipeline import CONFIDENCE, MAX_ATTEMPTS, original_scorer, reload
+from halve.api.model import load
+from halve.api.pipeline import CONFIDENCE, MAX_ATTEMPTS, original_scorer
 from halve.api.texts import window_of
 from halve.checkpoint import open_checkpoint
 from halve.compress import apply_plan, calibrate, resolve
@@ -24,7 +25,7 @@ from halve.core.errors import FormatError
 from halve.core.plan import Activations, Plan, WeightRule, Weights
 from halve.data import encode, read_documents
 from halve.evaluate import PairedScores, answer, compare, passes, quality
-from halve.evaluate.scorer import DecoderScorer
+from halve.evaluate.scorer import EngineScorer
 from halve.formats import FORMATS
 from halve.models import CheckpointSource, load_config, stored_formats
 from halve.search import bytes_per_token
@@ -32,25 +33,25 @@ from halve.text import Tokenizer
 
 LIMIT = 0.01
 NUM_CALIBRATION = 150  # documents
+LEAST_BITS = 5  # fewer are far beyond the limit on a model as small as stories260k
 
 
 def plans(config, source):
     """Uniform plans, whose matrices take int8 where the format does not fit; the cheapest first."""
     found = {}
     for fmt in FORMATS.values():
-        if fmt.kind != "int":
+        if fmt.kind != "int" or fmt.bits < LEAST_BITS:
             continue
-        for activations in ("int8", "fp32"):
-            rules = []
-            for pattern, width in (("*down_proj", config.intermediate_size), ("*", config.hidden_size)):
-                name = fmt.name if fmt.refusal(width) is None else "int8"
-                rules.append(WeightRule(pattern=pattern, format=name, method="clip"))
-            plan = Plan(weights=Weights(rules=tuple(rules)), activations=Activations(format=activations))
-            try:
-                size = bytes_per_token(config, resolve(plan, config), source)
-            except FormatError:
-                continue
-            found[f"{rules[1].format} {activations}"] = (size, plan)
+        rules = []
+        for pattern, width in (("*down_proj", config.intermediate_size), ("*", config.hidden_size)):
+            name = fmt.name if fmt.refusal(width) is None else "int8"
+            rules.append(WeightRule(pattern=pattern, format=name, method="clip"))
+        plan = Plan(weights=Weights(rules=tuple(rules)), activations=Activations(format="int8"))
+        try:
+            size = bytes_per_token(config, resolve(plan, config), source)
+        except FormatError:
+            continue
+        found[rules[1].format] = (size, plan)
     return sorted(((size, name, plan) for name, (size, plan) in found.items()), key=lambda row: row[:2])
 
 
@@ -82,8 +83,8 @@ def score_all(model: Path, texts: list[Path]) -> tuple[list[tuple[str, PairedSco
             made = Path(folder) / str(number)
             made.mkdir()
             apply_plan(checkpoint, config, plan, made, energies=energies)
-            with open_checkpoint(made) as smaller:
-                scores = compare(original, DecoderScorer(reload(smaller, "cpu")), rest, window_tokens=window)
+            served = load(made, keep=False)
+            scores = compare(original, EngineScorer(served.decoder, served.engine_config), rest, window_tokens=window)
             found.append((name, scores))
             print(f"{name}: KL {scores.kl.mean():.5f}", flush=True)
     return found, len(rest)
