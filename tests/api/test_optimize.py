@@ -39,6 +39,7 @@ def test_without_a_limit_the_bundle_is_made_and_measured(measured):
         "halve/certificate.json",
         "halve/report.html",
         "halve/sealed.jsonl",
+        "halve/seen.json",
     }
     assert measured.report == measured.path / "halve/report.html"
     assert [p.name for p in measured.path.parent.iterdir()] == ["out"]

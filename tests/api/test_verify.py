@@ -4,9 +4,13 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import halve
+from halve.api import texts
+from halve.checkpoint import open_checkpoint
 from halve.core.errors import CheckpointError, DataError
+from halve.data import Document, documents_sha256, read_documents, write_documents
 from tests.api.tiny import make_model, write_text
 
 
@@ -47,11 +51,12 @@ def test_other_text_judges_the_limit_and_reproduces_nothing(passed, tiny, tmp_pa
 
 def test_other_text_that_is_too_little_is_refused(passed, tiny, tmp_path):
     with pytest.raises(DataError, match="needed are 20 documents"):
-        halve.verify(passed.path, against=tiny, text=write_text(tmp_path / "other.jsonl", count=5))
+        halve.verify(passed.path, against=tiny, text=write_text(tmp_path / "other.jsonl", count=5, seed=5))
 
 
-def test_a_limit_below_the_whole_interval_is_contradicted(bundle, tiny):
-    edit(bundle, lambda raw: raw.update(max_quality_loss=1e-6))
+def test_a_limit_below_the_whole_interval_is_contradicted(bundle, passed, tiny):
+    low = passed.certificate.quality.ppl_ratio.low - 1  # of random weights, where less than no loss is luck
+    edit(bundle, lambda raw: raw.update(max_quality_loss=low - 1e-4, verdict="fail"))
     assert halve.verify(bundle, against=tiny).answer == "contradicted"
 
 
@@ -158,3 +163,78 @@ def test_text_that_was_not_kept_is_read_again_from_its_source(tiny, tmp_path):
     source.unlink()
     with pytest.raises(DataError, match=r"mine\.jsonl: does not exist"):
         halve.verify(result.path, against=tiny)
+
+
+def test_a_plan_that_was_edited_after_it_was_certified_is_refused(bundle, tiny):
+    path = bundle / "halve/plan.json"
+    path.write_text(path.read_text().replace('"bf16"', '"fp32"'))
+    with pytest.raises(CheckpointError, match=r"plan\.json: is not the plan that was certified"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_a_certificate_of_an_older_halve_is_still_verified(bundle, tiny):
+    newer = ("plan_sha256", "seen_sha256", "served", "tasks", "canary", "speed_ratios", "rooflines")
+    edit(bundle, lambda raw: [raw.pop(name) for name in newer])
+    result = halve.verify(bundle, against=tiny)
+    assert (result.answer, result.differences) == ("holds", ())
+
+
+def test_the_certificate_says_how_the_model_is_served(passed):
+    served = passed.certificate.served
+    assert (served.batch, served.kv_cache, served.activations) == (32, "bf16", "int8")
+    assert served.decoded_share == 0.5
+    assert (served.speculation, served.answers_compared) == ("none", 0)
+
+
+@pytest.mark.parametrize("fault", ["swapped scales", "a damaged layer"])
+def test_faults_of_the_weights_are_caught_even_under_their_new_hash(bundle, tiny, fault):
+    """Who edits the weights may edit their hash as well; the figures then give it away."""
+    path = bundle / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    scale = f"{name}_scale"
+    if fault == "swapped scales":
+        tensors[scale] = tensors[scale].flip(0).contiguous()
+    else:
+        stored = next(n for n in tensors if n.startswith(name) and n != scale and "shape" not in n)
+        tensors[stored] = tensors[stored].roll(1, 0).contiguous()
+    save_file(tensors, path)
+    with open_checkpoint(bundle) as changed:
+        sha256 = changed.reader.sha256()
+    edit(bundle, lambda raw: raw.update(weights_sha256=sha256))
+    result = halve.verify(bundle, against=tiny)
+    assert any(line.startswith("kl_mean.value") for line in result.differences)
+
+
+def test_calibration_text_slipped_into_sealed_text_is_caught_even_under_its_new_hash(bundle, text, tiny):
+    path = bundle / "halve/sealed.jsonl"
+    sealed = set(path.read_text().splitlines())
+    seen = next(d for d in read_documents(text) if d.to_json_line() not in sealed)
+    near = Document(text=f"{seen.text.upper()} And one word more.")
+    write_documents(path, [*read_documents(path), near])
+    edit(bundle, lambda raw: raw["inputs"].update(sealed_sha256=documents_sha256(read_documents(path))))
+    with pytest.raises(DataError, match="holds text that calibration or search saw"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_text_that_the_search_saw_is_no_text_to_judge_on(passed, text, tiny):
+    with pytest.raises(DataError, match="holds text that calibration or search saw"):
+        halve.verify(passed.path, against=tiny, text=text)
+
+
+def test_a_fingerprint_that_was_edited_or_lost_is_told(bundle, tiny):
+    path = bundle / "halve/seen.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"seen\.json: is not the file that was certified"):
+        halve.verify(bundle, against=tiny)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"seen\.json: is missing"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_sealed_text_that_a_broken_split_shares_is_never_opened(tiny, text, tmp_path, monkeypatch):
+    real = texts._unseen
+    monkeypatch.setattr(texts, "_unseen", lambda parts: (real(parts)[0], [*parts.sealed, parts.calibration[0]]))
+    with pytest.raises(DataError, match="holds text that calibration or search saw"):
+        halve.optimize(tiny, tmp_path / "out", format="int8", calibration=text)
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from halve.core.record import from_json
 PLAN_FILE = "halve/plan.json"
 CERTIFICATE_FILE = "halve/certificate.json"
 SEALED_FILE = "halve/sealed.jsonl"
+SEEN_FILE = "halve/seen.json"
 REPORT_FILE = "halve/report.html"
 
 

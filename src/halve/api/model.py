@@ -88,6 +88,16 @@ class Model:
         return dict(self.ops.kernels)
 
     @property
+    def engine_config(self) -> EngineConfig:
+        """How its engine divides its steps."""
+        return self._engine_config
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of its engine's cache."""
+        return self._num_blocks
+
+    @property
     def engine(self) -> Engine:
         """The engine behind `generate` and `stream`; its cache is allocated on first use."""
         with self._making_engine:

@@ -1,6 +1,7 @@
 """The verb `optimize`: check everything that can be checked first, run the pipeline, publish the bundle."""
 
 import datetime
+import hashlib
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -8,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE
+from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE, SEEN_FILE
+from halve.api.certify import plan_sha256
 from halve.api.facts import environment, versions
 from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
 from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
 from halve.api.progress import SILENT, Progress
+from halve.api.roofline import judged, rooflines
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
 from halve.api.workspace import Workspace, refuse_existing, write_atomic
@@ -225,6 +228,9 @@ def _log_skipped(listed: list[Candidate]) -> None:
 def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, keep_text: bool) -> Certificate:
     with open_checkpoint(outcome.directory) as bundle:
         size, weights_sha256 = bundle.weight_bytes, bundle.reader.sha256()
+        pairs = zip(("original", "smaller"), (job.checkpoint, bundle), trial.speeds, strict=True)
+        found = [judged(name, checkpoint, job.config, speed) for name, checkpoint, speed in pairs]
+    limits = rooflines([one for one in found if one is not None]) if job.device == "cpu" else ()
     float32 = 4 * num_parameters(job.config)
     assert outcome.candidate.bytes_per_token is not None
     original_bytes_per_token = plain_bytes_per_token(job.config, dict(job.source))
@@ -251,6 +257,11 @@ def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, ke
         attempts=outcome.attempts,
         max_attempts=MAX_ATTEMPTS if job.searched else 1,
         weights_sha256=weights_sha256,
+        plan_sha256=plan_sha256(outcome.directory),
+        seen_sha256=hashlib.sha256(job.texts.seen.to_json().encode()).hexdigest(),
+        served=trial.served,
+        speed_ratios=trial.ratios,
+        rooflines=limits,
     )
 
 
@@ -261,6 +272,7 @@ def _finish(
     directory = outcome.directory
     if keep_text:
         write_documents(directory / SEALED_FILE, job.texts.sealed_documents)
+    write_atomic(directory / SEEN_FILE, job.texts.seen.to_json())
     write_atomic(directory / CERTIFICATE_FILE, to_json(certificate))
     created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     assert outcome.candidate.plan is not None

@@ -8,6 +8,7 @@ from math import expm1
 from pathlib import Path
 
 from halve.api.bundle import read_plan
+from halve.api.certify import score
 from halve.api.model import torch_ops
 from halve.api.progress import Advance, Progress
 from halve.api.texts import Texts
@@ -17,6 +18,7 @@ from halve.compress import Energies, ModuleReport, apply_plan, calibrate
 from halve.core.certificate import Attempt, Measured, Quality
 from halve.core.errors import QualityError
 from halve.core.record import from_dict, to_dict
+from halve.data.overlap import require_unseen
 from halve.evaluate import PairedScores, compare, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
@@ -247,6 +249,7 @@ def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory:
     opened = job.workspace.state.setdefault("opened", {})
     if isinstance(opened.get(label(candidate)), dict):
         return from_dict(Quality, opened[label(candidate)])
+    require_unseen(job.texts.sealed_documents, job.texts.seen, "sealed text")
     opened[label(candidate)] = "begun"
     job.workspace.save_state()
     with job.progress.task(f"Certifying {label(candidate)}", "tokens") as advance:
@@ -256,22 +259,6 @@ def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory:
     opened[label(candidate)] = to_dict(measured)
     job.workspace.save_state()
     return measured
-
-
-def score(
-    original: DecoderScorer,
-    directory: Path,
-    documents: Sequence[Array],
-    window_tokens: int,
-    confidence: float,
-    device: str,
-    progress: Advance,
-) -> Quality:
-    """Reload the smaller model from disk and measure it against the original on documents."""
-    with open_checkpoint(directory) as checkpoint:
-        smaller = DecoderScorer(reload(checkpoint, device))
-        scores = compare(original, smaller, documents, window_tokens=window_tokens, progress=progress)
-    return quality(scores, confidence=confidence)
 
 
 def judge_early(

@@ -1,15 +1,20 @@
 """The text of one run: read, split three ways, in tokens; and the sealed part as a bundle keeps it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from halve.core.errors import DataError
 from halve.data import Document, documents_sha256, encode, read_documents, split
 from halve.data.mixed import mixed_text_paths
+from halve.data.overlap import Fingerprint, without_seen
+from halve.data.split import Splits
 from halve.evaluate import require_enough
 from halve.kernels.ops import Array
 from halve.models import ModelConfig
 from halve.text import Tokenizer
+
+log = logging.getLogger("halve")
 
 # Windows are no longer than this even where the context is: attention over a longer one costs more than it tells.
 WINDOW_TOKENS = 2048
@@ -26,6 +31,7 @@ class Texts:
     calibration_sha256: str
     selection_sha256: str
     sealed_sha256: str
+    seen: Fingerprint  # of all that calibration and search see
     window_tokens: int
     source: str
 
@@ -49,9 +55,9 @@ def prepare_texts(path: Path | None, tokenizer: Tokenizer, config: ModelConfig, 
     there and how much is needed.
     """
     parts = split(read_texts(path))
+    seen, unseen = _unseen(parts)
     calibration, selection, sealed = (
-        encode(part, tokenizer, vocab_size=config.vocab_size)
-        for part in (parts.calibration, parts.selection, parts.sealed)
+        encode(part, tokenizer, vocab_size=config.vocab_size) for part in (parts.calibration, parts.selection, unseen)
     )
     require_enough(sealed, "sealed")
     require_enough(calibration, "calibration")
@@ -61,18 +67,28 @@ def prepare_texts(path: Path | None, tokenizer: Tokenizer, config: ModelConfig, 
         calibration=calibration,
         selection=selection,
         sealed=sealed,
-        sealed_documents=tuple(parts.sealed),
+        sealed_documents=tuple(unseen),
         calibration_sha256=documents_sha256(parts.calibration),
         selection_sha256=documents_sha256(parts.selection),
-        sealed_sha256=documents_sha256(parts.sealed),
+        sealed_sha256=documents_sha256(unseen),
+        seen=seen,
         window_tokens=window_of(config),
         source="shipped mixed text" if path is None else str(Path(path).resolve()),
     )
 
 
+def _unseen(parts: Splits) -> tuple[Fingerprint, list[Document]]:
+    """What the search sees, and the sealed documents that hold nothing of it."""
+    seen = Fingerprint.of([*parts.calibration, *parts.selection])
+    unseen = without_seen(parts.sealed, seen)
+    if left_out := len(parts.sealed) - len(unseen):
+        log.warning("left out %d sealed documents that hold long runs of text which the search sees", left_out)
+    return seen, unseen
+
+
 def sealed_again(source: str, expected_sha256: str) -> list[Document]:
     """The sealed split of a text that a bundle only names. Raises DataError when it is not the same any more."""
-    documents = list(split(read_texts(None if source == "shipped mixed text" else Path(source))).sealed)
+    _, documents = _unseen(split(read_texts(None if source == "shipped mixed text" else Path(source))))
     if documents_sha256(documents) != expected_sha256:
         raise DataError(
             f"{source}: its sealed part is not the text that was certified (its hash differs); "

@@ -11,10 +11,12 @@ from statistics import median
 
 import numpy as np
 
+from halve.api.certify import served
+from halve.api.clock import witnessed
 from halve.api.model import Model, load
 from halve.api.progress import Progress
 from halve.api.texts import WINDOW_TOKENS
-from halve.core.certificate import Measured, Speed
+from halve.core.certificate import Measured, Served, Speed, SpeedRatio
 from halve.core.errors import KernelError
 from halve.engine import SamplingParams
 from halve.evaluate import compare
@@ -50,12 +52,17 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """speeds: of the original and the smaller model. agreement: KL to the reference kernels."""
+    """speeds: of the original and the smaller model. agreement: KL to the reference kernels. served: how it runs.
+
+    ratios: of seconds per decoded token, smaller over original, both measured in turns.
+    """
 
     speeds: tuple[Speed, Speed]
     answers: tuple[Answer, ...]
     agreement: float
     kernels: dict[str, str]
+    served: Served
+    ratios: tuple[SpeedRatio, ...]
 
 
 def run_trial(
@@ -67,17 +74,21 @@ def run_trial(
     Raises KernelError when the kernels that will serve the smaller model disagree with the reference.
     """
     models = [load(path, device=device, keep=False) for path in (original, smaller)]
-    speeds = _speeds(models, progress)
+    with witnessed():
+        speeds, ratio = _speeds(models, progress)
     with progress.task("Sampling", "answers") as advance:
         answers = []
         for done, prompt in enumerate(documents):
             answers.append(_answer(models, prompt[:SAMPLE_PROMPT_TOKENS].tolist()))
             advance(done + 1, len(documents))
+    agreement = _agreement(models[1], reference, documents)
     return Trial(
         speeds=(speeds[0], speeds[1]),
         answers=tuple(answers),
-        agreement=_agreement(models[1], reference, documents),
+        agreement=agreement,
         kernels=models[1].kernels,
+        served=served(models[1], agreement, documents),
+        ratios=(ratio,),
     )
 
 
@@ -101,7 +112,7 @@ def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> 
     return divergence
 
 
-def _speeds(models: Sequence[Model], progress: Progress) -> list[Speed]:
+def _speeds(models: Sequence[Model], progress: Progress) -> tuple[list[Speed], SpeedRatio]:
     """Prefill and decode at batch 1, tokens per second: median, lowest and highest run after one that warms up."""
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     with progress.task("Measuring speed", "runs") as advance:
@@ -112,7 +123,20 @@ def _speeds(models: Sequence[Model], progress: Progress) -> list[Speed]:
             if done == 0 and time.perf_counter() - started > SLOW_S * len(models):
                 break
             advance(done, RUNS)
-    return [_speed(taken[1:] or taken) for taken in times]
+    rounds = [taken[1:] or taken for taken in times]
+    before, after = ([1 / decode for _, decode in taken] for taken in rounds)
+    ratio = SpeedRatio(against="original, same engine", batch=1, ratio=ratio_of_medians(after, before))
+    return [_speed(taken) for taken in rounds], ratio
+
+
+def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resamples: int = 2000) -> Measured:
+    """Median seconds over median seconds, with a 95 % bootstrap interval over the rounds that both were taken in."""
+    pairs = np.array([ours, others])
+    drawn = np.random.RandomState(0).randint(0, pairs.shape[1], (num_resamples, pairs.shape[1]))
+    one, other = np.median(pairs[:, drawn], axis=2)
+    value = float(median(ours) / median(others))
+    low, high = np.quantile(one / other, [0.025, 0.975])
+    return Measured(value=value, low=min(float(low), value), high=max(float(high), value), n=pairs.shape[1])
 
 
 def _run_once(model: Model, seed: int) -> tuple[float, float]:

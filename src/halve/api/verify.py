@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halve.api.bundle import SEALED_FILE, read_certificate, read_plan
+from halve.api.certify import check_plan, check_unseen, score
 from halve.api.model import torch_ops
-from halve.api.pipeline import original_scorer, score
+from halve.api.pipeline import original_scorer
 from halve.api.progress import SILENT, Progress
 from halve.api.texts import sealed_again
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
@@ -50,8 +51,10 @@ def verify(
     torch_ops(device)  # a device that is not there is refused now, not after minutes of hashing
     with open_checkpoint(resolve(str(bundle))) as smaller, open_checkpoint(resolve(str(against))) as original:
         recorded = read_certificate(smaller)
+        check_plan(smaller, recorded)
         _check_files(smaller, original, recorded, progress)
         documents, source = _documents(smaller, recorded, text)
+        check_unseen(smaller, recorded, documents, source)
         config = load_config(original).with_kv_format("fp32")
         tokenizer = Tokenizer.from_directory(original.path, vocab_size=config.vocab_size)
         tokens = encode(documents, tokenizer, vocab_size=config.vocab_size)

@@ -69,6 +69,112 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedRatio:
+    """Seconds of a decoded token, smaller model over `against`, with `batch` sequences side by side.
+
+    basis "turns": both were run here in turns; value is the ratio of medians, its interval a bootstrap over the n
+    rounds. basis "given": the other figure was given by the user, and only ours was measured beside it.
+    """
+
+    against: str
+    batch: int
+    ratio: Measured
+    basis: Literal["turns", "given"] = "turns"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roofline:
+    """A speed beside what the machine gave at the same time: a figure above it is a mistake, and fails.
+
+    model: "original" or "smaller". batch: sequences that decode side by side. bytes_per_step: of weights, read once a
+    step. cached_bytes: of the last-level cache, which need not be read again. memory_fraction: of read_gb_s, null
+    where a cache could hold all weights. arithmetic_fraction: of the loop that `arithmetic` names. tolerance: how far
+    above 1 a fraction may lie, since both are samples.
+    """
+
+    model: str
+    batch: int
+    decode_tok_s: float
+    bytes_per_step: int
+    cached_bytes: int
+    read_gb_s: float
+    memory_fraction: float | None
+    arithmetic: str
+    arithmetic_fraction: float
+    tolerance: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """How quality was measured: the bundle reloaded from disk, run by the engine's own steps over its paged cache.
+
+    ops: whose kernels (`native`, `torch`, `cuda`). batch: sequences of a step. step_tokens: tokens of a step at most.
+    decoded_share: of the tokens that ran as decoding steps, one for each sequence; the others in chunks of prompts.
+    reference_kl: nats per token from the definition of the kernels (`kernels/reference.py`) on a part of the text.
+    speculation: the plan's method; answers_compared: answers with and without it, all of them the same (0: none made).
+    """
+
+    ops: str
+    batch: int
+    step_tokens: int
+    activations: str
+    kv_cache: str
+    decoded_share: float
+    reference_kl: float
+    speculation: str = "none"
+    answers_compared: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskResult:
+    """The same questions to both models.
+
+    original_accuracy, accuracy: with Wilson's interval. difference: smaller minus original, paired, with Tango's score
+    interval. harmed, fixed: questions that only the original, only the smaller model answers. mcnemar_p: of the exact
+    two-sided test that both are equally many. margin: the most that accuracy may fall; non_inferior: whether the lower
+    end of the one-sided interval is above -margin (null without a margin). num_needed: questions that a loss of nothing
+    needs to pass with probability 0.8, at the share of changed answers seen here. chance: accuracy of a guess, null
+    where there is none to name; above_chance_p: of the one-sided binomial test that the original does no better.
+    """
+
+    name: str
+    kind: Literal["choice", "last_word", "generate"]
+    sha256: str
+    num_items: int
+    original_accuracy: Measured
+    accuracy: Measured
+    difference: Measured
+    harmed: int
+    fixed: int
+    mcnemar_p: float
+    lower_bound: float
+    margin: float | None
+    non_inferior: bool | None
+    num_needed: int | None
+    chance: float | None
+    above_chance_p: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Canary:
+    """What greedy answers tell that the likelihood of a text does not.
+
+    kind "task": `task` names the result above whose original beats chance. kind "divergence": both models continue the
+    beginnings of sealed documents; divergence is the token at which they first part (max_tokens where they never do),
+    its median with a bootstrap interval over prompts; p10 and p90 its quantiles; same: share of answers that never do.
+    """
+
+    kind: Literal["task", "divergence"]
+    task: str | None = None
+    num_prompts: int = 0
+    max_tokens: int = 0
+    divergence: Measured | None = None
+    p10: float | None = None
+    p90: float | None = None
+    same: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
     """Everything the figures depend on. Hashes are SHA-256 in hex."""
 
@@ -103,7 +209,10 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """verdict: `pass` or `fail` against max_quality_loss, `measured` when no limit was set."""
+    """verdict: `pass` or `fail` against max_quality_loss, `measured` when no limit was set.
+
+    What an older Halve did not measure is null or empty.
+    """
 
     verdict: Verdict
     max_quality_loss: float | None
@@ -117,4 +226,11 @@ class Certificate:
     attempts: tuple[Attempt, ...]
     max_attempts: int
     weights_sha256: str  # of the bundle's weight files, so that a changed bundle is noticed
+    plan_sha256: str | None = None  # of halve/plan.json as it lies in the bundle
+    seen_sha256: str | None = None  # of halve/seen.json, the fingerprint of all text that the search saw
+    served: Served | None = None
+    tasks: tuple[TaskResult, ...] = ()
+    canary: Canary | None = None
+    speed_ratios: tuple[SpeedRatio, ...] = ()
+    rooflines: tuple[Roofline, ...] = ()
     version: int = 1

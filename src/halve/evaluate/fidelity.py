@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,6 +69,41 @@ class LogitSource(Protocol):
 
         A chunk may be reused by the source once the next one is asked for.
         """
+
+
+class Piece(Protocol):
+    """Logits of some positions of one window."""
+
+    @property
+    def index(self) -> int:
+        """Which of the windows."""
+
+    @property
+    def start(self) -> int:
+        """Its first position."""
+
+    @property
+    def logits(self) -> Array:
+        """float32 [t, vocab_size], valid until the next step."""
+
+
+@runtime_checkable
+class SteppedSource(Protocol):
+    """A model that runs many windows side by side, step by step, as an engine does."""
+
+    def steps(self, windows: Sequence[Array]) -> Iterator[Sequence[Piece]]:
+        """All windows, in whatever order; a piece may come again, and then counts as it came last."""
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """A model that can be asked for any rows of a window that it has seen."""
+
+    def states(self, window: Array) -> Any:
+        """What the rows of a window are made of."""
+
+    def rows(self, states: Any, start: int, stop: int) -> Array:
+        """Logits float32 [stop - start, vocab_size]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,21 +193,15 @@ def compare(
     for source in (original, smaller):
         if expect := getattr(source, "expect", None):
             expect([window for parts in cut for window in parts])
-    total = sum(len(window) - 1 for parts in cut for window in parts)
-    scores: list[Array] = [np.zeros((0, 4))]
-    done = 0
     for index, (tokens, parts) in enumerate(zip(documents, cut, strict=True)):
         if parts and (tokens.min() < 0 or tokens.max() >= vocab_size):
             raise QualityError(
                 f"document {index + 1}: tokens {tokens.min()} to {tokens.max()} leave the vocabulary of {vocab_size}; "
                 "encode with the model's own tokenizer"
             )
-        for window in parts:
-            scores += _score_window(original, smaller, window, f"document {index + 1}")
-            done += len(window) - 1
-            if progress is not None:
-                progress(done, total)
-    kl, flip, nll_original, nll_smaller = np.concatenate(scores).T
+    side_by_side = isinstance(smaller, SteppedSource) and isinstance(original, RowSource)
+    scored = _score_steps if side_by_side else _score_in_turn
+    kl, flip, nll_original, nll_smaller = scored(original, smaller, cut, progress or (lambda done, total: None)).T
     return PairedScores(
         kl=kl.astype(np.float32),
         flip=flip.astype(bool),
@@ -231,6 +260,61 @@ def require_enough(documents_tokens: Sequence[Array], split_name: SplitName) -> 
         )
 
 
+def _score_in_turn(
+    original: LogitSource, smaller: LogitSource, cut: list[list[Array]], progress: Callable[[int, int], None]
+) -> Array:
+    """Scores float64 [tokens, 4] of all windows, one after another."""
+    total, done = sum(len(window) - 1 for parts in cut for window in parts), 0
+    scores: list[Array] = [np.zeros((0, 4))]
+    for index, parts in enumerate(cut):
+        for window in parts:
+            scores += _score_window(original, smaller, window, f"document {index + 1}")
+            done += len(window) - 1
+            progress(done, total)
+    return np.concatenate(scores)
+
+
+def _score_steps(original: Any, smaller: Any, cut: list[list[Array]], progress: Callable[[int, int], None]) -> Array:
+    """The same where the smaller model runs windows side by side and the original gives the rows that it asks for."""
+    windows_ = [window for parts in cut for window in parts]
+    names = [f"document {i + 1}" for i, parts in enumerate(cut) for _ in parts]
+    starts = np.cumsum([0] + [len(window) - 1 for window in windows_])
+    scores = np.full((int(starts[-1]), 4), np.nan)
+    missing = [len(window) - 1 for window in windows_]
+    states: dict[int, Any] = {}
+    most, done = max(1, _BLOCK_ELEMENTS // original.vocab_size), 0
+    for pieces in smaller.steps(windows_):
+        for piece in pieces:
+            window, name = windows_[piece.index], names[piece.index]
+            if piece.index not in states:
+                states[piece.index] = original.states(window)
+            last = min(piece.start + len(piece.logits), len(window) - 1)  # the last position predicts nothing
+            for begin in range(piece.start, last, most):
+                end = min(begin + most, last)
+                rows = original.rows(states[piece.index], begin, end)
+                other = piece.logits[begin - piece.start : end - piece.start]
+                _require_finite(rows, f"{name}, original")
+                _require_finite(other, f"{name}, smaller")
+                into = scores[starts[piece.index] + begin : starts[piece.index] + end]
+                new = int(np.isnan(into[:, 0]).sum())
+                into[:] = _score(rows, other, window[begin + 1 : end + 1])
+                missing[piece.index] -= new
+                done += new
+            if not missing[piece.index]:
+                del states[piece.index]
+        progress(done, int(starts[-1]))
+    if left := sum(missing):
+        raise QualityError(
+            f"{left} of {int(starts[-1])} positions have no logits of the smaller model; its steps left them out"
+        )
+    return scores
+
+
+def _require_finite(logits: Array, name: str) -> None:
+    if not np.isfinite(logits).all():
+        raise QualityError(f"{name}: logits hold NaN or infinity; the model's weights or its format are broken")
+
+
 def _score_window(original: LogitSource, smaller: LogitSource, window: Array, name: str) -> Iterator[Array]:
     """Scores float64 [t, 4] (kl, flip, nll of both) of blocks of positions; the last position predicts nothing."""
     pieces = _aligned(_checked(original, window, f"{name}, original"), _checked(smaller, window, f"{name}, smaller"))
@@ -251,8 +335,7 @@ def _checked(source: LogitSource, window: Array, name: str) -> Iterator[Array]:
         rows_seen += len(chunk)
         if rows_seen > len(window):
             break
-        if not np.isfinite(chunk).all():
-            raise QualityError(f"{name}: logits hold NaN or infinity; the model's weights or its format are broken")
+        _require_finite(chunk, name)
         yield from (chunk[start : start + most] for start in range(0, len(chunk), most))
     if rows_seen != len(window):
         raise QualityError(f"{name}: {rows_seen} or more rows of logits for {len(window)} tokens, expected one each")
