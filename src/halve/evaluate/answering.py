@@ -142,7 +142,7 @@ def require_questions(task: Task, margin: float | None) -> None:
         raise DataError(
             f"{task.name}: {len(task.questions)} questions can't show a loss of at most {margin:.3g} in accuracy; even "
             f"with no answer changed {least} are needed, and {items_needed(margin, 0.04)} where 4 % change. Give more "
-            "questions, or a wider --task-margin"
+            "questions, or allow a wider margin"
         )
 
 
