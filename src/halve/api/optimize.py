@@ -5,7 +5,7 @@ import hashlib
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
 from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
 from halve.api.progress import SILENT, Progress
+from halve.api.questions import judge_tasks, read_tasks
 from halve.api.roofline import judged, rooflines
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
@@ -23,7 +24,7 @@ from halve.api.workspace import Workspace, refuse_existing, write_atomic
 from halve.checkpoint import open_checkpoint, resolve
 from halve.compress import ActivationChoice, KVChoice
 from halve.compress import resolve as resolve_plan
-from halve.core.certificate import Certificate, Cost, Inputs, SealedText, Size
+from halve.core.certificate import Certificate, Cost, Inputs, SealedText, Size, TaskResult
 from halve.core.errors import FormatError, OutputError, PlanError
 from halve.core.plan import ActivationFormat, KVFormat
 from halve.core.record import to_json
@@ -64,6 +65,8 @@ def optimize(
     kv_cache: KVChoice = "auto",
     portable: bool = False,
     calibration: str | Path | None = None,
+    quality: Sequence[str] = (),
+    task_margin: float | str | None = None,
     keep_text: bool = True,
     force: bool = False,
     resume: bool = False,
@@ -82,6 +85,8 @@ def optimize(
     calibration: a text file or directory; without it the package's own mixed text. It is split three ways:
     calibration, selection, and sealed text that only the certificate sees. keep_text: the bundle keeps the sealed
     text, so that anyone can verify it; else its hash and path only.
+    quality: `tasks=FILE`, any number of them: questions that both models answer beside the text
+    (`halve.evaluate.tasks`). task_margin: the most that accuracy may have fallen, at 95 %; without it it is measured.
     device: where the model is calibrated and scored, any torch device.
 
     Raises UserError's kinds: CheckpointError, ConfigError, FormatError, DataError, QualityError when nothing meets
@@ -90,6 +95,8 @@ def optimize(
     limit = None if max_quality_loss is None else parse_percent(max_quality_loss, "max_quality_loss")
     _check_choice("activations", activations, get_args(ActivationFormat))
     _check_choice("kv_cache", kv_cache, get_args(KVFormat))
+    margin = None if task_margin is None else parse_percent(task_margin, "task_margin")
+    tasks = read_tasks(quality, margin)
     text_path = None if calibration is None else Path(calibration)
     with open_checkpoint(resolve(str(model))) as checkpoint:
         if Path(out).resolve() == checkpoint.path.resolve():
@@ -123,6 +130,8 @@ def optimize(
             kv_cache=kv_cache,
             portable=portable,
             calibration=calibration,
+            quality=quality,
+            task_margin=task_margin,
             keep_text=keep_text,
             device=device,
         )
@@ -161,6 +170,7 @@ def optimize(
                     served,
                     progress,
                 )
+            asked = judge_tasks(checkpoint.path, outcome.directory, tasks, margin, device, progress)
             inputs = Inputs(
                 model_sha256=model_sha256,
                 calibration_sha256=texts.calibration_sha256,
@@ -171,7 +181,7 @@ def optimize(
                 versions=versions(),
                 command=command,
             )
-            certificate = _certificate(job, outcome, inputs, trial, keep_text=keep_text)
+            certificate = _certificate(job, outcome, inputs, trial, asked, keep_text=keep_text)
             _finish(job, outcome, trial, certificate, listed, keep_text=keep_text)
             workspace.publish(outcome.directory)
     path = Path(out)
@@ -225,7 +235,9 @@ def _log_skipped(listed: list[Candidate]) -> None:
         log.info("skipped %s: %s", ", ".join(c.format for c in skipped), skipped[0].refusal)
 
 
-def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, keep_text: bool) -> Certificate:
+def _certificate(
+    job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, asked: tuple[TaskResult, ...], *, keep_text: bool
+) -> Certificate:
     with open_checkpoint(outcome.directory) as bundle:
         size, weights_sha256 = bundle.weight_bytes, bundle.reader.sha256()
         pairs = zip(("original", "smaller"), (job.checkpoint, bundle), trial.speeds, strict=True)
@@ -237,7 +249,7 @@ def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, ke
     return Certificate(
         verdict="measured" if job.limit is None else "pass",
         max_quality_loss=job.limit,
-        quality=outcome.quality,
+        quality=replace(outcome.quality, tasks={one.name: one.accuracy for one in asked}),
         size=Size(
             bytes=size,
             original_bytes=job.checkpoint.weight_bytes,
@@ -260,6 +272,7 @@ def _certificate(job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, *, ke
         plan_sha256=plan_sha256(outcome.directory),
         seen_sha256=hashlib.sha256(job.texts.seen.to_json().encode()).hexdigest(),
         served=trial.served,
+        tasks=asked,
         speed_ratios=trial.ratios,
         rooflines=limits,
     )
@@ -291,6 +304,8 @@ def _command(
     kv_cache: str,
     portable: bool,
     calibration: str | Path | None,
+    quality: Sequence[str],
+    task_margin: float | str | None,
     keep_text: bool,
     device: str,
 ) -> str:
@@ -303,6 +318,10 @@ def _command(
         words.append("--portable")
     if calibration is not None:
         words += ["--calibration", str(calibration)]
+    for word in quality:
+        words += ["--quality", word]
+    if task_margin is not None:
+        words += ["--task-margin", str(task_margin)]
     if not keep_text:
         words.append("--no-keep-text")
     if device != "cpu":

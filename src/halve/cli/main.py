@@ -104,6 +104,13 @@ def optimize(
     calibration: Annotated[
         Path | None, typer.Option(help="Your text (.txt, .jsonl, a directory). Without it: a mixed text we ship.")
     ] = None,
+    quality: Annotated[
+        list[str] | None,
+        typer.Option(metavar="tasks=FILE", help="Questions that both models answer, beside the text; may be repeated."),
+    ] = None,
+    task_margin: Annotated[
+        str | None, typer.Option(metavar="PERCENT", help="Most that accuracy may have fallen; without it: measured.")
+    ] = None,
     keep_text: Annotated[
         bool, typer.Option("--keep-text/--no-keep-text", help="Keep the sealed text in the bundle, or only its hash.")
     ] = True,
@@ -127,6 +134,8 @@ def optimize(
             kv_cache=kv_cache.value,
             portable=portable,
             calibration=calibration,
+            quality=quality or (),
+            task_margin=task_margin,
             keep_text=keep_text,
             force=force,
             resume=resume,

@@ -61,10 +61,30 @@ def show_certificate(certificate: Certificate) -> None:
         table.add_row(f"{name.split('_', maxsplit=1)[0]} tokens/s", rate(before), rate(after), ratio)
     console().print(table)
     show_quality(certificate)
+    if certificate.tasks:
+        _show_tasks(certificate)
     typer.echo("cost not priced: formats are ranked by the bytes that one token reads")
     limit = certificate.max_quality_loss
     against = "no limit was set" if limit is None else f"limit {limit:.3%}"
     typer.echo(f"verdict {certificate.verdict} ({against})")
+
+
+def _show_tasks(certificate: Certificate) -> None:
+    table = Table()
+    for column in ("task", "questions", "original", "smaller", r"difference \[95% interval]", "McNemar p", "margin"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in certificate.tasks:
+        within = "" if task.margin is None else f"{task.margin:.1%} {'held' if task.non_inferior else 'not shown'}"
+        table.add_row(
+            escape(task.name),
+            f"{task.num_items:,}",
+            f"{task.original_accuracy.value:.1%}",
+            f"{task.accuracy.value:.1%}",
+            escape(spread(task.difference, "+.1%")),
+            f"{task.mcnemar_p:.3f}",
+            within,
+        )
+    console().print(table)
 
 
 def show_quality(certificate: Certificate, text: str = "sealed text") -> None:
