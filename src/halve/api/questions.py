@@ -1,4 +1,4 @@
-"""Tasks of `halve optimize`: both models answer the same questions, as they are served."""
+"""Tasks of `halve optimize`: both models answer the same questions, on the kernels and in the formats of serving."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from halve.core.certificate import TaskResult
 from halve.core.errors import ConfigError, QualityError
 from halve.engine import SamplingParams
 from halve.evaluate.answering import answers_by_likelihood, answers_written, require_questions, result_of
-from halve.evaluate.scorer import EngineScorer
+from halve.evaluate.scorer import DecoderScorer
 from halve.evaluate.tasks import Task, read_task
 
 
@@ -64,6 +64,6 @@ def _answers(model: Model, task: Task, what: str, progress: Progress) -> list[bo
             return [answer.text for answer in model.generate_all([list(p) for p in prompts], sampling)]
 
         return answers_written(task, write, model.tokenizer, model.config.context)
-    scorer = EngineScorer(model.decoder, model.engine_config, num_blocks=model.num_blocks)
+    scorer = DecoderScorer(model.decoder)  # whole texts at once: questions are many, and short
     with progress.task(f"Asking the {what} {task.name}", "answers") as advance:
         return answers_by_likelihood(task, scorer, model.tokenizer, model.config.context, advance)
