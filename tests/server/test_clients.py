@@ -254,7 +254,7 @@ class Person(pydantic.BaseModel):
     """A record that a client asks for."""
 
     name: Annotated[str, pydantic.Field(max_length=6)]
-    age: int
+    age: Annotated[int, pydantic.Field(ge=0, le=99)]
 
 
 def test_records_are_parsed_by_the_client(client):
