@@ -35,11 +35,11 @@ def halve(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, **options)
 
 
-def start(folder: Path, *arguments: str, db: str | None = None) -> Live:
+def start(folder: Path, *arguments: str, db: str | None = None, model: Path = TINY) -> Live:
     """Start one and wait until it answers."""
     db = db or f"sqlite:///{folder}/server.db"
     log = folder / "log.txt"
-    command = [sys.executable, "-m", "halve.cli", "serve", f"tiny={TINY}", "--port", "0", "--db", db, *arguments]
+    command = [sys.executable, "-m", "halve.cli", "serve", f"tiny={model}", "--port", "0", "--db", db, *arguments]
     with log.open("a") as file:
         process = subprocess.Popen(command, stderr=file, stdout=file, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     for _ in range(600):
@@ -66,3 +66,9 @@ def live(tmp_path_factory):
     yield server
     assert server.stop() == 0
     assert "Traceback" not in server.log.read_text()
+
+
+def metric(live: Live, name: str) -> float:
+    """The sum of a metric over its labels."""
+    text = httpx.get(live.url + "/metrics").text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + "{"))

@@ -9,6 +9,8 @@ import time
 import httpx
 import pytest
 
+from .conftest import metric
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
 
@@ -114,11 +116,6 @@ def test_clients_that_leave_give_their_blocks_back(live):
         time.sleep(0.1)
     assert used == 0
     assert metric(live, "halve:num_requests_running") == metric(live, "halve:num_requests_waiting") == 0
-
-
-def metric(live, name):
-    text = httpx.get(live.url + "/metrics").text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + "{"))
 
 
 def test_a_slow_client_holds_nobody_up(live):

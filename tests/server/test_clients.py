@@ -217,7 +217,7 @@ def test_async_clients_share_the_server(live):
         client = openai.AsyncOpenAI(base_url=live.url + "/v1", api_key="any", _strict_response_validation=True)
         asked = {"model": "tiny", "prompt": "The king", "max_tokens": 12, "temperature": 0}
         alone = (await client.completions.create(**asked)).choices[0].text
-        many = await asyncio.gather(*(client.completions.create(**asked) for _ in range(24)))
+        many = await asyncio.gather(*(client.completions.create(**asked) for _ in range(32)))
         await client.close()
         return alone, {one.choices[0].text for one in many}
 

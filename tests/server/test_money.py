@@ -303,6 +303,28 @@ def test_a_killed_server_loses_nothing_that_was_answered(tmp_path, opened):
     assert again.stop() == 0
 
 
+def test_a_batch_whose_key_is_revoked_fails(keyed):
+    server, rich, _ = keyed
+    headers = {"authorization": f"Bearer {rich}"}
+    key = json.loads(halve("keys", "add", "short-lived", "--db", server.db, "--json").stdout)
+    own = {"authorization": f"Bearer {key['key']}"}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {**TEXT, "max_tokens": 400}}
+    lines = "\n".join(json.dumps({**line, "custom_id": str(i)}) for i in range(200))
+    file = httpx.post(server.url + "/v1/files", files={"file": ("a", lines)}, data={"purpose": "batch"}, headers=own)
+    asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    assert httpx.get(f"{server.url}/v1/files/{file.json()['id']}", headers=headers).status_code == 404  # another's
+    halve("keys", "revoke", "short-lived", "--db", server.db)
+    store = Store(server.db)
+    made = {**asked, "id": "batch_x", "status": "in_progress", "expires_at": time.time() + 60, "errors": None}
+    row = {"id": "batch_x", "key_id": key["id"], "status": "in_progress", "body": json.dumps(made)}
+    store.change(sa.insert(t.batches).values(**row))
+    deadline = time.monotonic() + 20
+    while (now := store.rows(sa.select(t.batches))[0]).status != "failed" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "revoked" in json.loads(now.body)["errors"]["data"][0]["message"]
+    store.close()
+
+
 def test_told_to_stop_it_lets_answers_end_or_says_that_they_do_not(tmp_path, opened):
     server = start(tmp_path, "--no-auth", "--drain", "0.3")
     text = []

@@ -1,20 +1,28 @@
 """What operators rely on: several models, keys from a file, overload, health."""
 
+import asyncio
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from types import SimpleNamespace
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from halve.core.errors import ConfigError
 from halve.engine import EngineMetrics
 from halve.server.config import ServerConfig
 from halve.server.desk import Desk
+from halve.server.errors import ApiError
+from halve.server.rates import RateLimits
+from halve.server.running import Principal
 from halve.server.served import Registry
 from halve.server.store import Store
+from tests.api.tiny import make_model
 
-from .conftest import TINY, start
+from .conftest import TINY, metric, start
 
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 300, "ignore_eos": True}
 
@@ -66,16 +74,18 @@ def test_keys_share_no_prefix_when_isolated(crowded):
     assert cached("secret-of-the-second-one") > 16
 
 
-def test_health_says_when_no_step_ends(tmp_path):
+def test_health_says_when_no_step_ends(tmp_path, monkeypatch):
     metrics = [EngineMetrics(num_running=1, num_steps=5)]
     engine = SimpleNamespace(metrics=lambda: metrics[0])
     served = SimpleNamespace(name="m", engine=engine)
     store = Store(f"sqlite:///{tmp_path}/a.db")
-    desk = Desk(ServerConfig(stall_s=0.05), Registry([served]), store)
+    clock = [100.0]
+    monkeypatch.setattr("halve.server.desk.time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    desk = Desk(ServerConfig(stall_s=5), Registry([served]), store)
     desk._runs = [SimpleNamespace(served=served, is_finished=False)]
     assert desk.watch() is None
-    time.sleep(0.1)
-    assert "no step has ended" in desk.watch()
+    clock[0] += 6
+    assert "no step has ended for 6 s" in desk.watch()
     metrics[0] = EngineMetrics(num_running=1, num_steps=6)
     assert desk.watch() is None
     store.close()
@@ -91,3 +101,74 @@ def test_a_setting_out_of_range_is_named(wrong):
                                                 ("0.0.0.0", False), ("example.org", False)])  # fmt: skip
 def test_only_this_machine_is_loopback(host, loopback):
     assert ServerConfig(host=host).is_loopback is loopback
+
+
+def test_tokens_a_minute_are_counted():
+    key = SimpleNamespace(id="k", requests_per_minute=None, tokens_per_minute=100)
+    limits = RateLimits()
+    headers = limits.take(key, 60)
+    assert (headers["x-ratelimit-limit-tokens"], headers["x-ratelimit-remaining-tokens"]) == ("100", "40")
+    with pytest.raises(ApiError, match="60 are used and this request asks for 41") as error:
+        limits.take(key, 41)
+    assert error.value.status == 429
+    assert 1 <= int(error.value.headers["retry-after"]) <= 60
+    assert limits.take(key, 40)["x-ratelimit-remaining-tokens"] == "0"
+    with pytest.raises(ApiError, match="ask for less") as error:
+        limits.take(key, 101)
+    assert "retry-after" not in error.value.headers
+
+
+def test_lines_wait_for_a_database_that_does_not_answer(tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/a.db")
+    served = SimpleNamespace(name="m", engine=SimpleNamespace(metrics=EngineMetrics))
+    settle, refuses = store.settle, [True]
+
+    def settle_or_not(reservation, entry):
+        if refuses[0]:
+            raise sa.exc.OperationalError("insert", {}, Exception("gone"))
+        settle(reservation, entry)
+
+    store.settle = settle_or_not
+
+    async def run():
+        desk = Desk(ServerConfig(usd_per_hour=Decimal(3600)), Registry([served]), store)
+        usage = await desk._bill(Principal(None), served, "r1", None, prompt_tokens=3, prefill_s=0.5)
+        assert usage.micro_usd == 500_000
+        assert store.usage()[0]["requests"] == 0
+        refuses[0] = False
+        await desk._write()
+        await desk._write()
+
+    asyncio.run(run())
+    [sums] = store.usage()
+    assert (sums["requests"], sums["usage_micro_usd"]) == (1, 500_000)
+    store.close()
+
+
+def test_clients_that_leave_long_prompts_give_their_blocks_back(tmp_path):
+    make_model(tmp_path / "long", max_position_embeddings=16384)
+    server = start(tmp_path, "--no-auth", "--cache-bytes", "30000000", "--max-queued", "300", model=tmp_path / "long")
+    asked = {"model": "tiny", "prompt": [2 + i % 50 for i in range(10_000)], "max_tokens": 500, "ignore_eos": True}
+
+    async def leave():
+        limits = httpx.Limits(max_connections=300)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+
+            async def one():
+                with contextlib.suppress(TimeoutError, httpx.HTTPError):
+                    await asyncio.wait_for(client.post("/v1/completions", json=asked), 0.5)
+
+            await asyncio.gather(*(one() for _ in range(200)))
+
+    asyncio.run(leave())
+    short = {"model": "tiny", "prompt": [5, 6], "max_tokens": 2}
+    assert httpx.post(server.url + "/v1/completions", json=short, timeout=5).status_code == 200
+    until(lambda: metric(server, "halve:kv_blocks_used") == 0)
+    assert server.stop() == 0
+
+
+def until(holds, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

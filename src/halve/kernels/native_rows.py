@@ -19,7 +19,7 @@ with x8 the activations as rounded and y_exact the product with them.
 
 Where the processor has dot products of bf16 (avx512bf16, amx, neon_i8mm), bf16 activations meet bf16 (and fp8) weights
 in them, within the float bound, subnormals aside: there (n + 1) * 2^-149 is (n + 1) * 2^-126. Of ARM's, each of the
-n / 2 + 1 roundings on the path is to odd, by up to 2 eps; AMX sums 512 inputs in 34 roundings (csrc/amx_tiles.h).
+n / 2 + 1 roundings on the path is to odd, by up to 2 eps; AMX sums 256 inputs in 25 roundings (csrc/amx_tiles.h).
 
 The order of a sum depends on n, the format and the instruction set alone: a token's result is the same for any number
 of threads and whatever tokens are beside it.

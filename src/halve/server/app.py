@@ -16,10 +16,11 @@ from starlette.routing import Route
 from halve.core.errors import UserError
 from halve.server import batches, chat, completions, embeddings, messages, meta, responses
 from halve.server.config import ServerConfig
-from halve.server.desk import Desk, Principal
+from halve.server.desk import Desk
 from halve.server.errors import ApiError, of_user_error
 from halve.server.http import Endpoint
 from halve.server.openapi import openapi
+from halve.server.running import Principal
 from halve.server.served import Registry, Served
 from halve.server.store import Store
 

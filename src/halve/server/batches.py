@@ -5,6 +5,7 @@ in the same table whichever server made it: after a kill the lines without an an
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -20,11 +21,12 @@ from halve.engine.request import MAX_PRIORITY
 from halve.server import tables as t
 from halve.server.chat import answer_chat
 from halve.server.completions import answer_completion
-from halve.server.desk import Desk, Principal
+from halve.server.desk import Desk
 from halve.server.embeddings import answer_embedding
 from halve.server.errors import ApiError
 from halve.server.http import Endpoint, parse_body, read_body, read_bytes
 from halve.server.responses import answer_response
+from halve.server.running import Principal
 from halve.server.store import Key
 from halve.server.wire import BatchBody, ChatBody, CompletionBody, EmbeddingBody, ResponseBody
 
@@ -45,13 +47,16 @@ def _file_object(row: Any) -> dict[str, Any]:
     return {
         "id": row.id,
         "object": "file",
-        "bytes": len(row.content),
+        "bytes": row.bytes,
         "created_at": int(row.created_at),
         "filename": row.filename,
         "purpose": row.purpose,
         "status": "processed",
         "expires_at": None,
     }
+
+
+_FILE = (*(c for c in t.files.c if c is not t.files.c.content), sa.func.length(t.files.c.content).label("bytes"))
 
 
 def _mine(table: sa.Table, principal: Principal) -> Any:
@@ -68,11 +73,17 @@ class Batches:
 
     async def file(self, principal: Principal, file_id: str) -> Any:
         """A file's row. Raises ApiError 404."""
-        query = sa.select(t.files).where(t.files.c.id == file_id, _mine(t.files, principal))
+        query = sa.select(*_FILE).where(t.files.c.id == file_id, _mine(t.files, principal))
         rows = await asyncio.to_thread(self._store.rows, query)
         if not rows:
             raise ApiError(404, f"there is no file {file_id!r:.80}", param="file_id")
         return rows[0]
+
+    async def content(self, principal: Principal, file_id: str) -> bytes:
+        """What is in a file. Raises ApiError 404."""
+        await self.file(principal, file_id)
+        rows = await asyncio.to_thread(self._store.rows, sa.select(t.files.c.content).where(t.files.c.id == file_id))
+        return bytes(rows[0].content)
 
     async def put_file(self, principal_id: str | None, filename: str, purpose: str, content: bytes) -> dict[str, Any]:
         """Keep a file."""
@@ -85,13 +96,12 @@ class Batches:
         }
         row |= {"purpose": purpose, "content": content}
         await asyncio.to_thread(self._store.change, sa.insert(t.files).values(**row))
-        rows = await asyncio.to_thread(self._store.rows, sa.select(t.files).where(t.files.c.id == file_id))
+        rows = await asyncio.to_thread(self._store.rows, sa.select(*_FILE).where(t.files.c.id == file_id))
         return _file_object(rows[0])
 
     async def create(self, principal: Principal, body: BatchBody) -> dict[str, Any]:
         """Queue a batch. Raises ApiError naming the line that is wrong."""
-        file = await self.file(principal, body.input_file_id)
-        lines = read_lines(file.content, body.endpoint)
+        lines = read_lines(await self.content(principal, body.input_file_id), body.endpoint)
         now, batch_id = int(time.time()), "batch_" + secrets.token_hex(12)
         made = {
             "id": batch_id,
@@ -165,21 +175,17 @@ class Batches:
     async def work(self) -> None:
         """Run batches, one after the other, for as long as the server runs."""
         while True:
-            row = await self._take()
-            if row is None:
-                self._wake.clear()
-                try:
-                    await asyncio.wait_for(self._wake.wait(), 5)
-                except TimeoutError:
-                    continue
-                continue
+            row = None
             try:
-                await self._run(row)
-            except asyncio.CancelledError:
-                raise
-            except Exception:
-                log.exception("batch %s stopped; it is taken up again", row.id)
-                await asyncio.sleep(1)
+                row = await self._take()
+                if row is not None:
+                    await self._run(row)
+                    continue
+            except Exception:  # whatever it was, other batches are not to wait for it
+                log.exception("batch %s stopped; it is taken up again", row and row.id)
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), 5)
 
     async def _take(self) -> Any:
         """A batch that nobody works on, now ours."""
@@ -199,8 +205,15 @@ class Batches:
     async def _run(self, row: Any) -> None:
         made = json.loads(row.body)
         principal = Principal(await asyncio.to_thread(self._key, row.key_id))
-        file = await self.file(Principal(principal.key), made["input_file_id"])
-        lines = read_lines(file.content, made["endpoint"])
+        try:
+            if principal.key is not None and principal.key.revoked_at is not None:
+                raise ApiError(401, "the key of this batch was revoked", code="invalid_api_key")
+            lines = read_lines(await self.content(principal, made["input_file_id"]), made["endpoint"])
+        except ApiError as error:  # what was there when the batch began is gone
+            told = {"code": error.code, "message": error.message, "param": error.param, "line": None}
+            errors = {"object": "list", "data": [told]}
+            await self._close(row.id, "failed", {**made, "errors": errors, "failed_at": int(time.time())})
+            return
         query = sa.select(t.batch_lines.c.line).where(t.batch_lines.c.batch_id == row.id)
         done = {line for (line,) in await asyncio.to_thread(self._store.rows, query)}
         left = [(i, line) for i, line in enumerate(lines) if i not in done]
@@ -218,7 +231,9 @@ class Batches:
                 )
                 stop = stop or not status or status[0].status != "in_progress"
 
-        await asyncio.gather(*(one(i, line) for i, line in left))
+        async with asyncio.TaskGroup() as group:
+            for number, line in left:
+                group.create_task(one(number, line))
         if not self._desk.is_draining:
             await self._end(row, lines)
 
@@ -269,9 +284,12 @@ class Batches:
             status, made["expired_at"] = "expired", now
         else:
             status, made["finalizing_at"], made["completed_at"] = "completed", now, now
+        await self._close(row.id, status, made)
+
+    async def _close(self, batch_id: str, status: str, made: Mapping[str, Any]) -> None:
         statement = (
             sa.update(t.batches)
-            .where(t.batches.c.id == row.id)
+            .where(t.batches.c.id == batch_id)
             .values(status=status, body=json.dumps({**made, "status": status}), server_id=None)
         )
         await asyncio.to_thread(self._store.change, statement)
@@ -327,7 +345,7 @@ def endpoints(desk: Desk, batches: Batches) -> list[Endpoint]:
         return JSONResponse(await batches.put_file(principal.key_id, file.filename or "file", purpose, content))
 
     async def files(request: Request, principal: Principal) -> Response:
-        query = sa.select(t.files).where(_mine(t.files, principal)).order_by(t.files.c.created_at.desc())
+        query = sa.select(*_FILE).where(_mine(t.files, principal)).order_by(t.files.c.created_at.desc())
         data = [_file_object(row) for row in await asyncio.to_thread(desk.store.rows, query)]
         return JSONResponse(_list(data, has_more=False))
 
@@ -335,8 +353,8 @@ def endpoints(desk: Desk, batches: Batches) -> list[Endpoint]:
         return JSONResponse(_file_object(await batches.file(principal, request.path_params["id"])))
 
     async def content(request: Request, principal: Principal) -> Response:
-        found = await batches.file(principal, request.path_params["id"])
-        return Response(found.content, media_type="application/jsonl")
+        found = await batches.content(principal, request.path_params["id"])
+        return Response(found, media_type="application/jsonl")
 
     async def delete(request: Request, principal: Principal) -> Response:
         found = await batches.file(principal, request.path_params["id"])

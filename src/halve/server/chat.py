@@ -10,18 +10,26 @@ from starlette.responses import JSONResponse, Response
 
 from halve.engine import StepOutput
 from halve.server.conversation import Answer, Toolbox, read_messages
-from halve.server.desk import Desk, Principal, Run
+from halve.server.desk import Desk
 from halve.server.errors import ApiError
-from halve.server.http import DONE, Endpoint, EventStream, event, read_body, until_gone
+from halve.server.http import Endpoint, EventStream, event, read_body, until_done, until_gone
+from halve.server.running import Principal, Run
 from halve.server.sampling import format_grammar, room, sampling_of
 from halve.server.served import Served
-from halve.server.wire import ChatBody
+from halve.server.wire import ChatBody, NamedTool
 
 
 async def begin_chat(desk: Desk, principal: Principal, body: ChatBody, request_id: str) -> tuple[Run, Toolbox]:
     """Let a conversation in. Raises ApiError."""
     served = desk.registry.get(body.model)
-    toolbox = Toolbox(served, body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
+    named = body.tool_choice if isinstance(body.tool_choice, NamedTool) else None
+    toolbox = Toolbox(
+        served,
+        [tool.function for tool in body.tools or ()],
+        None if isinstance(body.tool_choice, NamedTool) else body.tool_choice,
+        wanted=named.function.name if named else None,
+        parallel=body.parallel_tool_calls,
+    )
     grammar = format_grammar(body.response_format)
     if grammar and toolbox.grammar:
         raise ApiError(400, "response_format and a forced tool_choice exclude each other", param="response_format")
@@ -50,7 +58,7 @@ async def answer_chat(desk: Desk, principal: Principal, body: ChatBody, request:
     if body.stream and request is not None:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = _events(run, answers, request_id, created, with_usage=with_usage)
-        return EventStream(run, events, run.headers)
+        return EventStream(run, until_done(events), run.headers)
     logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
 
     async def collect() -> None:
@@ -109,27 +117,23 @@ async def _events(
     def choice(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> Any:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    try:
-        for i in range(len(answers)):
-            yield chunk([choice(i, {"role": "assistant", "content": "", "refusal": None})])
-        async for _, output in run.outputs():
-            answer = answers[output.index]
-            piece = answer.push(output)
-            logprobs = None
-            if output.logprobs is not None:
-                logprobs = {"content": [logprob_wire(run.served, output)], "refusal": None}
-            if piece or logprobs:
-                yield chunk([choice(output.index, {"content": piece}, logprobs=logprobs)])
-            if answer.finish_reason is not None:
-                for j, call in enumerate(answer.calls):
-                    yield chunk([choice(output.index, {"tool_calls": [{"index": j, **call.wire()}]})])
-                yield chunk([choice(output.index, {}, answer.finish_reason)])
-        usage = await run.finish()
-        if with_usage:
-            yield chunk([], usage.wire())
-        yield DONE
-    except ApiError as error:  # too late for a status
-        yield event(error.body())
+    for i in range(len(answers)):
+        yield chunk([choice(i, {"role": "assistant", "content": "", "refusal": None})])
+    async for _, output in run.outputs():
+        answer = answers[output.index]
+        piece = answer.push(output)
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = {"content": [logprob_wire(run.served, output)], "refusal": None}
+        if piece or logprobs:
+            yield chunk([choice(output.index, {"content": piece}, logprobs=logprobs)])
+        if answer.finish_reason is not None:
+            for j, call in enumerate(answer.calls):
+                yield chunk([choice(output.index, {"tool_calls": [{"index": j, **call.wire()}]})])
+            yield chunk([choice(output.index, {}, answer.finish_reason)])
+    usage = await run.finish()
+    if with_usage:
+        yield chunk([], usage.wire())
 
 
 def logprob_wire(served: Served, output: StepOutput) -> dict[str, Any]:

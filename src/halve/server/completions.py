@@ -11,9 +11,10 @@ from starlette.responses import JSONResponse, Response
 
 from halve.engine import StepOutput
 from halve.kernels.ops import Array
-from halve.server.desk import Desk, Principal, Run, Usage
+from halve.server.desk import Desk
 from halve.server.errors import ApiError
-from halve.server.http import DONE, Endpoint, EventStream, event, read_body, until_gone
+from halve.server.http import Endpoint, EventStream, event, read_body, until_done, until_gone
+from halve.server.running import Principal, Run, Usage
 from halve.server.sampling import format_grammar, room, sampling_of
 from halve.server.served import Served
 from halve.server.wire import CompletionBody
@@ -112,18 +113,22 @@ async def answer_completion(
     request_id, created = "cmpl-" + secrets.token_hex(12), int(time.time())
     if asked == 0 and body.stream:
         raise ApiError(400, "stream: there is nothing to stream with max_tokens 0", param="stream")
-    scored = Scored(desk, principal, served, prompts)
+    scores: list[Array] | None = None
+    usage, headers = Usage.of_nothing(sum(map(len, prompts))), dict[str, str]()
+    if body.echo and body.logprobs is not None:
+        scores, usage, headers = await _scores(desk, principal, served, prompts)
     if body.echo:
-        await scored.echo(texts, n, body.logprobs)
+        for i, text in enumerate(texts):
+            text.echo(prompts[i // n], None if scores is None else scores[i // n], body.logprobs or 0)
     if asked == 0:
         for text in texts:
             text.finish_reason = "length"
-        return _whole(served, request_id, created, texts, scored.usage, body, scored.headers)
+        return _whole(served, request_id, created, texts, usage, body, headers)
     run = await desk.begin(principal, served, prompts, sampling, priority=body.priority or 0, request_id=request_id)
     if body.stream and request is not None:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = _events(run, texts, n, request_id, created, body, with_usage=with_usage)
-        return EventStream(run, events, run.headers)
+        return EventStream(run, until_done(events), run.headers)
 
     async def collect() -> None:
         async for prompt, output in run.outputs():
@@ -136,35 +141,13 @@ async def answer_completion(
     return _whole(served, request_id, created, texts, usage, body, run.headers)
 
 
-class Scored:
-    """What the model thinks of prompts, and what asking it took."""
-
-    def __init__(self, desk: Desk, principal: Principal, served: Served, prompts: list[list[int]]) -> None:
-        self._desk, self._principal, self._served, self._prompts = desk, principal, served, prompts
-        self.headers: dict[str, str] = {}
-        self.usage = Usage(
-            prompt_tokens=sum(map(len, prompts)),
-            cached_tokens=0,
-            completion_tokens=0,
-            prefill_s=0.0,
-            decode_s=0.0,
-            micro_usd=desk.meter.charge(0),
-        )
-
-    async def echo(self, texts: list[_Text], n: int, logprobs: int | None) -> None:
-        """Begin each text with its prompt. Raises ApiError."""
-        served = self._served
-        scores: list[Array | None] = [None] * len(self._prompts)
-        if logprobs is not None and not all(self._prompts):
-            raise ApiError(400, "prompt: it has no tokens to think of", param="prompt", code="invalid_value")
-        if logprobs is not None:
-            found, self.usage, self.headers = await self._desk.between_steps(
-                self._principal, served, self._prompts, served.logits
-            )
-            scores = [*found]
-        for i, (prompt, logits) in enumerate(zip(self._prompts, scores, strict=True)):
-            for text in texts[i * n : (i + 1) * n]:
-                text.echo(prompt, logits, logprobs or 0)
+async def _scores(
+    desk: Desk, principal: Principal, served: Served, prompts: list[list[int]]
+) -> tuple[list[Array], Usage, dict[str, str]]:
+    """Logits [tokens, vocab_size] of each prompt, what they took, and headers. Raises ApiError."""
+    if not all(prompts):
+        raise ApiError(400, "prompt: it has no tokens to think of", param="prompt", code="invalid_value")
+    return await desk.between_steps(principal, served, prompts, served.logits)
 
 
 def _whole(
@@ -222,18 +205,14 @@ async def _events(
         told[i], sent[i] = len(text.tokens), len(text.text)
         return {"index": i, "text": piece, "logprobs": logprobs, "finish_reason": text.finish_reason}
 
-    try:
-        async for prompt, output in run.outputs():
-            i = prompt * n + output.index
-            texts[i].push(output)
-            if len(texts[i].text) > sent[i] or len(texts[i].tokens) > told[i] or output.finish_reason is not None:
-                yield chunk([choice(i)])
-        usage = await run.finish()
-        if with_usage:
-            yield chunk([], usage.wire())
-        yield DONE
-    except ApiError as error:
-        yield event(error.body())
+    async for prompt, output in run.outputs():
+        i = prompt * n + output.index
+        texts[i].push(output)
+        if len(texts[i].text) > sent[i] or len(texts[i].tokens) > told[i] or output.finish_reason is not None:
+            yield chunk([choice(i)])
+    usage = await run.finish()
+    if with_usage:
+        yield chunk([], usage.wire())
 
 
 def endpoints(desk: Desk) -> list[Endpoint]:

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from halve.engine import StepOutput
 from halve.engine.constrain import lark_grammar
 from halve.server import tools as calls
 from halve.server.errors import ApiError
 from halve.server.served import Served
-from halve.server.wire import NamedTool, Tool, ToolChoice
+from halve.server.wire import FunctionSpec
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -74,28 +74,38 @@ def _wrong(param: str, rule: str) -> ApiError:
 
 
 class Toolbox:
-    """The functions of a request, and what must be called."""
+    """The functions of a request, and what must be called.
+
+    wanted: the one that must be. parallel: False for one call at most. Raises ApiError.
+    """
 
     def __init__(
-        self, served: Served, tools: Sequence[Tool] | None, choice: ToolChoice | None, *, parallel: bool | None
+        self,
+        served: Served,
+        functions: Sequence[FunctionSpec],
+        choice: Literal["none", "auto", "required"] | None,
+        *,
+        wanted: str | None = None,
+        parallel: bool | None = None,
     ) -> None:
-        self.specs = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+        self.specs: list[dict[str, Any]] = [
+            {"type": "function", "function": one.model_dump(exclude_none=True)} for one in functions
+        ]
         self.names = [spec["function"]["name"] for spec in self.specs]
         if len(set(self.names)) != len(self.names):
             raise _wrong("tools", f"two functions have one name ({', '.join(self.names)}); rename one")
-        wanted = choice.function.name if isinstance(choice, NamedTool) else None
         if wanted is not None and wanted not in self.names:
             raise _wrong("tool_choice", f"there is no function {wanted!r:.80} among the tools")
-        if choice is not None and choice != "none" and not self.specs:
+        if choice in ("auto", "required") and not self.specs:
             raise _wrong("tool_choice", "there are no tools to choose from")
         self.is_open = bool(self.specs) and choice != "none"
         self.is_forced = choice == "required" or wanted is not None
         self.one = parallel is False or wanted is not None
-        functions = [s["function"] for s in self.specs if wanted in (None, s["function"]["name"])]
+        callable_ = [s["function"] for s in self.specs if wanted in (None, s["function"]["name"])]
         self.grammar = None
         if self.is_forced:
             family = calls.family_of(served.tokenizer.chat_template)
-            self.grammar = lark_grammar(calls.forced_grammar(functions, family, several=not self.one))
+            self.grammar = lark_grammar(calls.forced_grammar(callable_, family, several=not self.one))
 
     def answer(self) -> "Answer":
         """A text that may hold calls."""

@@ -1,7 +1,7 @@
 """Where requests are let in, run, and billed.
 
 A request passes: key, rate limit, queue, budget (reserved), engine, ledger (settled). However it ends (done, client
-gone, server told to stop) `Run.finish` frees its blocks within a step and writes one line into the ledger.
+gone, server told to stop) `Run.finish` frees its blocks within a step, and one line goes into the ledger.
 """
 
 import asyncio
@@ -9,127 +9,26 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from halve.core.errors import EngineError, UserError
 from halve.economics.ledger import LedgerEntry, Meter
-from halve.engine import SamplingParams, StepOutput, Stream
+from halve.engine import SamplingParams, Stream
 from halve.server.config import ServerConfig
 from halve.server.errors import ApiError, of_user_error
 from halve.server.metrics import Metrics
+from halve.server.rates import RateLimits
+from halve.server.running import Principal, Run, Usage
 from halve.server.served import Registry, Served
-from halve.server.store import Key, OverBudgetError, Store, Unit
+from halve.server.store import DATABASE_ERRORS, Key, OverBudgetError, Store, Unit
 
 log = logging.getLogger("halve.server")
 
 T = TypeVar("T")
 
-IDLE_EVERY = 60.0
-ABORT_WITHIN = 20.0  # seconds for the last outputs of an aborted request
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who asks: a key, or anyone where no keys are needed."""
-
-    key: Key | None
-
-    @property
-    def key_id(self) -> str | None:
-        """Of the key."""
-        return self.key.id if self.key else None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
-    """What a request took. micro_usd: None where the machine's price is not known."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    prefill_s: float
-    decode_s: float
-    micro_usd: int | None
-
-    def wire(self) -> dict[str, Any]:
-        """As chat and text completions tell it."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "audio_tokens": 0},
-            "completion_tokens_details": {
-                "reasoning_tokens": 0,
-                "audio_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
-            },
-            "halve": self.cost(),
-        }
-
-    def cost(self) -> dict[str, Any]:
-        """Money and time."""
-        return {
-            "cost_micro_usd": self.micro_usd,
-            "prefill_seconds": round(self.prefill_s, 6),
-            "decode_seconds": round(self.decode_s, 6),
-        }
-
-
-class _Bucket:
-    """Requests and tokens of a key in the last minute."""
-
-    def __init__(self) -> None:
-        self.events: deque[tuple[float, int]] = deque()
-        self.tokens = 0
-
-    def drop_old(self, now: float) -> None:
-        while self.events and self.events[0][0] <= now - 60:
-            self.tokens -= self.events.popleft()[1]
-
-
-class RateLimits:
-    """Requests and tokens a minute, by key, on this server."""
-
-    def __init__(self) -> None:
-        self._buckets: dict[str, _Bucket] = {}
-
-    def take(self, key: Key, num_tokens: int) -> dict[str, str]:
-        """Count a request. Returns OpenAI's headers; raises ApiError 429 with Retry-After."""
-        limits = (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute))
-        if all(limit is None for _, limit in limits):
-            return {}
-        now = time.monotonic()
-        bucket = self._buckets.setdefault(key.id, _Bucket())
-        bucket.drop_old(now)
-        asked = {"requests": (len(bucket.events), 1), "tokens": (bucket.tokens, num_tokens)}
-        headers: dict[str, str] = {}
-        for what, limit in limits:
-            if limit is None:
-                continue
-            used, more = asked[what]
-            free_at = next((at + 60 for at, _ in bucket.events), now)
-            headers |= {
-                f"x-ratelimit-limit-{what}": str(limit),
-                f"x-ratelimit-remaining-{what}": str(max(0, limit - used - more)),
-                f"x-ratelimit-reset-{what}": f"{max(0.0, free_at - now):.0f}s",
-            }
-            if used + more > limit:
-                after = max(1, round(free_at - now))
-                raise ApiError(
-                    429,
-                    f"rate limit: this key may send {limit} {what} a minute, {used} are used and this request asks for "
-                    f"{more}; come again in {after} s",
-                    code="rate_limit_exceeded",
-                    headers={**headers, f"x-ratelimit-remaining-{what}": str(max(0, limit - used)),
-                             "retry-after": str(after)},
-                )  # fmt: skip
-        bucket.events.append((now, num_tokens))
-        bucket.tokens += num_tokens
-        return headers
+IDLE_EVERY = 60.0  # seconds between lines of idle time
 
 
 class Desk:
@@ -148,7 +47,8 @@ class Desk:
         self._seconds_per_token = 0.0  # of recent requests, for what a budget sets aside
         self._idle_since, self._busy_s = time.monotonic(), self._busy_now()
         self._steps: dict[str, tuple[int, float]] = {}
-        self._last_live_at = 0.0
+        self._unwritten: deque[tuple[str | None, LedgerEntry]] = deque()  # lines on their way into the ledger
+        self._writing = asyncio.Lock()
 
     # Tasks
 
@@ -165,14 +65,18 @@ class Desk:
         while True:
             self.watch()
             if beat % 10 == 0:
-                await asyncio.to_thread(self.store.hello)
+                try:
+                    await asyncio.to_thread(self.store.hello)
+                except DATABASE_ERRORS as error:
+                    log.error("the database does not answer: %s", error)
+            await self._write()
             if time.monotonic() - self._idle_since >= IDLE_EVERY:
-                await self.book_idle()
+                self.book_idle()
             beat += 1
             await asyncio.sleep(1)
 
-    async def book_idle(self) -> None:
-        """Write the time that was paid and not used since the last such line."""
+    def book_idle(self) -> None:
+        """Write down the time that was paid and not used since the last such line."""
         now, busy = time.monotonic(), self._busy_now()
         idle = max(0.0, now - self._idle_since - (busy - self._busy_s))
         self._idle_since, self._busy_s = now, busy
@@ -181,7 +85,7 @@ class Desk:
         entry = LedgerEntry(
             kind="idle", at=time.time(), model=name, decode_us=microseconds, micro_usd=self.meter.charge(microseconds)
         )
-        await asyncio.to_thread(self.store.add_entry, entry)
+        self._unwritten.append((None, entry))
 
     def _busy_now(self) -> float:
         return float(sum(served.engine.metrics().busy_s for served in self.registry)) + self.jobs_s
@@ -191,7 +95,8 @@ class Desk:
         self.end_all()
         while self._runs or self._tasks:
             await asyncio.wait([*self._tasks, asyncio.create_task(asyncio.sleep(0.2))], return_when="FIRST_COMPLETED")
-        await self.book_idle()
+        self.book_idle()
+        await self._write()
         await asyncio.to_thread(self.store.goodbye)
 
     def end_all(self) -> None:
@@ -282,20 +187,31 @@ class Desk:
         most = sum(map(len, prompts)) + answer
         headers = self.limits.take(principal.key, most) if principal.key else {}
         self.num_in_flight += num_sequences
-        run = Run(self, principal, served, request_id, num_sequences, headers)
         try:
-            if principal.key:
-                run.reservation = await self._reserve(request_id, principal.key, most)
-            run.start([Stream(served.engine, request) for request in requests], [len(p) for p in prompts])
+            reservation = await self._reserve(request_id, principal.key, most) if principal.key else None
+            streams = [Stream(served.engine, request) for request in requests]
         except BaseException as error:
             self.num_in_flight -= num_sequences
-            if run.reservation:
-                self.spawn(asyncio.to_thread(self.store.release, run.reservation))
+            if principal.key:
+                self.spawn(asyncio.to_thread(self.store.release, request_id))
             if isinstance(error, UserError):
                 raise of_user_error(error) from error
             if isinstance(error, EngineError):
                 raise ApiError(503, f"the engine can't take it: {error}", code="engine_error") from error
             raise
+        run = Run(
+            served,
+            principal,
+            request_id,
+            streams,
+            [len(prompt) for prompt in prompts],
+            num_sequences=num_sequences,
+            headers=headers,
+            reservation=reservation,
+            metrics=self.metrics,
+            settle=self._ended,
+            spawn=self.spawn,
+        )
         self._runs.add(run)
         return run
 
@@ -352,162 +268,91 @@ class Desk:
         except EngineError as error:
             raise ApiError(503, f"the engine can't take it: {error}", code="engine_error") from error
         finally:
-            microseconds = round(seconds * 1e6)
-            usage = Usage(
-                prompt_tokens=num_tokens,
-                cached_tokens=0,
-                completion_tokens=0,
-                prefill_s=seconds,
-                decode_s=0.0,
-                micro_usd=self.meter.charge(microseconds),
-            )
-            entry = LedgerEntry(
-                kind="request",
-                at=time.time(),
-                model=served.name,
-                key_id=principal.key_id,
-                request_id=request_id,
-                prompt_tokens=num_tokens,
-                prefill_us=microseconds,
-                micro_usd=usage.micro_usd,
-            )
             self.jobs_s += seconds
-            settled = self.spawn(asyncio.to_thread(self.store.settle, reservation, entry))
-        await asyncio.shield(settled)
+            usage = await self._bill(
+                principal, served, request_id, reservation, prompt_tokens=num_tokens, prefill_s=seconds
+            )
         return results, usage, headers
 
-    def ended(self, run: "Run", usage: Usage) -> None:
-        """Count a request that has ended."""
+    async def _bill(
+        self,
+        principal: Principal,
+        served: Served,
+        request_id: str,
+        reservation: str | None,
+        *,
+        prompt_tokens: int,
+        cached_tokens: int = 0,
+        completion_tokens: int = 0,
+        prefill_s: float = 0.0,
+        decode_s: float = 0.0,
+    ) -> Usage:
+        """Charge a request. Its line is in the ledger before its client is answered, unless the database is gone."""
+        prefill_us, decode_us = round(prefill_s * 1e6), round(decode_s * 1e6)
+        usage = Usage(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            completion_tokens=completion_tokens,
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+            micro_usd=self.meter.charge(prefill_us + decode_us),
+        )
+        entry = LedgerEntry(
+            kind="request",
+            at=time.time(),
+            model=served.name,
+            key_id=principal.key_id,
+            request_id=request_id,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            completion_tokens=completion_tokens,
+            prefill_us=prefill_us,
+            decode_us=decode_us,
+            micro_usd=usage.micro_usd,
+        )
+        self._unwritten.append((reservation, entry))
+        if usage.micro_usd is not None:
+            self.metrics.micro_usd.labels(served.name, principal.key_id or "").inc(usage.micro_usd)
+        await self._write()
+        return usage
+
+    async def _write(self) -> None:
+        """Write the lines that wait now; those that the database does not take stay, and are tried again."""
+        async with self._writing:
+            for _ in range(len(self._unwritten)):
+                reservation, entry = self._unwritten[0]
+                try:
+                    await asyncio.to_thread(self.store.settle, reservation, entry)
+                except DATABASE_ERRORS as error:
+                    log.error("%d lines of the ledger wait for the database: %s", len(self._unwritten), error)
+                    return
+                self._unwritten.popleft()
+
+    async def _ended(self, run: Run) -> Usage:
+        """Bill and count a request that has ended."""
         self._runs.discard(run)
         self.num_in_flight -= run.num_sequences
+        outputs = run.last_outputs
+        usage = await self._bill(
+            run.principal,
+            run.served,
+            run.request_id,
+            run.reservation,
+            prompt_tokens=sum(run.prompt_tokens),
+            cached_tokens=sum(o.num_cached_tokens for (_, index), o in outputs.items() if index == 0),
+            completion_tokens=run.num_tokens,
+            prefill_s=sum(o.prefill_s for o in outputs.values()),
+            decode_s=sum(o.decode_s for o in outputs.values()),
+        )
         tokens = usage.prompt_tokens + usage.completion_tokens
-        if tokens:
-            new = (usage.prefill_s + usage.decode_s) / tokens
-            old = self._seconds_per_token
-            self._seconds_per_token = max(new, 0.9 * old + 0.1 * new)
+        new, old = (usage.prefill_s + usage.decode_s) / max(1, tokens), self._seconds_per_token
+        self._seconds_per_token = max(new, 0.9 * old + 0.1 * new)
         name, metrics = run.served.name, self.metrics
         metrics.prompt_tokens.labels(name).inc(usage.prompt_tokens)
         metrics.cached_tokens.labels(name).inc(usage.cached_tokens)
         metrics.generation_tokens.labels(name).inc(usage.completion_tokens)
         metrics.latency.labels(name).observe(time.perf_counter() - run.arrived_at)
-        if usage.micro_usd is not None:
-            metrics.micro_usd.labels(name, run.principal.key_id or "").inc(usage.micro_usd)
         if run.first_at is not None:
             spent = (run.last_at - run.first_at) / max(1, usage.completion_tokens - run.num_sequences)
             self.recent.append((time.time(), run.first_at - run.arrived_at, spent, usage.completion_tokens))
-
-
-class Run:
-    """One request in the engine: the outputs of its prompts as they come, `(prompt, output)`, then its usage."""
-
-    def __init__(
-        self, desk: Desk, principal: Principal, served: Served, request_id: str, num_sequences: int,
-        headers: Mapping[str, str],
-    ) -> None:  # fmt: skip
-        self.desk, self.principal, self.served, self.request_id = desk, principal, served, request_id
-        self.num_sequences, self.headers = num_sequences, dict(headers)
-        self.reservation: str | None = None
-        self.usage: Usage | None = None
-        self.arrived_at = self.last_at = time.perf_counter()
-        self.first_at: float | None = None
-        self.is_finished = self.was_cut = False
-        self._streams: list[Stream] = []
-        self.prompt_tokens: list[int] = []
-        self._queue: asyncio.Queue[tuple[int, StepOutput] | Exception | None] = asyncio.Queue()
-        self._last: dict[tuple[int, int], StepOutput] = {}
-        self._num_tokens = 0
-        self._pumps: list[asyncio.Task[None]] = []
-        self._finishing: asyncio.Task[Usage] | None = None
-
-    def start(self, streams: list[Stream], prompt_tokens: list[int]) -> None:
-        """Take the outputs of these streams."""
-        self._streams, self.prompt_tokens = streams, prompt_tokens
-        self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
-
-    async def _pump(self, prompt: int, stream: Stream) -> None:
-        metrics, name = self.desk.metrics, self.served.name
-        try:
-            async for output in stream:
-                now = time.perf_counter()
-                if output.token_id is not None:
-                    self._num_tokens += 1
-                    if self.first_at is None:
-                        self.first_at = now
-                        metrics.ttft.labels(name).observe(now - self.arrived_at)
-                    if (prompt, output.index) in self._last:
-                        metrics.tpot.labels(name).observe(now - self.last_at)
-                    self.last_at = now
-                if output.finish_reason is not None:
-                    metrics.requests.labels(name, output.finish_reason).inc()
-                self._last[prompt, output.index] = output
-                self._queue.put_nowait((prompt, output))
-        except EngineError as error:
-            self._queue.put_nowait(ApiError(500, f"the engine failed: {error}", code="engine_error"))
-        finally:
-            self._queue.put_nowait(None)
-
-    async def outputs(self) -> AsyncIterator[tuple[int, StepOutput]]:
-        """Every output. Raises ApiError when the engine fails or the server cuts the answer short."""
-        left = len(self._streams)
-        while left:
-            item = await self._queue.get()
-            if item is None:
-                left -= 1
-            elif isinstance(item, Exception):
-                raise item
-            elif item[1].finish_reason == "abort":
-                raise ApiError(503, "the server is shutting down; the answer was cut short", code="shutdown")
-            else:
-                yield item
-
-    def cut(self) -> None:
-        """End it at the next step; whoever reads it is told."""
-        self.was_cut = True
-        for stream in self._streams:
-            self.served.engine.abort(stream.request_id)
-
-    async def finish(self) -> Usage:
-        """End it, free its blocks and write its line in the ledger, whatever becomes of the caller. Idempotent."""
-        if self._finishing is None:
-            self._finishing = self.desk.spawn(self._finish())
-        return await asyncio.shield(self._finishing)
-
-    async def _finish(self) -> Usage:
-        if not all(pump.done() for pump in self._pumps):
-            self.cut()
-            await asyncio.wait(self._pumps, timeout=ABORT_WITHIN)
-            for stream in self._streams:
-                stream.close()
-        self.is_finished = True
-        outputs = self._last.values()
-        prefill_s, decode_s = sum(o.prefill_s for o in outputs), sum(o.decode_s for o in outputs)
-        prefill_us, decode_us = round(prefill_s * 1e6), round(decode_s * 1e6)
-        cached = {prompt: o.num_cached_tokens for (prompt, index), o in self._last.items() if index == 0}
-        usage = Usage(
-            prompt_tokens=sum(self.prompt_tokens),
-            cached_tokens=sum(cached.values()),
-            completion_tokens=self._num_tokens,
-            prefill_s=prefill_s,
-            decode_s=decode_s,
-            micro_usd=self.desk.meter.charge(prefill_us + decode_us),
-        )
-        self.usage = usage
-        self.desk.ended(self, usage)
-        entry = LedgerEntry(
-            kind="request",
-            at=time.time(),
-            model=self.served.name,
-            key_id=self.principal.key_id,
-            request_id=self.request_id,
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            completion_tokens=usage.completion_tokens,
-            prefill_us=prefill_us,
-            decode_us=decode_us,
-            micro_usd=usage.micro_usd,
-        )
-        try:
-            await asyncio.to_thread(self.desk.store.settle, self.reservation, entry)
-        except Exception:
-            log.exception("the ledger line of %s could not be written: %s", self.request_id, entry)
         return usage

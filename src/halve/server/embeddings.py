@@ -10,9 +10,10 @@ from starlette.responses import JSONResponse, Response
 
 from halve.kernels.ops import Array
 from halve.server.completions import read_prompts
-from halve.server.desk import Desk, Principal
+from halve.server.desk import Desk
 from halve.server.errors import ApiError
 from halve.server.http import Endpoint, read_body
+from halve.server.running import Principal
 from halve.server.served import Served
 from halve.server.wire import EmbeddingBody
 

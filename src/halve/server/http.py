@@ -11,8 +11,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from halve.server.desk import Desk, Principal, Run
+from halve.server.desk import Desk
 from halve.server.errors import ApiError, of_validation
+from halve.server.running import Principal, Run
 
 Handler = Callable[[Request, Principal], Awaitable[Response]]
 B = TypeVar("B", bound=BaseModel)
@@ -121,4 +122,11 @@ def event(value: Any, name: str | None = None) -> bytes:
     return f"{head}data: {dumps(value)}\n\n".encode()
 
 
-DONE = b"data: [DONE]\n\n"
+async def until_done(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """OpenAI's end of a stream: `[DONE]`, or an error where it is too late for a status."""
+    try:
+        async for one in events:
+            yield one
+        yield b"data: [DONE]\n\n"
+    except ApiError as error:
+        yield event(error.body())

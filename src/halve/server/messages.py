@@ -2,28 +2,22 @@
 
 import json
 import secrets
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from halve.server.conversation import Answer, Toolbox, read_messages, text_of
-from halve.server.desk import Desk, Principal, Run, Usage
+from halve.server.desk import Desk
 from halve.server.errors import ApiError
 from halve.server.http import Endpoint, EventStream, event, read_body, until_gone
+from halve.server.running import Principal, Run, Usage
 from halve.server.sampling import room, sampling_of
 from halve.server.served import Served
-from halve.server.wire import (
-    CountBody,
-    FunctionSpec,
-    MessagesBody,
-    NamedFunction,
-    NamedTool,
-    Sampling,
-    Tool,
-    ToolChoice,
-)
+from halve.server.wire import CountBody, FunctionSpec, MessagesBody, Sampling
+
+_CHOICES: Mapping[str, Literal["none", "auto", "required"]] = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def to_chat(body: CountBody) -> list[dict[str, Any]]:
@@ -61,22 +55,16 @@ def to_chat(body: CountBody) -> list[dict[str, Any]]:
 
 def toolbox_of(served: Served, body: CountBody) -> Toolbox:
     """Their tools as functions."""
-    tools = [
-        Tool(type="function", function=FunctionSpec(
-            name=tool.name, description=tool.description, parameters=tool.input_schema
-        ))
+    functions = [
+        FunctionSpec(name=tool.name, description=tool.description, parameters=tool.input_schema)
         for tool in body.tools or ()
-    ]  # fmt: skip
+    ]
     asked = body.tool_choice
-    choice: ToolChoice | None = None
-    if asked is not None:
-        if asked.type == "tool":
-            choice = NamedTool(type="function", function=NamedFunction(name=asked.name or ""))
-        else:
-            kinds: dict[str, ToolChoice] = {"auto": "auto", "any": "required", "none": "none"}
-            choice = kinds[asked.type]
-    parallel = None if asked is None else not asked.disable_parallel_tool_use
-    return Toolbox(served, tools, choice, parallel=parallel)
+    if asked is None:
+        return Toolbox(served, functions, None)
+    choice = _CHOICES.get(asked.type)
+    wanted = asked.name or "" if asked.type == "tool" else None
+    return Toolbox(served, functions, choice, wanted=wanted, parallel=not asked.disable_parallel_tool_use)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

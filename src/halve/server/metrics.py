@@ -1,5 +1,6 @@
 """What Prometheus reads. Names are vLLM's under `halve:` where it has one."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,13 @@ class Metrics:
         )  # fmt: skip
         self.registry.register(_Engines(registry))
 
-    def text(self) -> bytes:
-        """In Prometheus's text format."""
-        return bytes(generate_latest(self.registry))
+    def text(self, key_id: str | None = None) -> str:
+        """In Prometheus's text format. key_id: what other keys cost is left out."""
+        text = generate_latest(self.registry).decode()
+        if key_id is None:
+            return text
+        of_others = re.compile(rf'^halve:cost_micro_usd\w*{{(?!.*key_id="{re.escape(key_id)}").*\n', re.MULTILINE)
+        return of_others.sub("", text)
 
 
 class _Engines(Collector):

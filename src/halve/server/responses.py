@@ -10,21 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from halve.server.conversation import Answer, Toolbox, read_messages, text_of
-from halve.server.desk import Desk, Principal, Run, Usage
+from halve.server.desk import Desk
 from halve.server.errors import ApiError
 from halve.server.http import Endpoint, EventStream, event, read_body, until_gone
+from halve.server.running import Principal, Run, Usage
 from halve.server.sampling import format_grammar, room, sampling_of
-from halve.server.wire import (
-    FunctionSpec,
-    NamedFunction,
-    NamedResponseTool,
-    NamedTool,
-    ResponseBody,
-    ResponseFormat,
-    Sampling,
-    Tool,
-    ToolChoice,
-)
+from halve.server.served import Served
+from halve.server.wire import FunctionSpec, NamedResponseTool, ResponseBody, ResponseFormat, Sampling
 
 
 def _input_messages(given: Any) -> list[dict[str, Any]]:
@@ -51,20 +43,15 @@ def _input_messages(given: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def _toolbox(body: ResponseBody, served: Any) -> Toolbox:
-    tools = [
-        Tool(type="function", function=FunctionSpec(
-            name=tool.name, description=tool.description, parameters=tool.parameters
-        ))
+def _toolbox(body: ResponseBody, served: Served) -> Toolbox:
+    functions = [
+        FunctionSpec(name=tool.name, description=tool.description, parameters=tool.parameters)
         for tool in body.tools or ()
-    ]  # fmt: skip
+    ]
     asked = body.tool_choice
-    choice: ToolChoice | None = (
-        NamedTool(type="function", function=NamedFunction(name=asked.name))
-        if isinstance(asked, NamedResponseTool)
-        else asked
-    )
-    return Toolbox(served, tools, choice, parallel=body.parallel_tool_calls)
+    named = asked.name if isinstance(asked, NamedResponseTool) else None
+    choice = None if isinstance(asked, NamedResponseTool) else asked
+    return Toolbox(served, functions, choice, wanted=named, parallel=body.parallel_tool_calls)
 
 
 def _format(body: ResponseBody) -> ResponseFormat | None:

@@ -1,5 +1,6 @@
 """A model as the server sees it: an engine, its tokenizer, and what is said of it."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,8 +75,6 @@ class Served:
 
 
 def _tools_as_text(tools: Sequence[Mapping[str, Any]]) -> str:
-    import json
-
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return (
         "You may call functions. To call one, answer with <tool_call>\n"

@@ -10,8 +10,8 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from halve.server import tables as t
 Period = Literal["day", "month", "total"]
 Unit = Literal["micro_usd", "tokens"]
 DEAD_AFTER = 60.0  # seconds without a sign of life
+DATABASE_ERRORS = (sa.exc.SQLAlchemyError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
+        self._readers = self.engine.execution_options(reads=True)
         self.server_id = secrets.token_hex(8)
         try:
             self._upgrade()
@@ -79,10 +81,13 @@ class Store:
         with self._connection() as connection:
             _alembic("downgrade", "base", connection)
 
-    @contextmanager
-    def _connection(self) -> Iterator[sa.Connection]:
-        with self.engine.begin() as connection:
-            yield connection
+    def _connection(self) -> AbstractContextManager[sa.Connection]:
+        """A transaction that may write."""
+        return self.engine.begin()
+
+    def _reading(self) -> AbstractContextManager[sa.Connection]:
+        """One that only reads, and waits for nobody who writes."""
+        return self._readers.begin()
 
     def close(self) -> None:
         """Let its connections go."""
@@ -104,11 +109,7 @@ class Store:
             ).all()
             for row_ in lost:
                 _release(c, row_)
-            c.execute(
-                sa.update(t.batches)
-                .where(t.batches.c.status == "in_progress", t.batches.c.server_id.in_(dead))
-                .values(server_id=None)
-            )
+            c.execute(sa.update(t.batches).where(t.batches.c.server_id.in_(dead)).values(server_id=None))
             c.execute(sa.delete(t.servers).where(t.servers.c.seen_at < now - DEAD_AFTER))
 
     def goodbye(self) -> None:
@@ -176,7 +177,7 @@ class Store:
     def all_keys(self) -> list[Key]:
         """Every key, the oldest first."""
         columns = [t.keys.c[name] for name in Key.__slots__]
-        with self._connection() as c:
+        with self._reading() as c:
             return [Key(**row._mapping) for row in c.execute(sa.select(*columns).order_by(t.keys.c.created_at))]
 
     def revoke(self, id_or_name: str) -> Key:
@@ -189,7 +190,7 @@ class Store:
     def find_key(self, secret: str) -> Key | None:
         """The key of a secret that a client sent, unless it is revoked."""
         digest = _digest(secret)
-        with self._connection() as c:
+        with self._reading() as c:
             row = c.execute(sa.select(t.keys).where(t.keys.c.sha256 == digest)).first()
         if row is None or not hmac.compare_digest(row.sha256, digest) or row.revoked_at is not None:
             return None
@@ -209,7 +210,7 @@ class Store:
 
     def budgets(self, key_id: str) -> list[dict[str, Any]]:
         """Each budget of a key, with what is spent and reserved of it."""
-        with self._connection() as c:
+        with self._reading() as c:
             result = []
             for row in c.execute(sa.select(t.budgets).where(t.budgets.c.key_id == key_id)).all():
                 spent = c.execute(sa.select(t.spending).where(*_place(key_id, _start(row.period), row.unit))).first()
@@ -287,11 +288,6 @@ class Store:
 
     # The ledger
 
-    def add_entry(self, entry: LedgerEntry) -> None:
-        """Add a line that belongs to no key."""
-        with self._connection() as c:
-            c.execute(sa.insert(t.ledger).values(**_row(entry)))
-
     def usage(self, by: Literal["key", "model", "day"] | None = None) -> list[dict[str, Any]]:
         """Sums over the ledger, by key, model or day (UTC); requests and idle time apart."""
         is_request = t.ledger.c.kind == "request"
@@ -319,7 +315,7 @@ class Store:
         query = sa.select(*columns)
         if group:
             query = query.group_by(names[by]).order_by(names[by])  # type: ignore[index]
-        with self._connection() as c:
+        with self._reading() as c:
             rows = [dict(row._mapping) for row in c.execute(query)]
         known = {key.id: key.name for key in self.all_keys()}
         for row in rows:
@@ -343,7 +339,7 @@ class Store:
     def response(self, response_id: str, key_id: str | None) -> tuple[Any, Any] | None:
         """A response of this key, and its conversation."""
         owner = t.responses.c.key_id.is_(None) if key_id is None else t.responses.c.key_id == key_id
-        with self._connection() as c:
+        with self._reading() as c:
             row = c.execute(
                 sa.select(t.responses).where(
                     t.responses.c.id == response_id, owner, t.responses.c.expires_at >= time.time()
@@ -359,7 +355,7 @@ class Store:
 
     def rows(self, query: Any) -> Sequence[Any]:
         """The rows of a query."""
-        with self._connection() as c:
+        with self._reading() as c:
             return c.execute(query).all()
 
     def change(self, statement: Any) -> int:
@@ -393,7 +389,7 @@ def _engine(url: str) -> sa.Engine:
             Path(parsed.database).absolute().parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"database {parsed.database}: {error.strerror}; name another with --db") from error
-    # A transaction of SQLite begins as a writer, so that two never wait for each other's lock in a circle.
+    # A transaction of SQLite that may write begins as a writer: two that read first would wait for each other.
     engine = sa.create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
 
     @sa.event.listens_for(engine, "connect")
@@ -412,7 +408,7 @@ def _engine(url: str) -> sa.Engine:
 
     @sa.event.listens_for(engine, "begin")
     def _(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("reads") else "BEGIN IMMEDIATE")
 
     return engine
 

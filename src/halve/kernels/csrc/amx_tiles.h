@@ -5,8 +5,8 @@
 // go. Linux lends them to a process that asked (hardware/detect.py does). Source: Intel 64 and IA-32 Architectures
 // Software Developer's Manual, volume 1, chapter 18.
 //
-// Integers: exact, so that a row has the bits that the loops of integer_stream.h give it, and these take what is left
-// over of 16 rows. bf16: tdpbf16ps sums even and odd inputs apart and flushes subnormal numbers, in an order that no
+// Integers: exact, so that a row has the bits that the loops of integer_stream.h give it, and these take few rows
+// (`fewest_tiled`). bf16: tdpbf16ps sums even and odd inputs apart and flushes subnormal numbers, in an order that no
 // other instruction has; it multiplies every row, alone or among others. Per output, stretches of kTileDepth inputs are
 // summed in a tile, at most kTileDepth / 32 + 17 roundings each, and added one after the other.
 #pragma once
