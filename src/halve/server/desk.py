@@ -17,12 +17,13 @@ from halve.core.errors import EngineError, UserError
 from halve.economics.ledger import LedgerEntry, Meter
 from halve.engine import SamplingParams, Stream
 from halve.server.config import ServerConfig
+from halve.server.database import DATABASE_ERRORS
 from halve.server.errors import ApiError, of_user_error
 from halve.server.metrics import Metrics
 from halve.server.rates import RateLimits
 from halve.server.running import Principal, Run, Usage
 from halve.server.served import Registry, Served
-from halve.server.store import DATABASE_ERRORS, Key, OverBudgetError, Store, Unit
+from halve.server.store import Key, OverBudgetError, Store, Unit
 
 log = logging.getLogger("halve.server")
 

@@ -1,33 +1,29 @@
-"""A server's database: keys, budgets, the ledger, stored responses, files and batches. SQLite or PostgreSQL.
+"""What a server keeps: keys and budgets, the ledger, responses, answers of batches.
 
-Every method is one transaction and blocks; the server calls it from threads. Whatever money or quota it changes is
-changed by one statement whose condition is checked by the database, so that any number of servers may share it.
+Every method is one transaction. Whatever money or quota it changes is changed by one statement whose condition is
+checked by the database, so that any number of servers may share it.
 """
 
 import hashlib
 import hmac
 import json
 import secrets
-import sqlite3
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from halve.core.errors import ConfigError, OutputError
+from halve.core.errors import ConfigError
 from halve.economics.ledger import LedgerEntry
 from halve.server import tables as t
+from halve.server.database import Database, insert, upsert
 
 Period = Literal["day", "month", "total"]
 Unit = Literal["micro_usd", "tokens"]
 DEAD_AFTER = 60.0  # seconds without a sign of life
-DATABASE_ERRORS = (sa.exc.SQLAlchemyError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,56 +47,21 @@ class OverBudgetError(Exception):
         super().__init__(f"the budget of this key a {period} is {amount} {unit}, and {max(0, left)} are left")
 
 
-class Store:
-    """url: `sqlite:///path` or `postgresql://...`. Makes or upgrades the tables. Raises OutputError, ConfigError."""
+class Store(Database):
+    """url: `sqlite:///path` or `postgresql://...`. Raises OutputError, ConfigError."""
 
     def __init__(self, url: str) -> None:
-        self.engine = _engine(url)
-        self._readers = self.engine.execution_options(reads=True)
+        super().__init__(url)
         self.server_id = secrets.token_hex(8)
-        try:
-            self._upgrade()
-        except sa.exc.SQLAlchemyError as error:
-            reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-            raise OutputError(f"database {self.engine.url!r}: {reason}; name another with --db") from error
-
-    # Tables
-
-    def _upgrade(self) -> None:
-        with self._connection() as connection:
-            if connection.dialect.name == "postgresql":
-                connection.execute(sa.text("select pg_advisory_xact_lock(7266148)"))
-            # Alembic takes a third of a second to load, which a start with tables of today does not need.
-            has = sa.inspect(connection).has_table("alembic_version")
-            if has and connection.scalar(sa.text("select version_num from alembic_version")) == t.HEAD:
-                return
-            _alembic("upgrade", "head", connection)
-
-    def downgrade(self) -> None:
-        """Drop all tables (for tests of the migrations)."""
-        with self._connection() as connection:
-            _alembic("downgrade", "base", connection)
-
-    def _connection(self) -> AbstractContextManager[sa.Connection]:
-        """A transaction that may write."""
-        return self.engine.begin()
-
-    def _reading(self) -> AbstractContextManager[sa.Connection]:
-        """One that only reads, and waits for nobody who writes."""
-        return self._readers.begin()
-
-    def close(self) -> None:
-        """Let its connections go."""
-        self.engine.dispose()
 
     # Life of servers
 
     def hello(self) -> None:
         """Say that this server lives, and take back what dead ones had reserved."""
         now = time.time()
-        with self._connection() as c:
+        with self.writing() as c:
             row = {"id": self.server_id, "started_at": now, "seen_at": now}
-            c.execute(_upsert(c, t.servers, row, ["id"], {"seen_at": now}))
+            c.execute(upsert(c, t.servers, row, ["id"], {"seen_at": now}))
             dead = sa.select(t.servers.c.id).where(t.servers.c.seen_at < now - DEAD_AFTER)
             lost = c.execute(
                 sa.select(t.reservations).where(
@@ -114,7 +75,7 @@ class Store:
 
     def goodbye(self) -> None:
         """Say that this server ends; what it had reserved is free."""
-        with self._connection() as c:
+        with self.writing() as c:
             for row in c.execute(sa.select(t.reservations).where(t.reservations.c.server_id == self.server_id)).all():
                 _release(c, row)
             c.execute(sa.update(t.batches).where(t.batches.c.server_id == self.server_id).values(server_id=None))
@@ -147,7 +108,7 @@ class Store:
             "requests_per_minute": requests_per_minute,
             "tokens_per_minute": tokens_per_minute,
         }
-        with self._connection() as c:
+        with self.writing() as c:
             c.execute(sa.insert(t.keys).values(**row))
         return self.key(str(row["id"])), secret
 
@@ -161,8 +122,8 @@ class Store:
             "created_at": time.time(),
             "is_admin": False,
         }
-        with self._connection() as c:
-            c.execute(_insert(c, t.keys).values(**row).on_conflict_do_nothing())
+        with self.writing() as c:
+            c.execute(insert(c, t.keys).values(**row).on_conflict_do_nothing())
 
     def key(self, id_or_name: str) -> Key:
         """One key. Raises ConfigError where none or several are called so."""
@@ -177,20 +138,20 @@ class Store:
     def all_keys(self) -> list[Key]:
         """Every key, the oldest first."""
         columns = [t.keys.c[name] for name in Key.__slots__]
-        with self._reading() as c:
+        with self.reading() as c:
             return [Key(**row._mapping) for row in c.execute(sa.select(*columns).order_by(t.keys.c.created_at))]
 
     def revoke(self, id_or_name: str) -> Key:
         """End a key; requests with it are refused from now on."""
         key = self.key(id_or_name)
-        with self._connection() as c:
+        with self.writing() as c:
             c.execute(sa.update(t.keys).where(t.keys.c.id == key.id).values(revoked_at=time.time()))
         return self.key(key.id)
 
     def find_key(self, secret: str) -> Key | None:
         """The key of a secret that a client sent, unless it is revoked."""
         digest = _digest(secret)
-        with self._reading() as c:
+        with self.reading() as c:
             row = c.execute(sa.select(t.keys).where(t.keys.c.sha256 == digest)).first()
         if row is None or not hmac.compare_digest(row.sha256, digest) or row.revoked_at is not None:
             return None
@@ -203,14 +164,14 @@ class Store:
         if amount is not None and not 0 <= amount < 2**63:
             raise ConfigError(f"budget: {amount} must be from 0 to 2**63 - 1")
         at = (t.budgets.c.key_id == key_id) & (t.budgets.c.period == period) & (t.budgets.c.unit == unit)
-        with self._connection() as c:
+        with self.writing() as c:
             c.execute(sa.delete(t.budgets).where(at))
             if amount is not None:
                 c.execute(sa.insert(t.budgets).values(key_id=key_id, period=period, unit=unit, amount=amount))
 
     def budgets(self, key_id: str) -> list[dict[str, Any]]:
         """Each budget of a key, with what is spent and reserved of it."""
-        with self._reading() as c:
+        with self.reading() as c:
             result = []
             for row in c.execute(sa.select(t.budgets).where(t.budgets.c.key_id == key_id)).all():
                 spent = c.execute(sa.select(t.spending).where(*_place(key_id, _start(row.period), row.unit))).first()
@@ -230,13 +191,13 @@ class Store:
 
         most: of each unit; None where it is not known: such a budget is then checked for being used up.
         """
-        with self._connection() as c:
+        with self.writing() as c:
             limits = c.execute(sa.select(t.budgets).where(t.budgets.c.key_id == key_id)).all()
             taken: list[tuple[str, str, int]] = []
             for limit in limits:
                 start, amount = _start(limit.period), most.get(limit.unit) or 0
                 row = {"key_id": key_id, "start": start, "unit": limit.unit, "settled": 0, "reserved": 0}
-                c.execute(_insert(c, t.spending).values(**row).on_conflict_do_nothing())
+                c.execute(insert(c, t.spending).values(**row).on_conflict_do_nothing())
                 place = _place(key_id, start, limit.unit)
                 used = t.spending.c.settled + t.spending.c.reserved
                 done = c.execute(
@@ -261,8 +222,8 @@ class Store:
 
         A request is written once: a second line with its id changes nothing.
         """
-        with self._connection() as c:
-            line = _insert(c, t.ledger).values(**_row(entry)).on_conflict_do_nothing().returning(t.ledger.c.id)
+        with self.writing() as c:
+            line = insert(c, t.ledger).values(**_row(entry)).on_conflict_do_nothing().returning(t.ledger.c.id)
             is_new = c.execute(line).first() is not None
             held = None
             if reservation_id is not None:
@@ -277,11 +238,11 @@ class Store:
                 start = _start(limit.period)
                 row = {"key_id": entry.key_id, "start": start, "unit": limit.unit, "settled": amount, "reserved": 0}
                 more = {"settled": t.spending.c.settled + amount}
-                c.execute(_upsert(c, t.spending, row, ["key_id", "start", "unit"], more))
+                c.execute(upsert(c, t.spending, row, ["key_id", "start", "unit"], more))
 
     def release(self, reservation_id: str) -> None:
         """Take back what a request that did not run had reserved."""
-        with self._connection() as c:
+        with self.writing() as c:
             held = c.execute(sa.select(t.reservations).where(t.reservations.c.id == reservation_id)).first()
             if held is not None:
                 _release(c, held)
@@ -315,7 +276,7 @@ class Store:
         query = sa.select(*columns)
         if group:
             query = query.group_by(names[by]).order_by(names[by])  # type: ignore[index]
-        with self._reading() as c:
+        with self.reading() as c:
             rows = [dict(row._mapping) for row in c.execute(query)]
         known = {key.id: key.name for key in self.all_keys()}
         for row in rows:
@@ -331,7 +292,7 @@ class Store:
 
     def put_response(self, response_id: str, key_id: str | None, expires_at: float, body: Any, messages: Any) -> None:
         """Keep a response and the conversation that it ends; what has expired goes."""
-        with self._connection() as c:
+        with self.writing() as c:
             c.execute(sa.delete(t.responses).where(t.responses.c.expires_at < time.time()))
             row = {"id": response_id, "key_id": key_id, "expires_at": expires_at}
             c.execute(sa.insert(t.responses).values(**row, body=json.dumps(body), messages=json.dumps(messages)))
@@ -339,7 +300,7 @@ class Store:
     def response(self, response_id: str, key_id: str | None) -> tuple[Any, Any] | None:
         """A response of this key, and its conversation."""
         owner = t.responses.c.key_id.is_(None) if key_id is None else t.responses.c.key_id == key_id
-        with self._reading() as c:
+        with self.reading() as c:
             row = c.execute(
                 sa.select(t.responses).where(
                     t.responses.c.id == response_id, owner, t.responses.c.expires_at >= time.time()
@@ -350,77 +311,14 @@ class Store:
     def delete_response(self, response_id: str, key_id: str | None) -> bool:
         """Forget a response."""
         owner = t.responses.c.key_id.is_(None) if key_id is None else t.responses.c.key_id == key_id
-        with self._connection() as c:
+        with self.writing() as c:
             return bool(c.execute(sa.delete(t.responses).where(t.responses.c.id == response_id, owner)).rowcount)
-
-    def rows(self, query: Any) -> Sequence[Any]:
-        """The rows of a query."""
-        with self._reading() as c:
-            return c.execute(query).all()
-
-    def change(self, statement: Any) -> int:
-        """Run one statement; the number of rows that it changed."""
-        with self._connection() as c:
-            return int(c.execute(statement).rowcount)
 
     def put_line(self, batch_id: str, line: int, *, ok: bool, result: Any) -> None:
         """Keep the answer to a line of a batch; the first one stays."""
         row = {"batch_id": batch_id, "line": line, "ok": int(ok), "result": json.dumps(result)}
-        with self._connection() as c:
-            c.execute(_insert(c, t.batch_lines).values(**row).on_conflict_do_nothing())
-
-
-def _engine(url: str) -> sa.Engine:
-    try:
-        parsed = sa.make_url(url)
-    except sa.exc.ArgumentError as error:
-        raise ConfigError(f"db: {url!r:.80} is no database; give sqlite:///PATH or postgresql://...") from error
-    if parsed.drivername in ("postgresql", "postgres"):
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise ConfigError(f"db: {parsed.get_backend_name()} is not known; give sqlite:///PATH or postgresql://...")
-    if parsed.get_backend_name() == "postgresql":
-        try:
-            return sa.create_engine(parsed, pool_pre_ping=True, pool_size=10)
-        except ImportError as error:
-            raise ConfigError("db: PostgreSQL needs psycopg; pip install 'psycopg[binary]'") from error
-    if parsed.database and parsed.database != ":memory:":
-        try:
-            Path(parsed.database).absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"database {parsed.database}: {error.strerror}; name another with --db") from error
-    # A transaction of SQLite that may write begins as a writer: two that read first would wait for each other.
-    engine = sa.create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
-
-    @sa.event.listens_for(engine, "connect")
-    def _(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-        for pragma in ("busy_timeout=30000", "synchronous=NORMAL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        for attempt in range(100):  # no time-out covers this change of a new database
-            try:
-                connection.execute("PRAGMA journal_mode=WAL")
-                break
-            except sqlite3.OperationalError:
-                if attempt == 99:
-                    raise
-                time.sleep(0.05)
-
-    @sa.event.listens_for(engine, "begin")
-    def _(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("reads") else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _alembic(command: str, to: str, connection: sa.Connection) -> None:
-    from alembic import command as commands
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
-    config.attributes["connection"] = connection
-    getattr(commands, command)(config, to)
+        with self.writing() as c:
+            c.execute(insert(c, t.batch_lines).values(**row).on_conflict_do_nothing())
 
 
 def _digest(secret: str) -> str:
@@ -449,13 +347,3 @@ def _release(connection: sa.Connection, row: Any) -> None:
 
 def _row(entry: LedgerEntry) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in LedgerEntry.__slots__ if name != "version"}
-
-
-def _insert(connection: sa.Connection, table: sa.Table) -> Any:
-    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
-
-
-def _upsert(
-    connection: sa.Connection, table: sa.Table, row: Mapping[str, Any], index: list[str], changed: Mapping[str, Any]
-) -> Any:
-    return _insert(connection, table).values(**row).on_conflict_do_update(index_elements=index, set_=dict(changed))
