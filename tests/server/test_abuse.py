@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -123,6 +124,22 @@ def test_a_slow_client_holds_nobody_up(live):
     with socket.create_connection((host, int(port))) as slow:
         slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
         assert httpx.post(live.url + TEXT, json={"model": "tiny", "prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_huge_prompt_holds_no_stream_up(live):
+    """15 MB of words take 20 s to tokenize, and can't fit."""
+    huge = {"model": "tiny", "messages": [{"role": "user", "content": "word " * 3_000_000}]}
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with ThreadPoolExecutor(2) as pool, httpx.stream("POST", live.url + TEXT, json=asked, timeout=30) as stream:
+        sent = [
+            pool.submit(httpx.post, live.url + CHAT, json=huge, timeout=60),
+            pool.submit(httpx.post, live.url + TEXT, json={"model": "tiny", "prompt": "word " * 3_000_000}),
+        ]
+        *_, last = (line for line in stream.iter_lines() if line)
+        assert last == "data: [DONE]"
+        errors = [one.result().json()["error"] for one in sent]
+    assert [error["code"] for error in errors] == ["context_length_exceeded"] * 2
+    assert [error["param"] for error in errors] == ["messages", "prompt"]
 
 
 def test_openapi_tells_every_route(live):

@@ -36,7 +36,7 @@ async def begin_chat(desk: Desk, principal: Principal, body: ChatBody, request_i
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: it needs logprobs to be true", param="top_logprobs", code="invalid_value")
     tools = toolbox.specs if toolbox.is_open else None
-    ids, stops = served.chat(read_messages(body.messages), tools, body.chat_template_kwargs)
+    ids, stops = await served.chat(read_messages(body.messages), tools, body.chat_template_kwargs)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     sampling = sampling_of(
         body,

@@ -20,17 +20,17 @@ from halve.server.served import Served
 from halve.server.wire import CompletionBody
 
 
-def read_prompts(desk: Desk, served: Served, given: Any, name: str = "prompt") -> list[list[int]]:
+async def read_prompts(desk: Desk, served: Served, given: Any, name: str = "prompt") -> list[list[int]]:
     """Token ids of each prompt: texts or ids, one or several. Raises ApiError."""
     if isinstance(given, str):
-        return [served.encode(given)]
+        return [await served.encode(given, name)]
     if not given:
         raise ApiError(400, f"{name}: it is empty", param=name, code="invalid_value")
     if isinstance(given[0], int):
         given = [given]
     if len(given) > desk.config.max_prompts:
         raise ApiError(400, f"{name}: {len(given)} of them; this server takes {desk.config.max_prompts}", param=name)
-    prompts = [served.encode(one) if isinstance(one, str) else one for one in given]
+    prompts = [await served.encode(one, name) if isinstance(one, str) else one for one in given]
     for prompt in prompts:
         if prompt and not 0 <= min(prompt) <= max(prompt) < served.vocab_size:
             raise ApiError(400, f"{name}: token ids must lie in 0 to {served.vocab_size - 1}", param=name)
@@ -101,7 +101,7 @@ async def answer_completion(
         raise ApiError(400, f"best_of: {body.best_of} must be n ({n}); all answers are returned", param="best_of")
     if n > desk.config.max_n:
         raise ApiError(400, f"n: {n} is more than {desk.config.max_n}, this server's most", param="n")
-    prompts = read_prompts(desk, served, body.prompt)
+    prompts = await read_prompts(desk, served, body.prompt)
     asked = 16 if body.max_tokens is None else body.max_tokens
     if asked == 0 and not body.echo:
         raise ApiError(400, "max_tokens: 0 needs echo; give 1 or more", param="max_tokens", code="invalid_value")

@@ -221,7 +221,7 @@ class Desk:
             raise ApiError(400, f"response_format: {served.name} has no grammars here", param="response_format")
         try:
             async with asyncio.timeout(10):
-                await asyncio.to_thread(served.constrainer.check, grammar)
+                await served.aside(served.constrainer.check, grammar)
         except TimeoutError as error:
             raise ApiError(
                 400, "response_format: the grammar takes more than 10 s to compile; simplify it",

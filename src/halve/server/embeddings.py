@@ -21,7 +21,7 @@ from halve.server.wire import EmbeddingBody
 async def answer_embedding(desk: Desk, principal: Principal, body: EmbeddingBody, request: Request | None) -> Response:
     """Vectors of texts; billed as prompts are."""
     served = desk.registry.get(body.model)
-    prompts = read_prompts(desk, served, body.input, "input")
+    prompts = await read_prompts(desk, served, body.input, "input")
     for prompt in prompts:
         if not 0 < len(prompt) <= served.context:
             raise ApiError(

@@ -88,7 +88,7 @@ def _reason(answer: Answer, run: Run, sampling_stops: tuple[str, ...]) -> str:
 async def _begin(desk: Desk, principal: Principal, body: MessagesBody, name: str) -> tuple[Run, Toolbox]:
     served = desk.registry.get(body.model)
     toolbox = toolbox_of(served, body)
-    ids, stops = served.chat(to_chat(body), toolbox.specs if toolbox.is_open else None)
+    ids, stops = await served.chat(to_chat(body), toolbox.specs if toolbox.is_open else None)
     plain = Sampling(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k or None, stop=body.stop_sequences)
     sampling = sampling_of(
         plain, room(served.context, len(ids), body.max_tokens), more_stops=stops, grammar=toolbox.grammar
@@ -177,7 +177,7 @@ def endpoints(desk: Desk) -> list[Endpoint]:
         body = await read_body(request, desk, CountBody)
         served = desk.registry.get(body.model)
         toolbox = toolbox_of(served, body)
-        ids, _ = served.chat(to_chat(body), toolbox.specs if toolbox.is_open else None)
+        ids, _ = await served.chat(to_chat(body), toolbox.specs if toolbox.is_open else None)
         return JSONResponse({"input_tokens": len(ids)})
 
     return [

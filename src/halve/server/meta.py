@@ -99,12 +99,9 @@ def endpoints(desk: Desk) -> list[Endpoint]:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: give either prompt or messages", param="prompt", code="invalid_value")
         if body.messages is not None:
-            ids, _ = served.chat(read_messages(body.messages), None)
+            ids, _ = await served.chat(read_messages(body.messages), None)
         else:
-            try:
-                ids = served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-            except TextError as error:
-                raise ApiError(400, str(error), param="prompt") from error
+            ids = await served.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": served.context})
 
     async def detokenize(request: Request, principal: Principal) -> Response:

@@ -160,7 +160,9 @@ async def _begin(desk: Desk, principal: Principal, body: ResponseBody) -> _Conve
     toolbox = _toolbox(body, served)
     grammar = toolbox.grammar or format_grammar(_format(body))
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    ids, stops = served.chat(read_messages([*instructions, *messages]), toolbox.specs if toolbox.is_open else None)
+    ids, stops = await served.chat(
+        read_messages([*instructions, *messages]), toolbox.specs if toolbox.is_open else None
+    )
     plain = Sampling(temperature=body.temperature, top_p=body.top_p)
     most = room(served.context, len(ids), body.max_output_tokens)
     sampling = sampling_of(plain, most, more_stops=stops, grammar=grammar)

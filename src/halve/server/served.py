@@ -1,10 +1,13 @@
 """A model as the server sees it: an engine, its tokenizer, and what is said of it."""
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from halve.core.errors import RequestError, TextError
 from halve.engine import Engine, EngineConfig
@@ -15,6 +18,9 @@ from halve.text import Tokenizer
 
 log = logging.getLogger("halve.server")
 
+T = TypeVar("T")
+
+_ASIDE = ThreadPoolExecutor(2, "halve-aside")
 FALLBACK_STOPS = ("\nuser:", "\nsystem:")
 
 
@@ -39,23 +45,52 @@ class Served:
     promise: Mapping[str, Any] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens as the tokenizer adds them."""
-        try:
-            return self.tokenizer.encode(text)
-        except TextError as error:
-            raise ApiError(400, str(error), param="prompt") from error
+    async def encode(self, text: str, name: str = "prompt", *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. name: of the field that holds it. Raises ApiError."""
+        return await self.aside(self._encode, text, name, add_special_tokens)
 
-    def chat(
+    async def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], tuple[str, ...]]:
-        """Token ids of a conversation, ready for the assistant's answer, and strings that end it.
+        """Token ids of a conversation, ready for the assistant's answer, and strings that end it. Raises ApiError.
 
         A model without a chat template gets `role: text` lines. A template that knows no tools gets them as a message.
         """
+        return await self.aside(self._chat, messages, tools, variables)
+
+    async def aside(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run what takes a processor's time where it holds up neither streams nor the database."""
+        return await asyncio.get_running_loop().run_in_executor(_ASIDE, partial(work, *arguments))
+
+    def _encode(self, text: str, name: str, add_special_tokens: bool) -> list[int]:
+        self._require_short(len(text), name)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except TextError as error:
+            raise ApiError(400, str(error), param=name) from error
+
+    def _require_short(self, length: int, name: str) -> None:
+        """Refuse a text that cannot fit before seconds are spent on its tokens."""
+        most = self.context * self.tokenizer.longest_token
+        if length > most:
+            raise ApiError(
+                400,
+                f"{name}: {length} characters can't fit: the context holds {self.context} tokens, and none has more "
+                f"than {self.tokenizer.longest_token} characters",
+                param=name,
+                code="context_length_exceeded",
+            )
+
+    def _chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> tuple[list[int], tuple[str, ...]]:
+        self._require_short(sum(len(message.get("content") or "") for message in messages), "messages")
         source = self.tokenizer.chat_template
         given = list(messages)
         if tools and (source is None or "tools" not in source):

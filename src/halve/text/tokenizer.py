@@ -44,6 +44,11 @@ class Tokenizer:
         """One more than the largest id. Found when first asked for: a quarter of a second for 128,000 tokens."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, so that a text has at least its length over this many tokens."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
     @classmethod
     def from_directory(cls, path: Path, *, vocab_size: int | None = None) -> "Tokenizer":
         """Read the tokenizer files of a checkpoint directory.
