@@ -88,6 +88,11 @@ def test_hostile_schemas_harm_nobody(live, hostile):
     assert httpx.post(live.url + TEXT, json={"model": "tiny", "prompt": "hi", "max_tokens": 2}).status_code == 200
 
 
+def test_every_form_that_a_field_may_have_is_told(live):
+    answer = httpx.post(live.url + CHAT, json=body(stop={"a": 1}))
+    assert answer.json()["error"]["message"] == "stop: Input should be a valid string or a valid array"
+
+
 def test_other_requests_are_refused_in_the_same_shape(live):
     assert httpx.post(live.url + CHAT, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert httpx.post(live.url + CHAT, json=body(model="no")).json()["error"]["code"] == "model_not_found"

@@ -71,7 +71,8 @@ def of_user_error(error: UserError) -> ApiError:
 
 def of_validation(error: ValidationError) -> ApiError:
     """What is wrong with a body, by its first mistake."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    first = found[0]
     # Branches of a union are part of pydantic's place; they are no part of the body.
     place = [str(p) for p in first["loc"] if isinstance(p, int) or re.fullmatch(r"[a-z0-9_]+", str(p))]
     place = [p for p in place if p not in ("str", "int", "float", "list", "dict", "bool")]
@@ -84,4 +85,7 @@ def of_validation(error: ValidationError) -> ApiError:
         )
     if first["type"] == "missing":
         return ApiError(400, f"{param}: missing", param=param, code="missing_required_parameter")
-    return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
+    # A union says once for each of its forms what that form would be.
+    rules = dict.fromkeys(one["msg"] for one in found if one["loc"][:1] == first["loc"][:1])
+    rule = " or ".join([first["msg"], *(one.removeprefix("Input should be ") for one in rules if one != first["msg"])])
+    return ApiError(400, f"{param}: {rule}", param=param, code="invalid_value")
