@@ -26,7 +26,7 @@ from halve.compress import ActivationChoice, KVChoice
 from halve.compress import resolve as resolve_plan
 from halve.core.certificate import Certificate, Cost, Inputs, SealedText, Size, TaskResult
 from halve.core.errors import FormatError, OutputError, PlanError
-from halve.core.plan import ActivationFormat, KVFormat
+from halve.core.plan import ActivationFormat, KVFormat, RoundingMethod
 from halve.core.record import to_json
 from halve.core.units import parse_percent
 from halve.data import write_documents
@@ -42,7 +42,7 @@ log = logging.getLogger("halve")
 NUM_SAMPLES = 2  # answers of both models that the report shows
 DEFAULT_FORMAT = "int8"  # without a limit there is nothing to search for: the format that hardly loses anything
 
-Method = Literal["auto", "rtn", "clip"]
+Method = RoundingMethod | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ def optimize(
 
     max_quality_loss: perplexity ratio - 1, as `"1%"` or 0.01; without it the bundle is made and measured.
     format: `auto` for the cheapest uniform format that passes, or a format's name. method: `rtn` rounds to nearest,
-    `clip` weighs each input by its energy on the calibration text, `auto` takes clip for integers and rtn for fp8.
+    `clip` weighs each input by its energy on the calibration text, `gptq` makes later weights up for the error of
+    earlier ones, `auto` takes clip for integers and rtn for fp8.
     activations, kv_cache: formats that the inputs of products, and keys and values, are rounded to where the smaller
     model runs and where it is judged; `auto` takes int8 activations with integer weights and a bf16 cache, and fp32 for
     both in a portable bundle.

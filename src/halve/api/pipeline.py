@@ -14,7 +14,7 @@ from halve.api.progress import Advance, Progress
 from halve.api.texts import Texts
 from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
-from halve.compress import Energies, ModuleReport, apply_plan, calibrate
+from halve.compress import Energies, Hessians, ModuleReport, Statistics, apply_plan, calibrate
 from halve.core.certificate import Attempt, Measured, Quality
 from halve.core.errors import QualityError
 from halve.core.record import from_dict, to_dict
@@ -81,14 +81,14 @@ def run(job: Job) -> Outcome:
 
     Raises QualityError, naming the best that was reached, when nothing passes within the attempts.
     """
-    energies = _calibrate(job)
+    statistics = _calibrate(job)
     original = original_scorer(job.checkpoint, job.config, job.device)
-    first, judged = _search(job, original, energies)
+    first, judged = _search(job, original, statistics)
     attempts: list[Attempt] = []
     last = min(first + (MAX_ATTEMPTS if job.searched else 1), len(job.ranked))
     for index in range(first, last):
         candidate = job.ranked[index]
-        directory, modules = _make(job, candidate, energies)
+        directory, modules = _make(job, candidate, statistics)
         measured = _certify(job, original, candidate, directory)
         passed = None if job.limit is None else passes(measured, job.limit)
         attempts.append(
@@ -136,13 +136,17 @@ def original_scorer(checkpoint: Checkpoint, config: ModelConfig, device: str) ->
     return DecoderScorer(load_decoder(checkpoint, config, _reference_ops(config, device)), keep_bytes=KEEP_BYTES)
 
 
-def _calibrate(job: Job) -> Energies | None:
-    """Input energies, where any candidate needs them."""
-    if all(candidate.method == "rtn" for candidate in job.ranked):
-        return None
+def _calibrate(job: Job) -> Statistics:
+    """What the candidates need to know of their inputs; on disk, the energies come last."""
+    methods = {candidate.method for candidate in job.ranked}
+    if methods <= {"rtn"}:
+        return Statistics()
     path = job.workspace.path / "energies.npz"
+    hessians = Hessians(folder=job.workspace.path / "hessians") if "gptq" in methods else None
     if path.exists():
-        return Energies.load(path)
+        return Statistics(energies=Energies.load(path), hessians=hessians)
+    if hessians is not None:
+        job.workspace.fresh_directory(hessians.folder.name)
     with job.progress.task("Calibrating", "layers") as advance:
         energies = calibrate(
             job.config,
@@ -150,15 +154,16 @@ def _calibrate(job: Job) -> Energies | None:
             job.texts.calibration,
             window_tokens=job.texts.window_tokens,
             device=job.device,
+            hessians=hessians,
             progress=advance,
         )
     temporary = path.with_suffix(".new.npz")
     energies.save(temporary)
     temporary.replace(path)
-    return energies
+    return Statistics(energies=energies, hessians=hessians)
 
 
-def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tuple[int, list[Judged]]:
+def _search(job: Job, original: DecoderScorer, statistics: Statistics) -> tuple[int, list[Judged]]:
     """Index of the cheapest candidate that passes on the selection text. A named format is not judged there."""
     if not job.searched:
         return 0, []
@@ -169,7 +174,7 @@ def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tup
         stored = job.workspace.state.setdefault("judged", {})
         if label(candidate) in stored:
             return from_dict(Judged, stored[label(candidate)])
-        directory, _ = _make(job, candidate, energies)
+        directory, _ = _make(job, candidate, statistics)
         with job.progress.task(f"Judging {label(candidate)}", "tokens") as advance, open_checkpoint(directory) as made:
             measured, passed = judge_early(
                 original,
@@ -226,7 +231,7 @@ def _exact_flags(candidate: Candidate) -> str:
     return " ".join(f"{flag} fp32" for flag, chosen in rounded.items() if chosen != "fp32")
 
 
-def _make(job: Job, candidate: Candidate, energies: Energies | None) -> tuple[Path, tuple[ModuleReport, ...]]:
+def _make(job: Job, candidate: Candidate, statistics: Statistics) -> tuple[Path, tuple[ModuleReport, ...]]:
     """Write a candidate's model into the workspace; only the newest is kept on disk."""
     name = f"model-{candidate.format}-{candidate.method}"
     directory = job.workspace.path / name
@@ -238,7 +243,15 @@ def _make(job: Job, candidate: Candidate, energies: Energies | None) -> tuple[Pa
     directory = job.workspace.fresh_directory(name)
     assert candidate.plan is not None
     with job.progress.task(f"Writing {label(candidate)}", "matrices") as advance:
-        modules = apply_plan(job.checkpoint, job.config, candidate.plan, directory, energies=energies, progress=advance)
+        modules = apply_plan(
+            job.checkpoint,
+            job.config,
+            candidate.plan,
+            directory,
+            energies=statistics.energies,
+            hessians=statistics.hessians,
+            progress=advance,
+        )
     job.workspace.state["made"] = {"name": name, "modules": [to_dict(m) for m in modules]}
     job.workspace.save_state()
     return directory, modules

@@ -43,6 +43,7 @@ class Method(StrEnum):
     auto = "auto"
     rtn = "rtn"
     clip = "clip"
+    gptq = "gptq"
 
 
 class InputFormat(StrEnum):
@@ -93,7 +94,9 @@ def optimize(
     format: Annotated[
         str, typer.Option(help="auto, or a format such as int8, int4-g32 (`halve doctor` lists them).")
     ] = "auto",
-    method: Annotated[Method, typer.Option(help="Rounding: rtn (to nearest), clip (calibrated), auto.")] = Method.auto,
+    method: Annotated[
+        Method, typer.Option(help="Rounding: rtn (to nearest), clip, gptq (calibrated), auto.")
+    ] = Method.auto,
     activations: Annotated[
         InputFormat, typer.Option(help="Inputs of products are rounded to this; auto: int8 with integer weights.")
     ] = InputFormat.auto,

@@ -1,6 +1,7 @@
-"""The energy of every projection's input, E[x_j^2], from one pass of text through the original model.
+"""The energy of every projection's input, E[x_j^2], and its second moments E[x x^T], from one pass of text.
 
-Streamed: all calibration tokens go through one layer at a time, whose weights are the only ones in memory.
+Streamed: all calibration tokens go through one layer of the original at a time, whose weights and moments are the only
+ones in memory; moments are written as the layer ends.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from halve.kernels.reference import TorchOps
 from halve.kernels.rough import rough_ops
 from halve.models.config import ModelConfig
 from halve.models.decoder import DecoderLayer, WeightSource
-from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, num_parameters
+from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, groups, num_parameters
 from halve.models.rope import RopeTable
 
 # A mean of squares needs two digits, and small models take no time anyway.
@@ -45,6 +46,42 @@ class Energies:
             return cls(by_group=by_group, num_tokens=int(stored["__num_tokens__"]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hessians:
+    """E[x x^T] of each input, by fused group: float32 [in, in], a file each in `folder`, read when asked for."""
+
+    folder: Path
+
+    def of(self, group: str) -> Array:
+        """Of one group. Raises CheckpointError where it was not measured."""
+        try:
+            return np.load(self._file(group), mmap_mode="r")  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._file(group)}: holds no second moments ({error}); calibrate again") from error
+
+    def write(self, group: str, moments: Array) -> None:
+        """Keep those of one group, whole or not at all."""
+        temporary = self.folder / f"{group}.new.npy"
+        np.save(temporary, moments)
+        temporary.replace(self._file(group))
+
+    def _file(self, group: str) -> Path:
+        return self.folder / f"{group}.npy"
+
+    @staticmethod
+    def size_bytes(config: ModelConfig) -> int:
+        """What they take on disk."""
+        return sum(4 * group.members[0].shape[1] ** 2 for group in groups(config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What methods know of a model's inputs: None where it was not measured."""
+
+    energies: Energies | None = None
+    hessians: Hessians | None = None
+
+
 def calibrate(
     config: ModelConfig,
     source: WeightSource,
@@ -52,11 +89,13 @@ def calibrate(
     *,
     window_tokens: int,
     device: str = "cpu",
+    hessians: Hessians | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Energies:
     """Run documents (int32 token ids each) through the original model and average each input's square.
 
-    A document longer than window_tokens is cut into windows. Raises CheckpointError naming the layer when the
+    hessians: where second moments go too; they take twice a layer's products, and [in, in] floats of one layer in
+    memory. A document longer than window_tokens is cut into windows. Raises CheckpointError naming the layer when the
     original model itself makes NaN or infinity, DataError when there are no tokens. progress: layers done, in all.
     """
     ops = rough_ops(device) if num_parameters(config) >= ROUGH_PARAMETERS else TorchOps(device)
@@ -65,11 +104,25 @@ def calibrate(
     if num_tokens == 0:
         raise DataError("the calibration text holds no tokens; give documents that are not empty")
     sums: dict[str, torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
+
+    def look(name: str, x: Buffer) -> None:
+        squares = x.square().sum(0).double()  # float32 over one batch, float64 over all
+        sums[name] = sums.get(name, 0) + squares
+        if hessians is not None:
+            if name not in moments:
+                moments[name] = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
+            moments[name].addmm_(x.t(), x)
 
     def tap(group: FusedGroup, x: Buffer, outputs: list[Buffer]) -> list[Buffer]:
-        squares = x.square().sum(0).double()  # float32 over one batch, float64 over all
-        sums[group.name] = sums.get(group.name, 0) + squares
+        look(group.name, x)
         return outputs
+
+    def write_moments() -> None:
+        while moments:
+            name, total = moments.popitem()
+            assert hessians is not None
+            hessians.write(name, total.div_(num_tokens).cpu().numpy())
 
     with torch.inference_mode():
         table = ops.table(source.weight(EMBEDDING, (config.vocab_size, config.hidden_size)))
@@ -85,12 +138,13 @@ def calibrate(
                 streams[i] = layer(streams[i], batch)
             _require_finite(streams, f"layer {index}")
             source.forget()
+            write_moments()
             if progress:
                 progress(index + 1, config.num_layers)
         gain = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
         for stream in streams:
-            normed = ops.rms_norm(stream, gain, config.rms_norm_eps)
-            sums["lm_head"] = sums.get("lm_head", 0) + normed.square().sum(0).double()
+            look("lm_head", ops.rms_norm(stream, gain, config.rms_norm_eps))
+        write_moments()
     return Energies(
         by_group={name: (total / num_tokens).cpu().numpy() for name, total in sums.items()}, num_tokens=num_tokens
     )

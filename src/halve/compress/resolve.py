@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from halve.core.errors import FormatError, PlanError
-from halve.core.plan import ActivationFormat, Activations, KVCache, KVFormat, Plan, WeightRule, Weights
+from halve.core.plan import ActivationFormat, Activations, KVCache, KVFormat, Plan, RoundingMethod, WeightRule, Weights
 from halve.formats import FORMATS, Format, check
 from halve.formats.base import formats_that_divide
 from halve.models.config import ModelConfig
@@ -21,7 +21,7 @@ class Assignment:
     module: Module
     group: str  # its fused group, the name of its input's energy; "embedding" for an untied table
     format: Format | None
-    method: Literal["rtn", "clip"] | None
+    method: RoundingMethod | None
 
 
 def resolve(plan: Plan, config: ModelConfig) -> tuple[Assignment, ...]:
@@ -92,7 +92,7 @@ def _check_portable(plan: Plan, assignments: list[Assignment], config: ModelConf
 def uniform_plan(
     config: ModelConfig,
     fmt: Format,
-    method: Literal["rtn", "clip"],
+    method: RoundingMethod,
     *,
     portable: bool,
     source_bits: int,

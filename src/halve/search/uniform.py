@@ -12,12 +12,12 @@ from typing import Literal
 from halve.compress import ActivationChoice, Assignment, KVChoice, resolve, uniform_plan
 from halve.core.certificate import Measured
 from halve.core.errors import FormatError
-from halve.core.plan import Plan
+from halve.core.plan import Plan, RoundingMethod
 from halve.formats import FORMATS, Format
 from halve.models.config import ModelConfig
 from halve.models.names import EMBEDDING, modules, vectors
 
-Method = Literal["rtn", "clip"]
+MethodChoice = RoundingMethod | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Candidate:
     """A plan that could be made. refusal: why it can't, then plan is None."""
 
     format: str
-    method: Method
+    method: RoundingMethod
     plan: Plan | None
     bytes_per_token: int | None
     refusal: str | None = None
@@ -36,7 +36,7 @@ class Judged:
     """A candidate's quality on the selection text, and whether it is within the limit."""
 
     format: str
-    method: Method
+    method: RoundingMethod
     bytes_per_token: int
     ppl_ratio: Measured
     kl_mean: Measured
@@ -44,7 +44,7 @@ class Judged:
     version: int = 1
 
 
-def method_for(fmt: Format, method: Literal["auto", "rtn", "clip"]) -> Method:
+def method_for(fmt: Format, method: MethodChoice) -> RoundingMethod:
     """`auto`: clip for integers, which gains at every width; fp8 has one scale a row that fits its range already."""
     if method != "auto":
         return method
@@ -53,7 +53,7 @@ def method_for(fmt: Format, method: Literal["auto", "rtn", "clip"]) -> Method:
 
 def candidates(
     config: ModelConfig,
-    method: Literal["auto", "rtn", "clip"],
+    method: MethodChoice,
     *,
     portable: bool,
     source: dict[str, Format],
@@ -88,7 +88,7 @@ def candidates(
 def plan_for(
     config: ModelConfig,
     fmt: Format,
-    method: Method,
+    method: RoundingMethod,
     *,
     portable: bool,
     source: dict[str, Format],
