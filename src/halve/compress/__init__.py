@@ -2,11 +2,21 @@
 
 from halve.compress.apply import ModuleReport, apply_plan
 from halve.compress.calibrate import Energies, Hessians, Statistics, calibrate
-from halve.compress.resolve import ActivationChoice, Assignment, KVChoice, resolve, uniform_plan
+from halve.compress.resolve import (
+    ActivationChoice,
+    Assignment,
+    Choice,
+    KVChoice,
+    grouped_plan,
+    resolve,
+    rounded_format,
+    uniform_plan,
+)
 
 __all__ = [
     "ActivationChoice",
     "Assignment",
+    "Choice",
     "Energies",
     "Hessians",
     "KVChoice",
@@ -14,6 +24,8 @@ __all__ = [
     "Statistics",
     "apply_plan",
     "calibrate",
+    "grouped_plan",
     "resolve",
+    "rounded_format",
     "uniform_plan",
 ]

@@ -1,5 +1,7 @@
 """A plan's patterns to one assignment a module, with every rule of the target checked before any work."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +10,7 @@ from halve.core.plan import ActivationFormat, Activations, KVCache, KVFormat, Pl
 from halve.formats import FORMATS, Format, check
 from halve.formats.base import formats_that_divide
 from halve.models.config import ModelConfig
-from halve.models.names import EMBEDDING, Module, groups, modules
+from halve.models.names import EMBEDDING, LM_HEAD, Kind, Module, groups, modules
 
 ActivationChoice = ActivationFormat | Literal["auto"]
 KVChoice = KVFormat | Literal["auto"]
@@ -89,6 +91,81 @@ def _check_portable(plan: Plan, assignments: list[Assignment], config: ModelConf
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Choice:
+    """What a group is stored in. method: None where the format is stored as it is."""
+
+    format: str
+    method: RoundingMethod | None
+
+    def __str__(self) -> str:
+        return f"{self.format} ({self.method})" if self.method else self.format
+
+
+# Shell wildcards of a group's modules in a layer; {} is the layer, or `*` for all of them.
+_PATTERNS: dict[Kind, str] = {
+    "qkv": "model.layers.{}.self_attn.[qkv]_proj",
+    "o": "model.layers.{}.self_attn.o_proj",
+    "gate_up": "model.layers.{}.mlp.[gu]*_proj",
+    "down": "model.layers.{}.mlp.down_proj",
+}
+
+
+def grouped_plan(
+    config: ModelConfig,
+    choices: Mapping[str, Choice],
+    *,
+    portable: bool,
+    activations: ActivationFormat,
+    kv_cache: KVFormat,
+) -> Plan:
+    """The plan that stores each fused group, by its name, as chosen; and `embedding`, the table of an untied model.
+
+    What has no choice stays as the checkpoint has it. Rules are few: what most layers have is said once, last. Raises
+    PlanError for a name that is no group of this model.
+    """
+    known = {group.name: group for group in groups(config)}
+    if unknown := sorted(choices.keys() - known.keys() - ({"embedding"} if not config.tied else set())):
+        raise PlanError(f"choices: {unknown} are no groups of this model; they are {', '.join(known)}")
+    rules: list[WeightRule] = []
+    common: list[WeightRule] = []
+    for kind, pattern in _PATTERNS.items():
+        chosen = {layer: choices.get(f"layers.{layer}.{kind}") for layer in range(config.num_layers)}
+        counts = Counter(chosen.values())
+        most = None if None in counts else counts.most_common(1)[0][0]
+        rules += [_rule(pattern.format(i), c) for i, c in chosen.items() if c is not None and c != most]
+        if most is not None:
+            common.append(_rule(pattern.format("*"), most))
+    if len(common) == len(_PATTERNS) and len({(r.format, r.method) for r in common}) == 1:
+        common = [WeightRule(pattern="model.layers.*", format=common[0].format, method=common[0].method)]
+    tables = {"lm_head": EMBEDDING if config.tied else LM_HEAD, "embedding": EMBEDDING}
+    whole = [_rule(module, choices[name]) for name, module in tables.items() if name in choices]
+    return Plan(
+        portable=portable,
+        weights=Weights(rules=(*rules, *common, *whole)),
+        activations=Activations(format=activations),
+        kv_cache=KVCache(format=kv_cache),
+    )
+
+
+def _rule(pattern: str, choice: Choice) -> WeightRule:
+    return WeightRule(pattern=pattern, format=choice.format, method=choice.method)
+
+
+def rounded_format(
+    portable: bool, activations: ActivationChoice, kv_cache: KVChoice, kind: Literal["int", "float"] = "int"
+) -> tuple[ActivationFormat, KVFormat]:
+    """What auto stands for: int8 activations where integer weights meet them and a bf16 cache, in portable plans fp32.
+
+    Portable: computed here as other engines compute it in float32, so that their logits and ours can be compared.
+    """
+    if activations == "auto":
+        activations = "int8" if kind == "int" and not portable else "fp32"
+    if kv_cache == "auto":
+        kv_cache = "fp32" if portable else "bf16"
+    return activations, kv_cache
+
+
 def uniform_plan(
     config: ModelConfig,
     fmt: Format,
@@ -112,11 +189,7 @@ def uniform_plan(
         rules.append(WeightRule(pattern=EMBEDDING, format=fmt.name, method=method))
     elif source_bits > 16:
         rules.append(WeightRule(pattern=EMBEDDING, format="bf16"))
-    # Portable: computed here as other engines compute it in float32, so that their logits and ours can be compared.
-    if activations == "auto":
-        activations = "int8" if fmt.kind == "int" and not portable else "fp32"
-    if kv_cache == "auto":
-        kv_cache = "fp32" if portable else "bf16"
+    activations, kv_cache = rounded_format(portable, activations, kv_cache, fmt.kind)
     return Plan(
         portable=portable,
         weights=Weights(rules=tuple(rules)),
