@@ -114,6 +114,22 @@ def optimize(
     task_margin: Annotated[
         str | None, typer.Option(metavar="PERCENT", help="Most that accuracy may have fallen; without it: measured.")
     ] = None,
+    workload: Annotated[
+        str,
+        typer.Option(metavar="chat|code|batch|TRACE", help="What a plan's cost is counted on: a kind of use, a trace."),
+    ] = "chat",
+    slo: Annotated[
+        str | None, typer.Option(metavar="ttft=2s,tpot=100ms", help="How soon answers must come, either or both.")
+    ] = None,
+    price_per_hour: Annotated[
+        str | None, typer.Option(metavar="USD", help="Price of this machine. Without it nothing is priced.")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="30m", help="Time for the search; the best plan by then is certified.")
+    ] = None,
+    pick: Annotated[
+        int | None, typer.Option(metavar="N", help="Take plan N of the front (halve/front.json) instead.")
+    ] = None,
     keep_text: Annotated[
         bool, typer.Option("--keep-text/--no-keep-text", help="Keep the sealed text in the bundle, or only its hash.")
     ] = True,
@@ -139,6 +155,11 @@ def optimize(
             calibration=calibration,
             quality=quality or (),
             task_margin=task_margin,
+            workload=workload,
+            slo=slo,
+            price_per_hour=price_per_hour,
+            time=time,
+            pick=pick,
             keep_text=keep_text,
             force=force,
             resume=resume,

@@ -61,6 +61,30 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadCost:
+    """What a workload takes by the engine's own scheduler, over step times that were measured in parts on this device.
+
+    basis "simulated": no request was run. output_tok_s: tokens of answers a second, at the highest pace that keeps the
+    workload's service level (all requests at once where it has none). Times are in seconds, percentiles over requests.
+    level_met: whether the level is kept at all. usd_per_mtok: of a million tokens of answers; null without a price.
+    """
+
+    workload: str
+    num_requests: int
+    output_tok_s: float
+    original_output_tok_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    time_per_token_p50_s: float
+    time_per_token_p99_s: float
+    level_met: bool
+    usd_per_hour: str | None
+    usd_per_mtok: float | None
+    original_usd_per_mtok: float | None
+    basis: Literal["simulated"] = "simulated"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
     """Tokens per second on `inputs.device`, median with the lowest and highest run; null where not measured."""
 
@@ -233,4 +257,5 @@ class Certificate:
     canary: Canary | None = None
     speed_ratios: tuple[SpeedRatio, ...] = ()
     rooflines: tuple[Roofline, ...] = ()
+    workload_cost: WorkloadCost | None = None
     version: int = 1

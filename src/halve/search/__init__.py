@@ -1,22 +1,17 @@
 """The cheapest plan within a quality limit."""
 
-from halve.search.uniform import (
-    Candidate,
-    Judged,
-    bytes_per_token,
-    candidates,
-    cheapest_passing,
-    method_for,
-    plain_bytes_per_token,
-    plan_for,
-)
+from halve.search.front import Candidate, Judged, Move, candidates, cheapest_passing, in_words, likely_start
+from halve.search.uniform import bytes_per_token, method_for, plain_bytes_per_token, plan_for
 
 __all__ = [
     "Candidate",
     "Judged",
+    "Move",
     "bytes_per_token",
     "candidates",
     "cheapest_passing",
+    "in_words",
+    "likely_start",
     "method_for",
     "plain_bytes_per_token",
     "plan_for",

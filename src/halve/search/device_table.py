@@ -267,7 +267,7 @@ class _Bench:
         self.cache = self.decoder.new_cache(max(MOST_DECODES * per, (self.most + self.far) // BLOCK + 1), BLOCK)
         self.steps = CompiledSteps(self.decoder, ops, self.cache)
         self.batches = {t: self._batch(t) for t in self.tokens}
-        self.other = np.ones(MOST_FLUSHED // 8, np.uint64)
+        self.other = np.ones(min(MOST_FLUSHED, self._rest_bytes(FORMATS["bf16"])) // 8, np.uint64)
 
     def _batch(self, num_tokens: int, start: int = 0) -> TokenBatch:
         """Tokens of one sequence from `start` on."""
@@ -328,7 +328,7 @@ class _Bench:
         )
 
     def _line(self, program: Program, counts: Sequence[int], rest_bytes: int, copies: int, *, rows: bool) -> Line:
-        words = max(0, min(rest_bytes, MOST_FLUSHED)) // 8
+        words = max(0, rest_bytes) // 8  # as much as there is
         seconds = []
         for count in counts:
             batch = self.batches.get(count) or self._batch(count)
