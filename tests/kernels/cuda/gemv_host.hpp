@@ -124,6 +124,32 @@ static void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u3
     __syncwarp();
 }
 
+static float number_of(u8 code, float) {  // e4m3
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
+    return code & 128 ? -size : size;
+}
+static int number_of(u8 code, int) { return (signed char)code; }
+
+// PTX ISA, "Matrix fragments for mma.m16n8k32".
+template <typename Sum>
+static void multiply_bytes(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+    std::memcpy(fibers[current]->operands, mine, sizeof mine);
+    __syncwarp();
+    const int warp = current / 32 * 32, lane = current % 32;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; ++k) {
+            const u32 *a = fibers[warp + row % 8 * 4 + k % 16 / 4]->operands;
+            const u32 *b = fibers[warp + column * 4 + k % 16 / 4]->operands;
+            const int at = 8 * (k % 4);
+            sum[i] += number_of(a[row / 8 + 2 * (k / 16)] >> at, Sum()) * number_of(b[4 + k / 16] >> at, Sum());
+        }
+    }
+    __syncwarp();
+}
+
 static std::function<void()> body;
 static void enter() {
     body();
@@ -131,13 +157,13 @@ static void enter() {
     pause();
 }
 
-extern "C" void gemv(const u8 *, const u8 *, const float *, const u16 *, const u16 *, void *, int, int, int, i64, i64,
-                     i64, i64);
+extern "C" void gemv(const u8 *, const u8 *, const float *, const u8 *, const float *, const u16 *, void *, int, int,
+                     int, i64, i64, i64, i64);
 
-extern "C" void run(int programs, int threads, const u8 *codes, const u8 *scales, const float *bias, const u16 *x,
-                    const u16 *add, void *out, int T, int N, int K, i64 code_row, i64 x_row, i64 add_row,
-                    i64 out_row) {
-    body = [=] { gemv(codes, scales, bias, x, add, out, T, N, K, code_row, x_row, add_row, out_row); };
+extern "C" void run(int programs, int threads, const u8 *codes, const u8 *scales, const float *bias, const u8 *x,
+                    const float *x_scales, const u16 *add, void *out, int T, int N, int K, i64 code_row, i64 x_row,
+                    i64 add_row, i64 out_row) {
+    body = [=] { gemv(codes, scales, bias, x, x_scales, add, out, T, N, K, code_row, x_row, add_row, out_row); };
     gridDim = {programs};
     for (int p = 0; p < programs; ++p) {
         blockIdx = {p};

@@ -43,16 +43,16 @@ def make_weight(name, shape, seed=0, spread=1.0):
     return Weight(format=fmt, shape=shape, codes=codes, scale=scale)
 
 
-def make_activations(kind, tokens, width, seed=1):
+def make_activations(kind, tokens, width, seed=1, device=DEVICE):
     """Activations on the device, and what they stand for in float64."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn((tokens, width), generator=generator)
     if kind == "bf16":
         values = x.to(torch.bfloat16)
-        return Activations(values.to(DEVICE)), values.double()
+        return Activations(values.to(device)), values.double()
     scale = torch.exp(torch.randn(tokens, generator=generator))
     values = (x * 40).round().clamp(-127, 127).to(torch.int8) if kind == "int8" else x.to(torch.float8_e4m3fn)
-    return Activations(values.to(DEVICE), scale.to(DEVICE)), values.double() * scale.double()[:, None]
+    return Activations(values.to(device), scale.to(device)), values.double() * scale.double()[:, None]
 
 
 def exact(weight):

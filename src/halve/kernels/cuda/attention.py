@@ -17,6 +17,7 @@ import torch
 import triton
 
 from halve.core.errors import KernelError
+from halve.kernels.cuda.ahead import launched
 from halve.kernels.cuda.attention_kernels import decode_kernel, prefill_kernel, write_kernel
 from halve.kernels.cuda.cache import CudaCache
 
@@ -76,7 +77,7 @@ def rope_and_write(
             qkv.stride(0), q.stride(0), 0,
             H=spec.num_heads, G=spec.num_kv_heads, D=spec.head_dim, HALF=triton.next_power_of_2(spec.head_dim // 2),
             P=cache.block_size, KV=cache.kv_format, HEADS=tile, ROPE=rope_table is not None,
-            num_warps=1, enable_fp_fusion=False,
+            num_warps=1, enable_fp_fusion=False, **launched(qkv.device),
         )  # fmt: skip
     return q
 
@@ -140,7 +141,7 @@ def decode(
         G=spec.num_kv_heads, D=spec.head_dim, DIM=triton.next_power_of_2(spec.head_dim), GROUP=group,
         HEADS=_columns(group, cache), P=cache.block_size, WINDOW=spec.window or 0, KV=cache.kv_format, N=tile.tokens,
         SPLITS=splits, PARTS=triton.next_power_of_2(splits), LEAST=TILES_A_SPLIT, SINKS=sinks is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launched(q.device),
     )  # fmt: skip
     return out
 

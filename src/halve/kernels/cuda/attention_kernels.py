@@ -14,6 +14,8 @@ sm_90 (Triton 3.6).
 import triton
 import triton.language as tl
 
+from halve.kernels.cuda.ahead import follow
+
 
 @triton.jit
 def _fp8(x):
@@ -58,9 +60,10 @@ def _encode(x1, x2, KV: tl.constexpr):
 def write_kernel(
     qkv, q_out, keys, values, key_scales, value_scales, positions, slots, table, qkv_stride, q_stride, apart,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, KV: tl.constexpr,
-    HEADS: tl.constexpr, ROPE: tl.constexpr,
+    HEADS: tl.constexpr, ROPE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token. apart: 0."""
+    follow(AHEAD)
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
@@ -326,12 +329,13 @@ def decode_kernel(  # noqa: PLR0912, PLR0915 - most branches are at compile time
     q_stride, out_stride, table_stride, scale,
     G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
     WINDOW: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    LEAST: tl.constexpr, SINKS: tl.constexpr,
+    LEAST: tl.constexpr, SINKS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one key-value head over one part of one sequence; the last part to come joins them.
 
     counters: int32 [S, G], parts that came, zero between launches.
     """
+    follow(AHEAD)
     g, s, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     length = tl.load(seq_lens + s)
     lowest, first, tiles, each = _parts(length, WINDOW, N, SPLITS, LEAST)

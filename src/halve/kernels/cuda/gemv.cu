@@ -15,7 +15,10 @@
 // A code u of B bits becomes bf16 by a shift and an and-or: 1 + u / 2^B, exactly. The product with all of a group's
 // weights - 3/2 is a second, constant left operand, shared by all rows, and 2^B multiplies the row's sum at its end.
 //
-// What a compilation fixes: KIND (0 int, 1 fp8, 2 bf16), BITS, GROUP (inputs under one scale, 0: rows), SCALES (bytes
+// Where tokens are rounded to the kind of the weights, to int8 or fp8, both operands are bytes as they are stored: the
+// 64 inputs of a step are two products of 16 x 8 x 32, and which input a lane has is the same for both operands.
+//
+// What a compilation fixes: KIND (0 int, 1 fp8, 2 bf16; 3 int8 and 4 fp8 with tokens of that kind), BITS, GROUP (inputs under one scale, 0: rows), SCALES (bytes
 // of a scale, 0: none), TOKENS (1, 2, 4 or 8), TALL, WARPS, RING (steps in flight), BLOCKS (programs that a
 // multiprocessor must hold at once), WIDE (output float32), HAS_BIAS, HAS_ADD.
 
@@ -23,13 +26,27 @@ struct __align__(16) Quad {
     u32 at[4];
 };
 
-constexpr int FIELDS = KIND == 2 ? 1 : 16 / BITS;      // of a cell
-constexpr int INPUTS = 32 * FIELDS;                     // of one row in a step
+constexpr bool BYTES = KIND >= 3;                       // of both operands
+constexpr int FIELDS = KIND >= 2 ? 1 : 16 / BITS;      // of a cell
+constexpr int INPUTS = BYTES ? 64 : 32 * FIELDS;        // of one row in a step
+constexpr int X_BYTES = BYTES ? 1 : 2;                  // of one number of a token
 constexpr int SPAN = GROUP > 0 ? GROUP : 1;             // to divide by
 constexpr int GROUPS = GROUP == 0 ? 0 : GROUP >= INPUTS ? 1 : INPUTS / SPAN;  // scales of one row in a step
 constexpr int SCALE_BYTES = GROUPS * 16 * SCALES;       // of 16 rows in a step
 constexpr int STEP_BYTES = TALL * (1024 + SCALE_BYTES);
 constexpr bool OFFSET = KIND == 0 && BITS < 8;
+// Sums that begin anew within a row: those of a group, and in e4m3 those of a step, since tensor cores may keep fewer
+// bits of them than a register does.
+constexpr bool PARTS = GROUP > 0 || KIND == 4;
+
+template <bool WHOLE> struct Number {
+    typedef float type;
+};
+template <> struct Number<true> {
+    typedef int type;
+};
+typedef Number<KIND == 3>::type Part;                // sums of int8 are whole numbers until a scale meets them
+typedef Number<KIND == 3 && GROUP == 0>::type Sum;   // of a row
 
 template <int BY> __device__ __forceinline__ u32 shifted(u32 v) {
     if constexpr (BY >= 0)
@@ -61,12 +78,19 @@ __device__ __forceinline__ float scale_at(const u8 *at) {
         return *(const float *)at;
 }
 
+template <bool FIRST, typename A, typename B> __device__ __forceinline__ auto &choose(A &a, B &b) {
+    if constexpr (FIRST)
+        return a;
+    else
+        return b;
+}
+
 // The part of a step that field F is, and all after it.
 template <int F>
 __device__ __forceinline__ void fields(const Quad (&w)[TALL][2], const Quad (&x)[FIELDS], const u8 *scales, int g,
-                                       float (&sum)[TALL][4], float (&part)[TALL][4], float (&base)[4]) {
+                                       Sum (&sum)[TALL][4], Part (&part)[TALL][4], float (&base)[4]) {
     if constexpr (F < FIELDS) {
-        if constexpr (GROUP > 0 && (F * 32) % SPAN == 0) {
+        if constexpr (PARTS && (F * 32) % SPAN == 0) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) base[i] = 0;
 #pragma unroll
@@ -77,11 +101,18 @@ __device__ __forceinline__ void fields(const Quad (&w)[TALL][2], const Quad (&x)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             u32 b0 = x[F].at[2 * h], b1 = x[F].at[2 * h + 1];
-            if constexpr (OFFSET) multiply(base, 0xbfc0bfc0u, 0xbfc0bfc0u, 0xbfc0bfc0u, 0xbfc0bfc0u, b0, b1);
+            if constexpr (BYTES) {
 #pragma unroll
-            for (int m = 0; m < TALL; ++m)
-                multiply(GROUP > 0 ? part[m] : sum[m], field<F>(w[m][0].at[2 * h]), field<F>(w[m][1].at[2 * h]),
-                         field<F>(w[m][0].at[2 * h + 1]), field<F>(w[m][1].at[2 * h + 1]), b0, b1);
+                for (int m = 0; m < TALL; ++m)
+                    multiply_bytes(choose<PARTS>(part[m], sum[m]), w[m][0].at[2 * h], w[m][1].at[2 * h],
+                                   w[m][0].at[2 * h + 1], w[m][1].at[2 * h + 1], b0, b1);
+            } else {
+                if constexpr (OFFSET) multiply(base, 0xbfc0bfc0u, 0xbfc0bfc0u, 0xbfc0bfc0u, 0xbfc0bfc0u, b0, b1);
+#pragma unroll
+                for (int m = 0; m < TALL; ++m)
+                    multiply(choose<PARTS>(part[m], sum[m]), field<F>(w[m][0].at[2 * h]), field<F>(w[m][1].at[2 * h]),
+                             field<F>(w[m][0].at[2 * h + 1]), field<F>(w[m][1].at[2 * h + 1]), b0, b1);
+            }
         }
         if constexpr (GROUP > 0 && (F + 1 == FIELDS || (F + 1) * 32 % SPAN == 0)) {
             constexpr int AT = GROUP >= INPUTS ? 0 : F * 32 / SPAN;
@@ -95,20 +126,26 @@ __device__ __forceinline__ void fields(const Quad (&w)[TALL][2], const Quad (&x)
                 sum[m][3] += high * (part[m][3] + base[3]);
             }
         }
+        if constexpr (KIND == 4 && GROUP == 0) {
+#pragma unroll
+            for (int m = 0; m < TALL; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[m][i] += part[m][i];
+        }
         fields<F + 1>(w, x, scales, g, sum, part, base);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-    gemv(const u8 *codes, const u8 *scales, const float *bias, const u16 *x, const u16 *add, void *out, int T, int N,
-         int K, i64 code_row, i64 x_row, i64 add_row, i64 out_row) {
+    gemv(const u8 *codes, const u8 *scales, const float *bias, const u8 *x, const float *x_scales, const u16 *add,
+         void *out, int T, int N, int K, i64 code_row, i64 x_row, i64 add_row, i64 out_row) {
     extern __shared__ __align__(16) u8 shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
     const int tiles = N / (16 * TALL), steps = K / INPUTS;
     const int first = warp * steps / WARPS, count = (warp + 1) * steps / WARPS - first;  // this warp's of every tile
     u8 *ring = shared + warp * RING * STEP_BYTES;
     const u32 ring_at = shared_address(ring);
-    float *sums = (float *)(shared + WARPS * RING * STEP_BYTES);  // [2][WARPS][16 * TALL][TOKENS]
+    Sum *sums = (Sum *)(shared + WARPS * RING * STEP_BYTES);  // [2][WARPS][16 * TALL][TOKENS]
 
     // What is fetched next: it runs RING - 1 steps ahead, through all tiles of this program.
     int next_tile = count ? blockIdx.x : tiles, next_step = 0;
@@ -153,16 +190,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     after_the_kernel_before();
 
     const int token = g < T ? g : T - 1;
-    const u16 *x_at = x + token * x_row + first * INPUTS + 8 * c;
+    const u8 *x_at = x + token * x_row * X_BYTES + first * 64 * FIELDS + 16 * c;
     Quad next[FIELDS];
     if (count) {
 #pragma unroll
-        for (int f = 0; f < FIELDS; ++f) next[f] = *(const Quad *)(x_at + 32 * f);
+        for (int f = 0; f < FIELDS; ++f) next[f] = *(const Quad *)(x_at + 64 * f);
     }
     u32 slot = 0, filled = (RING - 1) * STEP_BYTES;
     int buffer = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        float sum[TALL][4], part[TALL][4], base[4];
+        Sum sum[TALL][4];
+        Part part[TALL][4];
+        float base[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) base[i] = 0;
 #pragma unroll
@@ -184,13 +223,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             filled = slot;
 #pragma unroll
             for (int f = 0; f < FIELDS; ++f) now[f] = next[f];
-            const u16 *from = x_at + (s + 1 == count ? 0 : s + 1) * INPUTS;
+            const u8 *from = x_at + (s + 1 == count ? 0 : s + 1) * 64 * FIELDS;
 #pragma unroll
-            for (int f = 0; f < FIELDS; ++f) next[f] = *(const Quad *)(from + 32 * f);
+            for (int f = 0; f < FIELDS; ++f) next[f] = *(const Quad *)(from + 64 * f);
             fields<0>(w, now, here + TALL * 1024, g, sum, part, base);
             slot = slot == (RING - 1) * STEP_BYTES ? 0 : slot + STEP_BYTES;
         }
-        float *mine = sums + (buffer * WARPS + warp) * (16 * TALL * TOKENS);
+        Sum *mine = sums + (buffer * WARPS + warp) * (16 * TALL * TOKENS);
 #pragma unroll
         for (int m = 0; m < TALL; ++m)
 #pragma unroll
@@ -203,12 +242,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         for (int at = threadIdx.x; at < 16 * TALL * T; at += WARPS * 32) {
             const int t = at / (16 * TALL), row = at % (16 * TALL);
             const i64 n = tile * (16 * TALL) + row;
-            const float *from = sums + buffer * WARPS * (16 * TALL * TOKENS) + row * TOKENS + t;
-            float value = 0;
+            const Sum *from = sums + buffer * WARPS * (16 * TALL * TOKENS) + row * TOKENS + t;
+            Sum total = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) value += from[w * (16 * TALL * TOKENS)];
+            for (int w = 0; w < WARPS; ++w) total += from[w * (16 * TALL * TOKENS)];
+            float value = total;
             if constexpr (OFFSET) value *= 1 << BITS;
             if constexpr (GROUP == 0 && SCALES > 0) value *= scale_at(scales + n * SCALES);
+            if constexpr (BYTES) value *= x_scales[t];
             if constexpr (HAS_BIAS) value += bias[n];
             if constexpr (HAS_ADD) value += __uint_as_float((u32)add[t * add_row + n] << 16);
             if constexpr (WIDE)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halve.hardware import Device
-from halve.kernels.cuda import configs, driver, launching, nvrtc
+from halve.kernels.cuda import ahead, configs, driver, launching, nvrtc
 from halve.kernels.cuda.configs import Config, inputs_a_step
 from halve.kernels.cuda.launching import Activations
 from halve.kernels.cuda.packing import CELL_BITS, COLUMNS, PLANES, CudaMatrix
@@ -26,22 +26,27 @@ SOURCES = [Path(__file__).with_name(name) for name in ("gemv_machine.cuh", "gemv
 MAX_TOKENS = 8
 ROWS = 16  # of a tile of the tensor cores
 CELL_ROW_BYTES = 64  # of one row in a step
+BYTE_INPUTS = 64  # of a step whose operands are both bytes
 ALIGNMENT = 16  # bytes, of the tokens that a thread reads at once
-PROGRAMMATIC = (9, 0)  # the capability from which a kernel may begin before the one before it ends
+KINDS = {"bf16": 2, "int8": 3, "fp8": 4}  # of matrices whose numbers are multiplied as they lie, by activations
 
 
 def refusal(device: Device, spec: Spec) -> str | None:
     """Why the row does not run a product here, or None."""
     if device.kind != "cuda" or "sm_80" not in device.features:
         return "needs a CUDA device of sm_80 or later"
-    if spec.activations != "bf16":
-        return "multiplies bf16 activations"
+    if spec.activations == "fp8" and "sm_89" not in device.features:
+        return "needs sm_89 or later for fp8 activations"
+    if spec.activations != "bf16" and spec.format is not None and (spec.format.group_size or 0) % BYTE_INPUTS:
+        return f"multiplies bytes in groups of {BYTE_INPUTS} inputs or more, not {spec.format.group_size}"
     if spec.format is not None and spec.format.scaled and len(PLANES[spec.format.bits]) > 1:
         return f"does not read codes of {spec.format.bits} bits, which lie in two planes"
     if spec.num_tokens is not None and spec.num_tokens > MAX_TOKENS:
         return f"takes {MAX_TOKENS} tokens at most, not {spec.num_tokens}"
     inputs = COLUMNS
-    if spec.format is not None and spec.format.scaled:
+    if spec.activations != "bf16":
+        inputs = BYTE_INPUTS
+    elif spec.format is not None and spec.format.scaled:
         inputs *= CELL_BITS // spec.format.bits
     for name, size, multiple in (("out_features", spec.out_features, ROWS), ("in_features", spec.in_features, inputs)):
         if size is not None and size % multiple:
@@ -79,8 +84,8 @@ def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
     steps enough; bytes that become bf16 in few instructions (8 bits and bf16) go best through many small programs.
     """
     sms, tokens = num_sms(matrix.codes.device), configs.token_class(tokens)
-    steps = matrix.in_features // inputs_a_step(matrix, COLUMNS)
-    bits = matrix.format.bits if matrix.in_cells else 16
+    steps = matrix.in_features // step_inputs(matrix)
+    bits = 8 * matrix.codes.element_size() if not matrix.in_cells else matrix.format.bits
     if matrix.out_features > 32 * sms:
         first = cut(4, 8, 4) if tokens >= 8 and matrix.out_features <= 64 * sms else cut(2, 8, 4, 2)
     elif bits == 2:
@@ -99,15 +104,15 @@ def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
         c
         for c in dict.fromkeys(wished)
         if matrix.out_features % c.bn == 0
-        and shared_bytes(macros(matrix, tokens, c, wide=False, add=False), inputs_a_step(matrix, COLUMNS)) <= limit
+        and shared_bytes(macros(matrix, tokens, c, wide=False, add=False), step_inputs(matrix)) <= limit
     ]
 
 
 def macros(matrix: CudaMatrix, tokens: int, config: Config, *, wide: bool, add: bool) -> dict[str, int]:
     """What `gemv.cu` is compiled for. tokens: rounded up to 1, 2, 4 or 8."""
     return {
-        "KIND": 2 if not matrix.in_cells else 1 if matrix.format.kind == "float" else 0,
-        "BITS": matrix.format.bits if matrix.in_cells else 16,
+        "KIND": KINDS[matrix.activations] if not matrix.in_cells else 1 if matrix.format.kind == "float" else 0,
+        "BITS": matrix.format.bits if matrix.in_cells else 8 * matrix.codes.element_size(),
         "GROUP": matrix.group_size,
         "SCALES": 0 if matrix.scale is None else matrix.scale.element_size(),
         "TOKENS": configs.token_class(tokens),
@@ -119,6 +124,11 @@ def macros(matrix: CudaMatrix, tokens: int, config: Config, *, wide: bool, add: 
         "HAS_BIAS": int(matrix.bias is not None),
         "HAS_ADD": int(add),
     }
+
+
+def step_inputs(matrix: CudaMatrix) -> int:
+    """Inputs of one row in a step of a warp."""
+    return BYTE_INPUTS if matrix.activations != "bf16" else inputs_a_step(matrix, COLUMNS)
 
 
 def shared_bytes(fixed: dict[str, int], inputs: int) -> int:
@@ -136,7 +146,7 @@ def launch(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, 
         return
     device = values.device
     fixed = macros(matrix, len(values), config, wide=out.dtype == torch.float32, add=add is not None)
-    shared = shared_bytes(fixed, inputs_a_step(matrix, COLUMNS))
+    shared = shared_bytes(fixed, step_inputs(matrix))
     with torch.cuda.device(device), driver.context(device.index):
         driver.launch(
             _functions(device.index, tuple(fixed.items()), shared),
@@ -144,8 +154,8 @@ def launch(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, 
             config.warps * 32,
             shared,
             torch.cuda.current_stream(device).cuda_stream,
-            _parameters(matrix, values, out, add),
-            ahead=torch.cuda.is_current_stream_capturing() and torch.cuda.get_device_capability(device) >= PROGRAMMATIC,
+            _parameters(matrix, x, out, add),
+            ahead=torch.cuda.is_current_stream_capturing() and ahead.programmatic(device),
         )
 
 
@@ -167,9 +177,10 @@ def _suits(matrix: CudaMatrix, values: Tensor, out: Tensor, add: Tensor | None) 
     return types and aligned and values.device == out.device == matrix.codes.device
 
 
-def _parameters(matrix: CudaMatrix, values: Tensor, out: Tensor, add: Tensor | None) -> list[Any]:
+def _parameters(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None) -> list[Any]:
     """What `gemv` takes, in its order."""
-    pointers = (matrix.codes, matrix.scale, matrix.bias, values, add, out)
+    values = x.values
+    pointers = (matrix.codes, matrix.scale, matrix.bias, values, x.scale, add, out)
     sizes = (len(values), matrix.out_features, matrix.in_features)
     code_row = matrix.codes.stride(-2) * matrix.codes.element_size()
     strides = (code_row, values.stride(0), 0 if add is None else add.stride(0), out.stride(0))

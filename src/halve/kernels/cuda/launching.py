@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halve.kernels.cuda import configs, gemm, persistent
+from halve.kernels.cuda.ahead import launched
 from halve.kernels.cuda.configs import Config
 from halve.kernels.cuda.packing import CudaMatrix
 from halve.kernels.cuda.workspace import COUNTERS, PARTIAL_ELEMENTS, num_sms, workspace
@@ -175,6 +176,7 @@ def constants(matrix: CudaMatrix, config: Config, has_splits: bool, *, grouped: 
         "EVEN_K": matrix.in_features % step == 0,
         "PROMOTE": matrix.activations == "fp8" and not matrix.group_size and config.bt <= 64,
         "PTX": not INTERPRETED,
+        **launched(matrix.codes.device),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
