@@ -74,7 +74,7 @@ static float __uint_as_float(u32 bits) {
     std::memcpy(&v, &bits, 4);
     return v;
 }
-static u32 bits_of(float v) {
+static u32 __float_as_uint(float v) {
     u32 bits;
     std::memcpy(&bits, &v, 4);
     return bits;
@@ -97,7 +97,7 @@ template <int N> static void arrived() {
 static void after_the_kernel_before() {}
 
 static u16 to_bf16(float v) {
-    const u32 bits = bits_of(v);
+    const u32 bits = __float_as_uint(v);
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 static float half_of(u32 pair, int high) { return __uint_as_float(high ? pair & 0xffff0000u : pair << 16); }
@@ -131,9 +131,9 @@ static float number_of(u8 code, float) {  // e4m3
 }
 static int number_of(u8 code, int) { return (signed char)code; }
 
-// PTX ISA, "Matrix fragments for mma.m16n8k32".
-template <typename Sum>
-static void multiply_bytes(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+// PTX ISA, "Matrix fragments for mma.m16n8k32". left: what a byte of `a` is.
+template <typename Sum, typename Left>
+static void multiply_in(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, Left left) {
     const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     std::memcpy(fibers[current]->operands, mine, sizeof mine);
     __syncwarp();
@@ -144,11 +144,33 @@ static void multiply_bytes(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0
             const u32 *a = fibers[warp + row % 8 * 4 + k % 16 / 4]->operands;
             const u32 *b = fibers[warp + column * 4 + k % 16 / 4]->operands;
             const int at = 8 * (k % 4);
-            sum[i] += number_of(a[row / 8 + 2 * (k / 16)] >> at, Sum()) * number_of(b[4 + k / 16] >> at, Sum());
+            sum[i] += left(a[row / 8 + 2 * (k / 16)] >> at) * number_of(b[4 + k / 16] >> at, Sum());
         }
     }
     __syncwarp();
 }
+
+template <typename Sum>
+static void multiply_bytes(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    multiply_in(sum, a0, a1, a2, a3, b0, b1, [](u8 code) { return number_of(code, Sum()); });
+}
+static void multiply_codes(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    multiply_in(sum, a0, a1, a2, a3, b0, b1, [](u8 code) { return (int)code; });
+}
+template <u32 PICK> static u32 picked(u32 a, u32 b) {
+    const uint64_t both = (uint64_t)b << 32 | a;
+    u32 d = 0;
+    for (int i = 0; i < 4; ++i) d |= (u32)(both >> 8 * (PICK >> 4 * i & 7) & 255) << 8 * i;
+    return d;
+}
+static u32 across(u32 v, int by) {
+    fibers[current]->operands[0] = v;
+    __syncwarp();
+    const u32 found = fibers[current ^ by]->operands[0];
+    __syncwarp();
+    return found;
+}
+static int nearest(float v) { return (int)std::nearbyint(v); }
 
 static std::function<void()> body;
 static void enter() {

@@ -1,9 +1,10 @@
 """Kernels that begin before the kernel before them has ended: programmatic dependent launch, from sm_90 on.
 
-Every kernel of a step says by `follow`, before it reads or writes anything, that the next one may begin, and waits until
-the one before has ended and what it wrote is there. So one that waited has waited for all before it, launches cost no
-time between two kernels, and a product (`gemv.cu`) fetches weights, which nobody writes, while small kernels before it
-still run. A kernel launched without it, torch's for example, begins and ends as ever.
+Every kernel of a step says by `follow`, before it writes anything or reads what others of the step wrote, that the
+next one may begin, and waits until the one before has ended and what it wrote is there. So one that waited has waited
+for all before it, launches cost no time between two kernels, and a product (`gemv.cu`) fetches weights, which nobody
+writes, while small kernels before it still run. A kernel launched without it, torch's for example, begins and ends as
+ever.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"

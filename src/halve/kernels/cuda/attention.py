@@ -7,7 +7,9 @@ prefill: FlashAttention-2 (arXiv:2307.08691). A tile holds some queries times th
 that a chunk of 8192 tokens and a sequence's one new token run by the same kernel, side by side.
 
 No function waits for the device or allocates where `out` and `scratch` are given, and grids depend on shapes alone: a
-captured graph serves every length that its tables have room for. Integer tensors are int32.
+captured graph serves every length that its tables have room for. Integer tensors are int32. Where kernels begin ahead
+(`ahead.py`), positions, slots, lengths and block tables are read before the kernel just before has ended: they come from
+an earlier one, or from the host.
 """
 
 import math
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG2E = math.log2(math.e)
 MOST_SPLITS = 128
+FEW_TOKENS = 64  # up to which each head of a token is rotated by an instance of its own
 TILES_A_SPLIT = 4  # fewer in a part of a sequence than this cost more to join than they save
 INSTANCES_PER_SM = 2  # of decode: what runs at once; measured, more parts read no faster
 
@@ -71,7 +74,7 @@ def rope_and_write(
     q = torch.empty(num_tokens, spec.num_heads * spec.head_dim, dtype=torch.bfloat16, device=qkv.device)
     q = q if out_q is None else out_q
     if num_tokens:
-        tile = 8
+        tile = 8 if num_tokens >= FEW_TOKENS else 1
         write_kernel[(num_tokens, triton.cdiv(heads, tile))](
             qkv, q, *_memory(cache), positions, slots, rope_table,
             qkv.stride(0), q.stride(0), 0,
@@ -105,8 +108,8 @@ def num_splits(num_sequences: int, spec: "AttentionSpec", device: torch.device) 
 
 
 def decode_tiling(cache: CudaCache, head_dim: int) -> Tiling:
-    """What reads fastest: some 16 KiB of keys at a time, and as much again of values; the next two under way."""
-    return Tiling(16, 64 if cache.kv_format == "bf16" and head_dim > 64 else 128, 4, 3)
+    """What reads fastest: 8 or 16 KiB of keys at a time, and as much again of values; the next two under way."""
+    return Tiling(16, 64 if head_dim > 64 else 128, 2 if cache.kv_format == "fp8" else 4, 3)
 
 
 def decode(

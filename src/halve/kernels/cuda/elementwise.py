@@ -177,17 +177,18 @@ def _norm_kernel(
     x, gain, residual, out, scales, x_stride, residual_stride, out_stride, eps,
     K: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    follow(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
     inside = i < K
+    gains = tl.load(gain + i, inside, 0.0).to(tl.float32)
+    follow(AHEAD)
     values = tl.load(x + row * x_stride + i, inside, 0.0).to(tl.float32)
     if residual is not None:
         stream = residual + row * residual_stride + i
         values += tl.load(stream, inside, 0.0).to(tl.float32)
         tl.store(stream, values.to(residual.dtype.element_ty), inside)
     mean = tl.sum(values * values, 0) / K
-    normed = values * tl.rsqrt(mean + eps) * tl.load(gain + i, inside, 0.0).to(tl.float32)
+    normed = values * tl.rsqrt(mean + eps) * gains
     _round_and_store(normed, out, scales, row, out_stride, i, inside, TO)
 
 

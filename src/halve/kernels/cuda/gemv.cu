@@ -18,9 +18,15 @@
 // Where tokens are rounded to the kind of the weights, to int8 or fp8, both operands are bytes as they are stored: the
 // 64 inputs of a step are two products of 16 x 8 x 32, and which input a lane has is the same for both operands.
 //
+// Of one token or two, codes of 4 bits are multiplied as they lie (PLANES): making bf16 of them takes as long as reading
+// them. Numbers of a token become whole numbers of 15 bits under a scale for each group, which is finer than bf16 but
+// for those below a 64th of their group's largest, and these become two columns of bytes, 128 * high + low. Two of
+// the four fields of a cell are the upper halves of bytes; left where they are they count 16 times, in sums of their
+// own. Sums begin at 1.5 * 2^23 as a float has it, so that they are that float plus the sum, and none is converted.
+//
 // What a compilation fixes: KIND (0 int, 1 fp8, 2 bf16; 3 int8 and 4 fp8 with tokens of that kind), BITS, GROUP (inputs under one scale, 0: rows), SCALES (bytes
 // of a scale, 0: none), TOKENS (1, 2, 4 or 8), TALL, WARPS, RING (steps in flight), BLOCKS (programs that a
-// multiprocessor must hold at once), WIDE (output float32), HAS_BIAS, HAS_ADD.
+// multiprocessor must hold at once), PLANES, WIDE (output float32), HAS_BIAS, HAS_ADD.
 
 struct __align__(16) Quad {
     u32 at[4];
@@ -55,6 +61,115 @@ template <int BY> __device__ __forceinline__ u32 shifted(u32 v) {
         return v >> -BY;
 }
 
+__device__ __forceinline__ float scale_at(const u8 *at) {
+    if constexpr (SCALES == 2)
+        return __uint_as_float((u32) * (const u16 *)at << 16);
+    else
+        return *(const float *)at;
+}
+
+constexpr int COLUMNS = 2 * TOKENS;                    // of planes
+constexpr u32 MAGIC = 0x4b400000u;                      // 1.5 * 2^23
+
+__device__ __forceinline__ float less_magic(int sum) { return __uint_as_float((u32)sum) - 12582912.0f; }
+
+// Tokens of a warp's steps as planes [count][COLUMNS][INPUTS] of bytes; `of_x` gets [count][GROUPS][TOKENS] pairs: the
+// group's scale, and 8 times its sum, which codes that are 8 too large bring. Below 1e-30 there is nothing; infinity
+// and NaN make the scale NaN.
+__device__ __forceinline__ void to_planes(const u8 *x, i64 x_row, int T, int count, int lane, u8 *planes, float *of_x) {
+    constexpr int SHARE = GROUP > 0 && GROUP < INPUTS ? GROUP / 4 : 32;  // lanes of a group: each has 4 inputs
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        const u8 *row = x + (t < T ? t : T - 1) * x_row * 2 + lane * 8;
+#pragma unroll 4
+        for (int s = 0; s < count; ++s) {
+            const u32 pair[2] = {*(const u32 *)(row + s * INPUTS * 2), *(const u32 *)(row + s * INPUTS * 2 + 4)};
+            float value[4], largest = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                value[i] = __uint_as_float(i % 2 ? pair[i / 2] & 0xffff0000u : pair[i / 2] << 16);
+                const float size = value[i] < 0 ? -value[i] : value[i];
+                largest = size <= largest ? largest : size <= 3.4e38f ? size : __uint_as_float(0x7f800000u);
+            }
+#pragma unroll
+            for (int by = 1; by < SHARE; by *= 2) {
+                const float other = __uint_as_float(across(__float_as_uint(largest), by));
+                largest = other > largest ? other : largest;
+            }
+            const bool some = largest >= 1e-30f, finite = largest <= 3.4e38f;
+            const float steps = some && finite ? 16256.0f / largest : 0;
+            u32 high = 0, low = 0;
+            int total = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int whole = finite ? nearest(value[i] * steps) : 0, upper = (whole + 64) >> 7;
+                high |= (u32)(upper & 255) << 8 * i;
+                low |= (u32)((whole - 128 * upper) & 255) << 8 * i;
+                total += whole;
+            }
+#pragma unroll
+            for (int by = 1; by < SHARE; by *= 2) total += (int)across((u32)total, by);
+            u8 *to = planes + (s * COLUMNS + 2 * t) * INPUTS + lane * 4;
+            *(u32 *)to = high;
+            *(u32 *)(to + INPUTS) = low;
+            if (lane % SHARE == 0) {
+                float *of = of_x + ((s * GROUPS + lane / SHARE) * TOKENS + t) * 2;
+                of[0] = !finite ? __uint_as_float(0x7fc00000u) : some ? largest / 16256.0f : 0;
+                of[1] = 8.0f * (float)total;
+            }
+        }
+    }
+    __syncwarp();
+}
+
+struct __align__(8) Pair {
+    u32 at[2];
+};
+
+// A step of planes. planes: this lane's column at its first input. of_x: the step's, of this lane's token.
+__device__ __forceinline__ void step_of_planes(const Quad (&w)[TALL][2], const u8 *planes, const float *of_x,
+                                               const u8 *scales, int g, Sum (&sum)[TALL][4]) {
+    constexpr int SPANS = GROUP > 0 ? GROUP / 32 : 4;  // fields of a group
+    int even[TALL][4], odd[TALL][4];
+#pragma unroll
+    for (int f = 0; f < 4; ++f) {
+        if (f % SPANS == 0) {
+#pragma unroll
+            for (int m = 0; m < TALL; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) even[m][i] = odd[m][i] = MAGIC;
+        }
+        const Pair x = *(const Pair *)(planes + 32 * f);
+        const u32 mask = f % 2 ? 0xf0f0f0f0u : 0x0f0f0f0fu;
+#pragma unroll
+        for (int m = 0; m < TALL; ++m) {
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const Quad &of = w[m][i % 2];
+                a[i] = mask & (f < 2 ? picked<0x6420>(of.at[i / 2 * 2], of.at[i / 2 * 2 + 1])
+                                     : picked<0x7531>(of.at[i / 2 * 2], of.at[i / 2 * 2 + 1]));
+            }
+            multiply_codes(f % 2 ? odd[m] : even[m], a[0], a[1], a[2], a[3], x.at[0], x.at[1]);
+        }
+        if ((f + 1) % SPANS == 0) {
+            const int at = f / SPANS;
+            const float scale = of_x[at * TOKENS * 2], shift = of_x[at * TOKENS * 2 + 1];
+#pragma unroll
+            for (int m = 0; m < TALL; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float value = -shift;
+                    if (SPANS > 1 || f % 2 == 0)
+                        value += 128.0f * less_magic(even[m][2 * h]) + less_magic(even[m][2 * h + 1]);
+                    if (SPANS > 1 || f % 2 == 1)
+                        value += 8.0f * less_magic(odd[m][2 * h]) + 0.0625f * less_magic(odd[m][2 * h + 1]);
+                    sum[m][2 * h] += scale_at(scales + m * SCALE_BYTES + (at * 16 + g + 8 * h) * SCALES) * scale * value;
+                }
+        }
+    }
+}
+
 // Field F of two cells, as two bf16.
 template <int F> __device__ __forceinline__ u32 field(u32 cells) {
     if constexpr (KIND == 2)
@@ -69,13 +184,6 @@ template <int F> __device__ __forceinline__ u32 field(u32 cells) {
         constexpr u32 MASK = OFFSET ? ((1u << BITS) - 1) << (OFFSET ? 7 - BITS : 0) : 0;
         return and_or<MASK * 65537u>(shifted<7 - BITS - BITS * F>(cells), 0x3f803f80u);
     }
-}
-
-__device__ __forceinline__ float scale_at(const u8 *at) {
-    if constexpr (SCALES == 2)
-        return __uint_as_float((u32) * (const u16 *)at << 16);
-    else
-        return *(const float *)at;
 }
 
 template <bool FIRST, typename A, typename B> __device__ __forceinline__ auto &choose(A &a, B &b) {
@@ -189,10 +297,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 
     after_the_kernel_before();
 
+    u8 *planes = shared + WARPS * RING * STEP_BYTES + 2 * WARPS * 16 * TALL * TOKENS * (int)sizeof(Sum);
+    float *of_x = (float *)(planes + K * COLUMNS) + first * GROUPS * TOKENS * 2;
+    planes += first * INPUTS * COLUMNS;
+    if constexpr (PLANES) {
+        to_planes(x + first * INPUTS * 2, x_row, T, count, lane, planes, of_x);
+        planes += g % COLUMNS * INPUTS + 8 * c;
+        of_x += c % TOKENS * 2;
+    }
     const int token = g < T ? g : T - 1;
     const u8 *x_at = x + token * x_row * X_BYTES + first * 64 * FIELDS + 16 * c;
     Quad next[FIELDS];
-    if (count) {
+    if (!PLANES && count) {
 #pragma unroll
         for (int f = 0; f < FIELDS; ++f) next[f] = *(const Quad *)(x_at + 64 * f);
     }
@@ -221,20 +337,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             }
             fetch(ring_at + filled);
             filled = slot;
+            slot = slot == (RING - 1) * STEP_BYTES ? 0 : slot + STEP_BYTES;
+            if constexpr (PLANES) {
+                step_of_planes(w, planes + s * COLUMNS * INPUTS, of_x + s * GROUPS * TOKENS * 2,
+                               here + TALL * 1024, g, sum);
+                continue;
+            }
 #pragma unroll
             for (int f = 0; f < FIELDS; ++f) now[f] = next[f];
             const u8 *from = x_at + (s + 1 == count ? 0 : s + 1) * 64 * FIELDS;
 #pragma unroll
             for (int f = 0; f < FIELDS; ++f) next[f] = *(const Quad *)(from + 64 * f);
             fields<0>(w, now, here + TALL * 1024, g, sum, part, base);
-            slot = slot == (RING - 1) * STEP_BYTES ? 0 : slot + STEP_BYTES;
         }
         Sum *mine = sums + (buffer * WARPS + warp) * (16 * TALL * TOKENS);
 #pragma unroll
         for (int m = 0; m < TALL; ++m)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int t = 2 * c + (i & 1), row = m * 16 + g + (i >> 1) * 8;
+                const int t = PLANES ? i & 1 ? TOKENS : c : 2 * c + (i & 1), row = m * 16 + g + (i >> 1) * 8;
                 if (t < TOKENS) mine[row * TOKENS + t] = sum[m][i];
             }
         __syncthreads();  // the other buffer is written only after the next one
@@ -247,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) total += from[w * (16 * TALL * TOKENS)];
             float value = total;
-            if constexpr (OFFSET) value *= 1 << BITS;
+            if constexpr (OFFSET && !PLANES) value *= 1 << BITS;
             if constexpr (GROUP == 0 && SCALES > 0) value *= scale_at(scales + n * SCALES);
             if constexpr (BYTES) value *= x_scales[t];
             if constexpr (HAS_BIAS) value += bias[n];

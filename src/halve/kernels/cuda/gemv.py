@@ -26,6 +26,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("gemv_machine.cuh", "gemv
 MAX_TOKENS = 8
 ROWS = 16  # of a tile of the tensor cores
 CELL_ROW_BYTES = 64  # of one row in a step
+MOST_OF_PLANES = 2  # tokens, up to which those that meet codes of 4 bits are made two columns of bytes
 BYTE_INPUTS = 64  # of a step whose operands are both bytes
 ALIGNMENT = 16  # bytes, of the tokens that a thread reads at once
 KINDS = {"bf16": 2, "int8": 3, "fp8": 4}  # of matrices whose numbers are multiplied as they lie, by activations
@@ -104,7 +105,7 @@ def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
         c
         for c in dict.fromkeys(wished)
         if matrix.out_features % c.bn == 0
-        and shared_bytes(macros(matrix, tokens, c, wide=False, add=False), step_inputs(matrix)) <= limit
+        and shared_bytes(matrix, macros(matrix, tokens, c, wide=False, add=False)) <= limit
     ]
 
 
@@ -120,6 +121,7 @@ def macros(matrix: CudaMatrix, tokens: int, config: Config, *, wide: bool, add: 
         "WARPS": config.warps,
         "RING": config.stages,
         "BLOCKS": config.blocks,
+        "PLANES": int(matrix.in_cells and matrix.format.name.startswith("int4") and tokens <= MOST_OF_PLANES),
         "WIDE": int(wide),
         "HAS_BIAS": int(matrix.bias is not None),
         "HAS_ADD": int(add),
@@ -131,11 +133,13 @@ def step_inputs(matrix: CudaMatrix) -> int:
     return BYTE_INPUTS if matrix.activations != "bf16" else inputs_a_step(matrix, COLUMNS)
 
 
-def shared_bytes(fixed: dict[str, int], inputs: int) -> int:
-    """Shared memory of one program whose steps have so many inputs: the rings, and two buffers of sums."""
+def shared_bytes(matrix: CudaMatrix, fixed: dict[str, int]) -> int:
+    """Shared memory of one program: the rings, two buffers of sums, and tokens as planes with scales and sums."""
+    inputs, tokens = step_inputs(matrix), fixed["TOKENS"]
     groups = 0 if not fixed["GROUP"] else max(1, inputs // fixed["GROUP"])
     step = fixed["TALL"] * (ROWS * CELL_ROW_BYTES + groups * ROWS * fixed["SCALES"])
-    return fixed["WARPS"] * (fixed["RING"] * step + 2 * ROWS * fixed["TALL"] * fixed["TOKENS"] * 4)
+    planes = fixed["PLANES"] * tokens * (2 * matrix.in_features + 8 * groups * matrix.in_features // inputs)
+    return fixed["WARPS"] * (fixed["RING"] * step + 2 * ROWS * fixed["TALL"] * tokens * 4) + planes
 
 
 def launch(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, config: Config) -> None:
@@ -146,7 +150,7 @@ def launch(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, 
         return
     device = values.device
     fixed = macros(matrix, len(values), config, wide=out.dtype == torch.float32, add=add is not None)
-    shared = shared_bytes(fixed, step_inputs(matrix))
+    shared = shared_bytes(matrix, fixed)
     with torch.cuda.device(device), driver.context(device.index):
         driver.launch(
             _functions(device.index, tuple(fixed.items()), shared),

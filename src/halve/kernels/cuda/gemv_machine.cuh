@@ -49,6 +49,34 @@ __device__ __forceinline__ void multiply_bytes(float (&sum)[4], u32 a0, u32 a1, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same of a's bytes without and b's with a sign.
+__device__ __forceinline__ void multiply_codes(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four of the eight bytes of a and b, those that the digits of PICK name, lowest first.
+template <u32 PICK> __device__ __forceinline__ u32 picked(u32 a, u32 b) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(PICK));
+    return d;
+}
+
+// What the lane has whose number differs in the bits `by`.
+__device__ __forceinline__ u32 across(u32 v, int by) {
+    u32 d;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(d) : "r"(v), "r"(by));
+    return d;
+}
+
+// The nearest whole number, ties to even.
+__device__ __forceinline__ int nearest(float v) {
+    int d;
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(d) : "f"(v));
+    return d;
+}
+
 // a * b + c of two bf16 each.
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
     u32 d;
