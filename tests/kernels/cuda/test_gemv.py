@@ -25,6 +25,7 @@ from tests.kernels.cuda.test_products import (
     HOPPER,
     OLD,
     UNIT_OF_FEW,
+    UNIT_OF_PLANES,
     assert_near,
     device_of,
     exact,
@@ -98,7 +99,6 @@ def test_nothing_stands_in_for_a_device_on_a_cpu():
 
 # The kernel itself, its words of the machine said in C++.
 
-UNIT_OF_PLANES = 2.0**-13  # tokens are rounded to a 16256th of their group's largest
 KERNELS = [  # format (and activations), outputs, inputs, tokens, cut, programs, whether bias and residual are added
     ("int4-g128", 96, 1024, 5, gemv.cut(2, 4, 3), 2, True),
     ("int4-g128", 32, 640, 1, gemv.cut(1, 8, 4), 2, False),
