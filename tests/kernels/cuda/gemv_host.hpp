@@ -94,6 +94,7 @@ template <int N> static void arrived() {
     for (; groups.size() > N; groups.pop_front())
         for (auto &copy : groups.front()) std::memcpy(shared + copy.to, copy.from, 16);
 }
+static void bring_near(const void *) {}
 static void after_the_kernel_before() {}
 
 static u16 to_bf16(float v) {
@@ -170,6 +171,18 @@ static u32 across(u32 v, int by) {
     __syncwarp();
     return found;
 }
+static u32 largest_of_all(u32 v) {
+    for (int by = 1; by < 32; by *= 2) {
+        const u32 other = across(v, by);
+        v = other > v ? other : v;
+    }
+    return v;
+}
+static int sum_of_all(int v) {
+    for (int by = 1; by < 32; by *= 2) v += (int)across((u32)v, by);
+    return v;
+}
+static float rsqrtf(float v) { return 1 / std::sqrt(v); }
 static int nearest(float v) { return (int)std::nearbyint(v); }
 
 static std::function<void()> body;
@@ -179,13 +192,13 @@ static void enter() {
     pause();
 }
 
-extern "C" void gemv(const u8 *, const u8 *, const float *, const u8 *, const float *, const u16 *, void *, int, int,
-                     int, i64, i64, i64, i64);
+extern "C" void gemv(const u8 *, const u8 *, const float *, const u8 *, const float *, const float *, const u16 *, void *,
+                     int, int, int, i64, i64, i64, i64, float);
 
 extern "C" void run(int programs, int threads, const u8 *codes, const u8 *scales, const float *bias, const u8 *x,
-                    const float *x_scales, const u16 *add, void *out, int T, int N, int K, i64 code_row, i64 x_row,
-                    i64 add_row, i64 out_row) {
-    body = [=] { gemv(codes, scales, bias, x, x_scales, add, out, T, N, K, code_row, x_row, add_row, out_row); };
+                    const float *x_scales, const float *gain, const u16 *add, void *out, int T, int N, int K,
+                    i64 code_row, i64 x_row, i64 add_row, i64 out_row, float eps) {
+    body = [=] { gemv(codes, scales, bias, x, x_scales, gain, add, out, T, N, K, code_row, x_row, add_row, out_row, eps); };
     gridDim = {programs};
     for (int p = 0; p < programs; ++p) {
         blockIdx = {p};

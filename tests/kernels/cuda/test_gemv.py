@@ -17,7 +17,7 @@ from halve.core.errors import KernelError
 from halve.formats import FORMATS
 from halve.kernels.cuda import ahead, driver, gemv, nvrtc, product_rows
 from halve.kernels.cuda.packing import CudaMatrix, concatenate, pack, pack_fp8
-from halve.kernels.cuda.products import Activations, project
+from halve.kernels.cuda.products import Activations, Norm, project
 from halve.kernels.dispatch import Spec
 from tests.kernels.cuda.test_products import (
     AMPERE,
@@ -122,11 +122,29 @@ def pointer(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+@pytest.fixture
+def on_cpu(tmp_path):
+    """Compile the kernel for a CPU and run it there."""
+
+    def run(matrix, x, out, add, cut, programs):
+        fixed = gemv.macros(
+            matrix, len(out), cut, wide=out.dtype == torch.float32, add=add is not None, norm=x.norm is not None
+        )
+        library = tmp_path / "gemv.so"
+        words = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-include", "tests/kernels/cuda/gemv_host.hpp"]
+        words += [f"-D{key}={value}" for key, value in fixed.items()]
+        subprocess.run(["g++", *words, "-x", "c++", str(gemv.SOURCES[1]), "-o", str(library)], check=True, timeout=120)
+        ctypes.CDLL(str(library)).run(programs, 32 * cut.warps, *gemv._parameters(matrix, x, out, add))
+
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the kernel for a CPU")
+    return run
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "width", "tokens", "cut", "programs", "more"), KERNELS, ids=[f"{k[0]}-T{k[3]}" for k in KERNELS]
 )
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernel for a CPU")
-def test_the_kernel_agrees_with_float64_on_a_cpu(name, rows, width, tokens, cut, programs, more, tmp_path):
+def test_the_kernel_agrees_with_float64_on_a_cpu(name, rows, width, tokens, cut, programs, more, on_cpu):
     name, activations = (*name.split(), "bf16")[:2]
     weight = make_weight(name, (rows, width))
     bias = np.linspace(-1, 1, rows).astype(np.float32) if more else None
@@ -136,15 +154,47 @@ def test_the_kernel_agrees_with_float64_on_a_cpu(name, rows, width, tokens, cut,
     add = torch.randn((tokens, rows), generator=generator).to(torch.bfloat16) if more else None
     kind = torch.bfloat16 if more else torch.float32
     out = torch.full((tokens, rows + 2), float("nan"), dtype=kind)[:, 1:-1]
-    fixed = gemv.macros(matrix, tokens, cut, wide=not more, add=more)
-    library = tmp_path / "gemv.so"
-    words = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-include", "tests/kernels/cuda/gemv_host.hpp"]
-    words += [f"-D{key}={value}" for key, value in fixed.items()]
-    subprocess.run(["g++", *words, "-x", "c++", str(gemv.SOURCES[1]), "-o", str(library)], check=True, timeout=120)
-    ctypes.CDLL(str(library)).run(programs, 32 * cut.warps, *gemv._parameters(matrix, x, out, add))
+    on_cpu(matrix, x, out, add, cut, programs)
     extra = None if bias is None else torch.from_numpy(bias).double() + add.double()
-    unit = UNIT_OF_PLANES if fixed["PLANES"] else 2.0**-22
+    unit = UNIT_OF_PLANES if gemv.in_planes(matrix, tokens) else 2.0**-22
     assert_near(out, dense, exact(weight), extra=extra, rounded=more, unit=unit)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("int4-g32", 2), ("int4-g128", 1)])
+def test_a_product_norms_its_tokens_on_a_cpu(name, tokens, on_cpu):
+    """Numbers of a norm and a gain as they come, with outliers and a token of nearly nothing."""
+    weight, width = make_weight(name, (32, 640)), 640
+    generator = torch.Generator().manual_seed(4)
+    values = (torch.randn((tokens, width), generator=generator) * 3).to(torch.bfloat16)
+    values[0, 5] = 400
+    values[-1] *= 1e-3
+    norm = Norm(torch.rand(width, generator=generator) + 0.5, 1e-5)
+    add = torch.randn((tokens, 32), generator=generator).to(torch.bfloat16)
+    out = torch.empty((tokens, 32), dtype=torch.bfloat16)
+    on_cpu(pack(weight, "cpu"), Activations(values, norm=norm), out, add, gemv.cut(1, 4, 3), 1)
+    wide = values.double()
+    normed = wide * norm.gain.double() / (wide.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    largest = normed.view(tokens, -1, FORMATS[name].group_size).abs().amax(2, keepdim=True)
+    bound = (largest.expand(-1, -1, FORMATS[name].group_size).flatten(1) / 32512) @ exact(weight).T.abs()
+    error = (out.double() - (normed @ exact(weight).T + add.double())).abs()
+    assert (error <= 1.01 * bound + 2.0**-8 * out.double().abs()).all()
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_that_is_no_number_spoils_its_own_outputs_alone(broken, on_cpu):
+    values = torch.randn((2, 256), generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    values[1, 77] = broken
+    out = torch.empty((2, 32))
+    on_cpu(pack(make_weight("int4-g64", (32, 256)), "cpu"), Activations(values), out, None, gemv.cut(1, 2, 3), 2)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+def test_tokens_of_nothing_give_nothing(on_cpu):
+    out = torch.full((1, 32), float("nan"))
+    x = Activations(torch.zeros((1, 256), dtype=torch.bfloat16))
+    on_cpu(pack(make_weight("int4-g128", (32, 256)), "cpu"), x, out, None, gemv.cut(2, 2, 3), 1)
+    assert (out == 0).all()
 
 
 # What is launched, seen by a driver of the test's.
@@ -161,7 +211,7 @@ class Driver:
 
     def cuLaunchKernelEx(self, config, function, parameters, extra):  # noqa: N802
         found = ctypes.cast(config, ctypes.POINTER(driver.LaunchConfig)).contents
-        kinds = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 3 + [ctypes.c_longlong] * 4
+        kinds = [ctypes.c_void_p] * 8 + [ctypes.c_int] * 3 + [ctypes.c_longlong] * 4 + [ctypes.c_float]
         values = [ctypes.cast(p, ctypes.POINTER(k)).contents.value for p, k in zip(parameters, kinds, strict=True)]
         self.launched.append(
             {
@@ -199,7 +249,7 @@ def test_a_launch_has_the_products_sizes_and_places(launched):
     gemv.launch(matrix, Activations(x), out, out, gemv.cut(2, 8, 4))
     (seen,) = launched.launched
     before, after = ([t.data_ptr() for t in some] for some in ((matrix.codes, matrix.scale, matrix.bias, x), (out, out)))
-    assert seen["values"] == [*before, None, *after, 3, 96, 256, 128, 256, 96, 96]
+    assert seen["values"] == [*before, None, None, *after, 3, 96, 256, 128, 256, 96, 96, 0.0]
     assert (seen["grid"], seen["block"], seen["stream"]) == ([3, 1, 1], [256, 1, 1], 77)
     assert seen["shared"] == 8 * (4 * 2 * (16 * 64 + 4 * 16 * 2) + 2 * 32 * 4 * 4)
     assert seen["ahead"] == []
@@ -288,22 +338,22 @@ def meta(name, shape):
 @pytest.mark.parametrize(
     ("name", "shape", "tokens", "cut"),
     [
-        ("int4-g128", (4096, 14336), 1, gemv.cut(2, 16, 3)),
+        ("int4-g128", (4096, 14336), 1, gemv.cut(2, 16, 5, 1, 1)),
         ("int4-g128", (4096, 14336), 4, gemv.cut(2, 16, 4)),
-        ("int4-g128", (4096, 4096), 1, gemv.cut(1, 8, 8)),
-        ("int4-g128", (8192, 28672), 1, gemv.cut(2, 8, 4, 2)),
+        ("int4-g128", (4096, 4096), 1, gemv.cut(2, 16, 6, 1, 1)),
+        ("int4-g128", (8192, 28672), 2, gemv.cut(2, 16, 3, 1, 1)),
         ("int4-g128", (8192, 28672), 8, gemv.cut(4, 8, 4)),
         ("int4-g128", (8192, 28672), 5, gemv.cut(4, 8, 4)),
-        ("int4-g128", (14336, 4096), 1, gemv.cut(2, 8, 4, 2)),
+        ("int4-g128", (14336, 4096), 4, gemv.cut(2, 8, 4, 2)),
         ("int4-g128", (28672, 8192), 8, gemv.cut(2, 8, 4, 2)),
-        ("int4-g32", (4096, 14336), 1, gemv.cut(1, 8, 8)),
+        ("int4-g32", (4096, 14336), 1, gemv.cut(2, 16, 5, 1, 1)),
         ("int4-g32", (4096, 14336), 8, gemv.cut(2, 16, 4)),
-        ("int4-g32", (8192, 28672), 1, gemv.cut(2, 8, 4, 2)),
+        ("int4-g32", (8192, 28672), 4, gemv.cut(2, 8, 4, 2)),
         ("int2-g32", (4096, 14336), 1, gemv.cut(2, 8, 6)),
         ("int8", (4096, 14336), 1, gemv.cut(1, 16, 4, 2)),
         ("fp8", (4096, 14336), 8, gemv.cut(2, 16, 4)),
-        ("bf16", (4096, 14336), 1, gemv.cut(1, 16, 4, 2)),
-        ("bf16", (128256, 4096), 1, gemv.cut(2, 8, 4, 2)),
+        ("bf16", (4096, 14336), 1, gemv.cut(2, 16, 4)),
+        ("bf16", (128256, 4096), 1, gemv.cut(2, 16, 3, 1, 1)),
     ],
 )
 def test_without_measurements_an_h200s_fastest_cut_runs(name, shape, tokens, cut, monkeypatch):

@@ -23,10 +23,12 @@
 // for those below a 64th of their group's largest, and these become two columns of bytes, 128 * high + low. Two of
 // the four fields of a cell are the upper halves of bytes; left where they are they count 16 times, in sums of their
 // own. Sums begin at 1.5 * 2^23 as a float has it, so that they are that float plus the sum, and none is converted.
+// Such a product takes a norm along (NORM): out = x * gain / sqrt(mean(x^2) + eps) times the weights; the division is
+// left for the end.
 //
 // What a compilation fixes: KIND (0 int, 1 fp8, 2 bf16; 3 int8 and 4 fp8 with tokens of that kind), BITS, GROUP (inputs under one scale, 0: rows), SCALES (bytes
 // of a scale, 0: none), TOKENS (1, 2, 4 or 8), TALL, WARPS, RING (steps in flight), BLOCKS (programs that a
-// multiprocessor must hold at once), PLANES, WIDE (output float32), HAS_BIAS, HAS_ADD.
+// multiprocessor must hold at once), PLANES, NORM, WIDE (output float32), HAS_BIAS, HAS_ADD.
 
 struct __align__(16) Quad {
     u32 at[4];
@@ -73,58 +75,93 @@ constexpr u32 MAGIC = 0x4b400000u;                      // 1.5 * 2^23
 
 __device__ __forceinline__ float less_magic(int sum) { return __uint_as_float((u32)sum) - 12582912.0f; }
 
+struct __align__(8) Pair {
+    u32 at[2];
+};
+
 // Tokens of a warp's steps as planes [count][COLUMNS][INPUTS] of bytes; `of_x` gets [count][GROUPS][TOKENS] pairs: the
 // group's scale, and 8 times its sum, which codes that are 8 too large bring. Below 1e-30 there is nothing; infinity
-// and NaN make the scale NaN.
-__device__ __forceinline__ void to_planes(const u8 *x, i64 x_row, int T, int count, int lane, u8 *planes, float *of_x) {
+// and NaN make the scale NaN. With a norm numbers are multiplied by their gain, and `squares` gets the sum of their
+// squares before that for each token.
+__device__ __forceinline__ void to_planes(const u8 *x, i64 x_row, const float *gain, int T, int count, int lane,
+                                          u8 *planes, float *of_x, float *squares) {
     constexpr int SHARE = GROUP > 0 && GROUP < INPUTS ? GROUP / 4 : 32;  // lanes of a group: each has 4 inputs
+    constexpr int AHEAD = 4;                                             // steps that are loaded at once
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
         const u8 *row = x + (t < T ? t : T - 1) * x_row * 2 + lane * 8;
-#pragma unroll 4
-        for (int s = 0; s < count; ++s) {
-            const u32 pair[2] = {*(const u32 *)(row + s * INPUTS * 2), *(const u32 *)(row + s * INPUTS * 2 + 4)};
-            float value[4], largest = 0;
+        float square = 0;
+#pragma unroll 1
+        for (int from = 0; from < count; from += AHEAD) {
+            Pair pair[AHEAD];
+            Quad gains[AHEAD];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                value[i] = __uint_as_float(i % 2 ? pair[i / 2] & 0xffff0000u : pair[i / 2] << 16);
-                const float size = value[i] < 0 ? -value[i] : value[i];
-                largest = size <= largest ? largest : size <= 3.4e38f ? size : __uint_as_float(0x7f800000u);
+            for (int i = 0; i < AHEAD; ++i) {
+                const int s = from + i < count ? from + i : count - 1;
+                pair[i] = *(const Pair *)(row + s * INPUTS * 2);
+                if constexpr (NORM) gains[i] = *(const Quad *)(gain + s * INPUTS + lane * 4);
             }
 #pragma unroll
-            for (int by = 1; by < SHARE; by *= 2) {
-                const float other = __uint_as_float(across(__float_as_uint(largest), by));
-                largest = other > largest ? other : largest;
-            }
-            const bool some = largest >= 1e-30f, finite = largest <= 3.4e38f;
-            const float steps = some && finite ? 16256.0f / largest : 0;
-            u32 high = 0, low = 0;
-            int total = 0;
+            for (int step = 0; step < AHEAD; ++step) {
+                const int s = from + step;
+                if (s >= count) break;
+                float value[4];
+                u32 largest = 0;  // bits of floats without a sign are ordered as these are; NaN comes last
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int whole = finite ? nearest(value[i] * steps) : 0, upper = (whole + 64) >> 7;
-                high |= (u32)(upper & 255) << 8 * i;
-                low |= (u32)((whole - 128 * upper) & 255) << 8 * i;
-                total += whole;
-            }
+                for (int i = 0; i < 4; ++i) {
+                    const u32 two = pair[step].at[i / 2];
+                    value[i] = __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
+                    if constexpr (NORM) {
+                        square += value[i] * value[i];
+                        value[i] *= __uint_as_float(gains[step].at[i]);
+                    }
+                    const u32 size = __float_as_uint(value[i]) & 0x7fffffffu;
+                    largest = size > largest ? size : largest;
+                }
+                if constexpr (SHARE == 32)
+                    largest = largest_of_all(largest);
+                else
 #pragma unroll
-            for (int by = 1; by < SHARE; by *= 2) total += (int)across((u32)total, by);
-            u8 *to = planes + (s * COLUMNS + 2 * t) * INPUTS + lane * 4;
-            *(u32 *)to = high;
-            *(u32 *)(to + INPUTS) = low;
-            if (lane % SHARE == 0) {
-                float *of = of_x + ((s * GROUPS + lane / SHARE) * TOKENS + t) * 2;
-                of[0] = !finite ? __uint_as_float(0x7fc00000u) : some ? largest / 16256.0f : 0;
-                of[1] = 8.0f * (float)total;
+                    for (int by = 1; by < SHARE; by *= 2) {
+                        const u32 other = across(largest, by);
+                        largest = other > largest ? other : largest;
+                    }
+                const bool finite = largest < 0x7f800000u;
+                const float most = __uint_as_float(largest);
+                const bool some = finite && most >= 1e-30f;
+                const float steps = some ? 16256.0f / most : 0;
+                u32 high = 0, low = 0;
+                int total = 0;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int whole = some ? nearest(value[i] * steps) : 0, upper = (whole + 64) >> 7;
+                    high |= (u32)(upper & 255) << 8 * i;
+                    low |= (u32)((whole - 128 * upper) & 255) << 8 * i;
+                    total += whole;
+                }
+                if constexpr (SHARE == 32)
+                    total = sum_of_all(total);
+                else
+#pragma unroll
+                    for (int by = 1; by < SHARE; by *= 2) total += (int)across((u32)total, by);
+                u8 *to = planes + (s * COLUMNS + 2 * t) * INPUTS + lane * 4;
+                *(u32 *)to = high;
+                *(u32 *)(to + INPUTS) = low;
+                if (lane % SHARE == 0) {
+                    float *of = of_x + ((s * GROUPS + lane / SHARE) * TOKENS + t) * 2;
+                    of[0] = !finite ? __uint_as_float(0x7fc00000u) : some ? most / 16256.0f : 0;
+                    of[1] = 8.0f * (float)total;
+                }
             }
+        }
+        if constexpr (NORM) {
+#pragma unroll
+            for (int by = 1; by < 32; by *= 2) square += __uint_as_float(across(__float_as_uint(square), by));
+            if (lane == 0) squares[t] = square;
         }
     }
     __syncwarp();
 }
-
-struct __align__(8) Pair {
-    u32 at[2];
-};
 
 // A step of planes. planes: this lane's column at its first input. of_x: the step's, of this lane's token.
 __device__ __forceinline__ void step_of_planes(const Quad (&w)[TALL][2], const u8 *planes, const float *of_x,
@@ -245,8 +282,9 @@ __device__ __forceinline__ void fields(const Quad (&w)[TALL][2], const Quad (&x)
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-    gemv(const u8 *codes, const u8 *scales, const float *bias, const u8 *x, const float *x_scales, const u16 *add,
-         void *out, int T, int N, int K, i64 code_row, i64 x_row, i64 add_row, i64 out_row) {
+    gemv(const u8 *codes, const u8 *scales, const float *bias, const u8 *x, const float *x_scales,
+         const float *gain, const u16 *add, void *out, int T, int N, int K, i64 code_row, i64 x_row, i64 add_row,
+         i64 out_row, float eps) {
     extern __shared__ __align__(16) u8 shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
     const int tiles = N / (16 * TALL), steps = K / INPUTS;
@@ -295,13 +333,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll 1
     for (int s = 0; s < RING - 1; ++s) fetch(ring_at + s * STEP_BYTES);
 
+    if constexpr (NORM)
+        for (int s = 0; s < count; ++s) bring_near(gain + (first + s) * INPUTS + lane * 4);
     after_the_kernel_before();
 
     u8 *planes = shared + WARPS * RING * STEP_BYTES + 2 * WARPS * 16 * TALL * TOKENS * (int)sizeof(Sum);
-    float *of_x = (float *)(planes + K * COLUMNS) + first * GROUPS * TOKENS * 2;
+    float *of_x = (float *)(planes + K * COLUMNS), *squares = of_x + steps * GROUPS * TOKENS * 2;  // [WARPS][TOKENS]
+    of_x += first * GROUPS * TOKENS * 2;
     planes += first * INPUTS * COLUMNS;
     if constexpr (PLANES) {
-        to_planes(x + first * INPUTS * 2, x_row, T, count, lane, planes, of_x);
+        to_planes(x + first * INPUTS * 2, x_row, gain + first * INPUTS, T, count, lane, planes, of_x,
+                  squares + warp * TOKENS);
         planes += g % COLUMNS * INPUTS + 8 * c;
         of_x += c % TOKENS * 2;
     }
@@ -358,6 +400,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
                 const int t = PLANES ? i & 1 ? TOKENS : c : 2 * c + (i & 1), row = m * 16 + g + (i >> 1) * 8;
                 if (t < TOKENS) mine[row * TOKENS + t] = sum[m][i];
             }
+        float plus = 0;  // on its way while warps wait for each other
+        if constexpr (HAS_ADD) {
+            const int at = threadIdx.x;
+            if (at < 16 * TALL * T)
+                plus = __uint_as_float((u32)add[at / (16 * TALL) * add_row + tile * (16 * TALL) + at % (16 * TALL)] << 16);
+        }
         __syncthreads();  // the other buffer is written only after the next one
 #pragma unroll 1
         for (int at = threadIdx.x; at < 16 * TALL * T; at += WARPS * 32) {
@@ -371,8 +419,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             if constexpr (OFFSET && !PLANES) value *= 1 << BITS;
             if constexpr (GROUP == 0 && SCALES > 0) value *= scale_at(scales + n * SCALES);
             if constexpr (BYTES) value *= x_scales[t];
+            if constexpr (NORM) {
+                float square = 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; ++w) square += squares[w * TOKENS + t];
+                value *= rsqrtf(square / K + eps);
+            }
             if constexpr (HAS_BIAS) value += bias[n];
-            if constexpr (HAS_ADD) value += __uint_as_float((u32)add[t * add_row + n] << 16);
+            if constexpr (HAS_ADD)
+                value += at == threadIdx.x ? plus : __uint_as_float((u32)add[t * add_row + n] << 16);
             if constexpr (WIDE)
                 ((float *)out)[t * out_row + n] = value;
             else

@@ -6,6 +6,7 @@ may still be writing these weights, they are not; so a graph must not write weig
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,6 @@ def cut(tall: int, warps: int, ring: int, blocks: int = 1, programs: int = 0) ->
     )
 
 
-# The last has more in flight than any that was measured: reading and computing overlap the least in small matrices.
 OTHERS = (
     cut(2, 16, 4),
     cut(2, 8, 4, 2),
@@ -73,21 +73,31 @@ OTHERS = (
     cut(2, 8, 6),
     cut(1, 4, 8, 4),
     cut(2, 16, 3, 1, 1),
+    cut(1, 16, 4, 2, 2),
     cut(2, 16, 5),
 )
+DEEP = tuple(cut(2, 16, ring, 1, 1) for ring in (6, 5, 4, 3))  # more in flight than most rows need, deepest first
 
 
 def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
     """What is worth trying, the default first; all divide the matrix and fit the device's shared memory.
 
-    Defaults are the fastest of a sweep on an H200. Tiles of 32 outputs that make more than one program for every
+    Defaults are the fastest on an H200, for one or two tokens inside whole steps, where the first weights arrive while
+    small kernels still run: programs that share the tiles keep fetching through all of them, and tokens that become
+    planes do so once for each. For more tokens they are those of a sweep of products alone. Tiles of 32 outputs that make more than one program for every
     multiprocessor overlap by themselves. Fewer programs have to bring many warps each, if the inputs give each warp
     steps enough; bytes that become bf16 in few instructions (8 bits and bf16) go best through many small programs.
     """
     sms, tokens = num_sms(matrix.codes.device), configs.token_class(tokens)
     steps = matrix.in_features // step_inputs(matrix)
     bits = 8 * matrix.codes.element_size() if not matrix.in_cells else matrix.format.bits
-    if matrix.out_features > 32 * sms:
+    if in_planes(matrix, tokens):
+        return _fitting(matrix, tokens, (*DEEP, *OTHERS))
+    if tokens <= 2 and not matrix.in_cells:
+        first = cut(2, 16, 3, 1, 1) if bits == 16 and matrix.out_features > 32 * sms else cut(2, 16, 4)
+        if bits == 8:
+            first = cut(2, 16, 3) if steps < 96 and matrix.out_features <= 32 * sms else cut(1, 16, 4, 2, 2)
+    elif matrix.out_features > 32 * sms:
         first = cut(4, 8, 4) if tokens >= 8 and matrix.out_features <= 64 * sms else cut(2, 8, 4, 2)
     elif bits == 2:
         first = cut(2, 8, 6)
@@ -100,6 +110,11 @@ def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
     wished = [first, *OTHERS, cut(4, 8, 4) if tokens > 2 else first]
     if bits >= 8:
         wished.append(cut(1, 16, 4, 2))  # of which fewer bits need more registers than there are
+    return _fitting(matrix, tokens, wished)
+
+
+def _fitting(matrix: CudaMatrix, tokens: int, wished: Sequence[Config]) -> list[Config]:
+    """Cuts that divide a matrix and fit the device's shared memory."""
     limit = device_shared_bytes(matrix.codes.device)
     return [
         c
@@ -109,7 +124,9 @@ def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
     ]
 
 
-def macros(matrix: CudaMatrix, tokens: int, config: Config, *, wide: bool, add: bool) -> dict[str, int]:
+def macros(
+    matrix: CudaMatrix, tokens: int, config: Config, *, wide: bool, add: bool, norm: bool = False
+) -> dict[str, int]:
     """What `gemv.cu` is compiled for. tokens: rounded up to 1, 2, 4 or 8."""
     return {
         "KIND": KINDS[matrix.activations] if not matrix.in_cells else 1 if matrix.format.kind == "float" else 0,
@@ -121,11 +138,22 @@ def macros(matrix: CudaMatrix, tokens: int, config: Config, *, wide: bool, add: 
         "WARPS": config.warps,
         "RING": config.stages,
         "BLOCKS": config.blocks,
-        "PLANES": int(matrix.in_cells and matrix.format.name.startswith("int4") and tokens <= MOST_OF_PLANES),
+        "PLANES": int(in_planes(matrix, tokens)),
+        "NORM": int(norm),
         "WIDE": int(wide),
         "HAS_BIAS": int(matrix.bias is not None),
         "HAS_ADD": int(add),
     }
+
+
+def in_planes(matrix: CudaMatrix, tokens: int) -> bool:
+    """Whether so many tokens are made columns of bytes for codes of 4 bits."""
+    return matrix.in_cells and matrix.format.kind == "int" and matrix.format.bits == 4 and tokens <= MOST_OF_PLANES
+
+
+def takes_norm(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None) -> bool:
+    """Whether `launch` norms tokens itself."""
+    return in_planes(matrix, len(x.values)) and _suits(matrix, x.values, out, add)
 
 
 def step_inputs(matrix: CudaMatrix) -> int:
@@ -138,8 +166,8 @@ def shared_bytes(matrix: CudaMatrix, fixed: dict[str, int]) -> int:
     inputs, tokens = step_inputs(matrix), fixed["TOKENS"]
     groups = 0 if not fixed["GROUP"] else max(1, inputs // fixed["GROUP"])
     step = fixed["TALL"] * (ROWS * CELL_ROW_BYTES + groups * ROWS * fixed["SCALES"])
-    planes = fixed["PLANES"] * tokens * (2 * matrix.in_features + 8 * groups * matrix.in_features // inputs)
-    return fixed["WARPS"] * (fixed["RING"] * step + 2 * ROWS * fixed["TALL"] * tokens * 4) + planes
+    planes = 2 * matrix.in_features + 8 * groups * matrix.in_features // inputs + 4 * fixed["WARPS"]
+    return fixed["WARPS"] * (fixed["RING"] * step + 2 * ROWS * fixed["TALL"] * tokens * 4) + fixed["PLANES"] * tokens * planes
 
 
 def launch(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, config: Config) -> None:
@@ -149,7 +177,8 @@ def launch(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, 
         launching.launch(matrix, x, out, add, configs.default(matrix, len(values)))
         return
     device = values.device
-    fixed = macros(matrix, len(values), config, wide=out.dtype == torch.float32, add=add is not None)
+    wide, norm = out.dtype == torch.float32, x.norm is not None
+    fixed = macros(matrix, len(values), config, wide=wide, add=add is not None, norm=norm)
     shared = shared_bytes(matrix, fixed)
     with torch.cuda.device(device), driver.context(device.index):
         driver.launch(
@@ -184,7 +213,8 @@ def _suits(matrix: CudaMatrix, values: Tensor, out: Tensor, add: Tensor | None) 
 def _parameters(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None) -> list[Any]:
     """What `gemv` takes, in its order."""
     values = x.values
-    pointers = (matrix.codes, matrix.scale, matrix.bias, values, x.scale, add, out)
+    gain = None if x.norm is None else x.norm.gain
+    pointers = (matrix.codes, matrix.scale, matrix.bias, values, x.scale, gain, add, out)
     sizes = (len(values), matrix.out_features, matrix.in_features)
     code_row = matrix.codes.stride(-2) * matrix.codes.element_size()
     strides = (code_row, values.stride(0), 0 if add is None else add.stride(0), out.stride(0))
@@ -192,6 +222,7 @@ def _parameters(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | N
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in pointers),
         *(ctypes.c_int(n) for n in sizes),
         *(ctypes.c_longlong(n) for n in strides),
+        ctypes.c_float(0.0 if x.norm is None else x.norm.eps),
     ]
 
 

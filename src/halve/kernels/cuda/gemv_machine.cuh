@@ -12,6 +12,9 @@ __device__ __forceinline__ void copy16(u32 to, const u8 *from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// Brings a line of memory near, which will be read soon.
+__device__ __forceinline__ void bring_near(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -67,6 +70,18 @@ template <u32 PICK> __device__ __forceinline__ u32 picked(u32 a, u32 b) {
 __device__ __forceinline__ u32 across(u32 v, int by) {
     u32 d;
     asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(d) : "r"(v), "r"(by));
+    return d;
+}
+
+// The largest, and the sum, of what the lanes of a warp have.
+__device__ __forceinline__ u32 largest_of_all(u32 v) {
+    u32 d;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(v));
+    return d;
+}
+__device__ __forceinline__ int sum_of_all(int v) {
+    int d;
+    asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(v));
     return d;
 }
 

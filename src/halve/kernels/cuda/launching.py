@@ -20,12 +20,24 @@ ALIGNMENT = 16  # bytes, of what the tensor memory accelerator fetches
 INTERPRETED = not isinstance(gemm.product, triton.JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
 
 
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * gain over a row; gain: float32 [K]."""
+
+    gain: Tensor
+    eps: float
+
+
 @dataclass
 class Activations:
-    """Tokens as a product takes them: bf16 [T, K], or int8 or fp8 e4m3 [T, K] with float32 scale [T]."""
+    """Tokens as a product takes them: bf16 [T, K], or int8 or fp8 e4m3 [T, K] with float32 scale [T].
+
+    norm: what becomes of bf16 tokens before they are multiplied, or None.
+    """
 
     values: Tensor
     scale: Tensor | None = None
+    norm: Norm | None = None
 
 
 def splits_of(matrix: CudaMatrix, tiles: int, config: Config, device: torch.device) -> int:
