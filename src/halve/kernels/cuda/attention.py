@@ -8,8 +8,8 @@ that a chunk of 8192 tokens and a sequence's one new token run by the same kerne
 
 No function waits for the device or allocates where `out` and `scratch` are given, and grids depend on shapes alone: a
 captured graph serves every length that its tables have room for. Integer tensors are int32. Where kernels begin ahead
-(`ahead.py`), positions, slots, lengths and block tables are read before the kernel just before has ended: they come from
-an earlier one, or from the host.
+(`ahead.py`), positions, slots, lengths and block tables are read before the kernel just before has ended: they come
+from an earlier one, or from the host.
 """
 
 import math

@@ -2,7 +2,8 @@
 
 Rounding (`activations`): bf16; int8 as `halve.formats.activations.int8_rows`, to the bit; fp8 e4m3, scale = absmax /
 448 and code = x * (448 / absmax) rounded to nearest, otherwise by the same rules. A row with NaN or infinity gets the
-scale NaN. A row that is rounded to 8 bits is one kernel instance and is held in registers, so its maximum costs no second read.
+scale NaN. A row that is rounded to 8 bits is one kernel instance and is held in registers, so its maximum costs no
+second read.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -74,7 +75,13 @@ def quantize(x: torch.Tensor, activations: str, *, out: Activations | None = Non
     out = _room(out, rows, width, activations, x.device)
     if rows:
         _quantize_kernel[(rows,)](
-            x, out.values, out.scale, x.stride(0), out.values.stride(0), K=width, **_launch(width, activations, x.device)
+            x,
+            out.values,
+            out.scale,
+            x.stride(0),
+            out.values.stride(0),
+            K=width,
+            **_launch(width, activations, x.device),
         )
     return out
 

@@ -76,7 +76,7 @@ OTHERS = (
     cut(1, 16, 4, 2, 2),
     cut(2, 16, 5),
 )
-DEEP = tuple(cut(2, 16, ring, 1, 1) for ring in (6, 5, 4, 3))  # more in flight than most rows need, deepest first
+OF_PLANES = tuple(cut(2, 16, ring, 1, 1) for ring in (3, 4, 5, 6))
 
 
 def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
@@ -84,15 +84,16 @@ def candidates(matrix: CudaMatrix, tokens: int) -> list[Config]:
 
     Defaults are the fastest on an H200, for one or two tokens inside whole steps, where the first weights arrive while
     small kernels still run: programs that share the tiles keep fetching through all of them, and tokens that become
-    planes do so once for each. For more tokens they are those of a sweep of products alone. Tiles of 32 outputs that make more than one program for every
-    multiprocessor overlap by themselves. Fewer programs have to bring many warps each, if the inputs give each warp
-    steps enough; bytes that become bf16 in few instructions (8 bits and bf16) go best through many small programs.
+    planes do so once for each. For more tokens they are those of a sweep of products alone. Tiles of 32 outputs that
+    make more than one program for every multiprocessor overlap by themselves. Fewer programs have to bring many warps
+    each, if the inputs give each warp steps enough; bytes that become bf16 in few instructions (8 bits and bf16) go
+    best through many small programs.
     """
     sms, tokens = num_sms(matrix.codes.device), configs.token_class(tokens)
     steps = matrix.in_features // step_inputs(matrix)
     bits = 8 * matrix.codes.element_size() if not matrix.in_cells else matrix.format.bits
     if in_planes(matrix, tokens):
-        return _fitting(matrix, tokens, (*DEEP, *OTHERS))
+        return _fitting(matrix, tokens, (*OF_PLANES, *OTHERS))
     if tokens <= 2 and not matrix.in_cells:
         first = cut(2, 16, 3, 1, 1) if bits == 16 and matrix.out_features > 32 * sms else cut(2, 16, 4)
         if bits == 8:
@@ -167,7 +168,10 @@ def shared_bytes(matrix: CudaMatrix, fixed: dict[str, int]) -> int:
     groups = 0 if not fixed["GROUP"] else max(1, inputs // fixed["GROUP"])
     step = fixed["TALL"] * (ROWS * CELL_ROW_BYTES + groups * ROWS * fixed["SCALES"])
     planes = 2 * matrix.in_features + 8 * groups * matrix.in_features // inputs + 4 * fixed["WARPS"]
-    return fixed["WARPS"] * (fixed["RING"] * step + 2 * ROWS * fixed["TALL"] * tokens * 4) + fixed["PLANES"] * tokens * planes
+    return (
+        fixed["WARPS"] * (fixed["RING"] * step + 2 * ROWS * fixed["TALL"] * tokens * 4)
+        + fixed["PLANES"] * tokens * planes
+    )
 
 
 def launch(matrix: CudaMatrix, x: Activations, out: Tensor, add: Tensor | None, config: Config) -> None:
