@@ -70,8 +70,7 @@ SHAPES = {
     },
 }
 # Weights -> activations and cache of the plan. Weights below 8 bits meet bf16 activations on CUDA.
-# The cache is int8 but with bf16: it is read faster than fp8 and is nearer to the original.
-PLANS = {"bf16": ("fp32", "bf16"), "fp8": ("fp8", "int8"), "int8": ("int8", "int8"), "int4-g128": ("fp32", "int8")}
+PLANS = {"bf16": ("fp32", "bf16"), "fp8": ("fp8", "fp8"), "int8": ("int8", "int8"), "int4-g128": ("fp32", "int8")}
 BARS = {"bf16": 0.80, "int4-g128": 0.65}  # of the bandwidth bound, part a
 PUBLISHED = {  # TensorRT-LLM 1.0, docs/source/performance/perf-overview.md: Llama 3.1 8B FP8, 1000 in / 1000 out
     "H200": {"engine": "TensorRT-LLM 1.0", "model": "Llama-3.1-8B FP8", "output_tok_s": 17744},

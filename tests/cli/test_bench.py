@@ -76,12 +76,22 @@ def children(pid):
     return found
 
 
+def heeds_interrupts():
+    """As at a terminal: what a shell starts in the background ignores them, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the system does not tell when another's child ends")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_is_left_behind_however_it_ends(number):
     words = command("bench", embedded_model_path(), "--rounds", "100000", "--parts", "decode", "--batch", "1")
     with subprocess.Popen(
-        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        words,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeds_interrupts,  # noqa: PLW1509 - there are no threads yet that could hold a lock
     ) as ran:
         assert ran.stderr is not None
         assert any(line.startswith("round 1") for line in ran.stderr)

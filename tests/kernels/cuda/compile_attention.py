@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -47,6 +48,8 @@ SWEEP_PREFILL = [
 def compiled(name, function, constants, num_warps, num_stages=3, *, fusion=True, **types):
     """Compile and tell registers, spills and shared memory. Pointers and strides divide by 16, as torch allots them."""
     kinds = {**TYPES, **types}
+    ahead = {"AHEAD": True} if "AHEAD" in function.arg_names else {}
+    constants = {**constants, **ahead}
     signature, divisible = {}, {}
     for i, argument in enumerate(function.arg_names):
         if argument in constants:
@@ -56,7 +59,7 @@ def compiled(name, function, constants, num_warps, num_stages=3, *, fusion=True,
         if signature[argument].startswith("*") or argument.endswith("stride"):
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fusion}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fusion, "launch_pdl": bool(ahead)}
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -143,7 +146,8 @@ def rounding(activations, sweep):
     types = {"out": BYTES[activations]}
     absent = {"scales": None} if activations == "bf16" else {}
     for function, width in (("norm", 4096), ("silu", 14336), ("silu", 8192), ("quantize", 8192)):
-        launch = elementwise._launch(width, activations)
+        tile = elementwise.SHARED_ROW if (function, activations) == ("silu", "bf16") else width
+        launch = elementwise._launch(tile, activations, torch.device("cpu"))
         constants = {"K": width, "WIDTH": launch["WIDTH"], "TO": activations, **absent}
         kernel = getattr(elementwise, f"_{function}_kernel")
         name = f"{function} {activations} {width}"

@@ -75,8 +75,8 @@ def compiled(function, signature, constants, aligned, options):
 
 def product(matrix, config, *, splits, grouped=False, residual=False, out="*bf16"):
     constants = launching.constants(matrix, config, splits, grouped=grouped, add=residual)
-    constants["PTX"] = True
-    options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages")}
+    constants |= {"PTX": True, "AHEAD": True}
+    options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages"), "launch_pdl": True}
     signature = {
         "codes_ptr": TYPES[matrix.codes.dtype],
         "x_ptr": TYPES[STORED[matrix.activations]],

@@ -74,7 +74,7 @@ static float __uint_as_float(u32 bits) {
     std::memcpy(&v, &bits, 4);
     return v;
 }
-static u32 bits_of(float v) {
+static u32 __float_as_uint(float v) {
     u32 bits;
     std::memcpy(&bits, &v, 4);
     return bits;
@@ -94,10 +94,11 @@ template <int N> static void arrived() {
     for (; groups.size() > N; groups.pop_front())
         for (auto &copy : groups.front()) std::memcpy(shared + copy.to, copy.from, 16);
 }
+static void bring_near(const void *) {}
 static void after_the_kernel_before() {}
 
 static u16 to_bf16(float v) {
-    const u32 bits = bits_of(v);
+    const u32 bits = __float_as_uint(v);
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 static float half_of(u32 pair, int high) { return __uint_as_float(high ? pair & 0xffff0000u : pair << 16); }
@@ -124,6 +125,66 @@ static void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u3
     __syncwarp();
 }
 
+static float number_of(u8 code, float) {  // e4m3
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
+    return code & 128 ? -size : size;
+}
+static int number_of(u8 code, int) { return (signed char)code; }
+
+// PTX ISA, "Matrix fragments for mma.m16n8k32". left: what a byte of `a` is.
+template <typename Sum, typename Left>
+static void multiply_in(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, Left left) {
+    const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+    std::memcpy(fibers[current]->operands, mine, sizeof mine);
+    __syncwarp();
+    const int warp = current / 32 * 32, lane = current % 32;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; ++k) {
+            const u32 *a = fibers[warp + row % 8 * 4 + k % 16 / 4]->operands;
+            const u32 *b = fibers[warp + column * 4 + k % 16 / 4]->operands;
+            const int at = 8 * (k % 4);
+            sum[i] += left(a[row / 8 + 2 * (k / 16)] >> at) * number_of(b[4 + k / 16] >> at, Sum());
+        }
+    }
+    __syncwarp();
+}
+
+template <typename Sum>
+static void multiply_bytes(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    multiply_in(sum, a0, a1, a2, a3, b0, b1, [](u8 code) { return number_of(code, Sum()); });
+}
+static void multiply_codes(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    multiply_in(sum, a0, a1, a2, a3, b0, b1, [](u8 code) { return (int)code; });
+}
+template <u32 PICK> static u32 picked(u32 a, u32 b) {
+    const uint64_t both = (uint64_t)b << 32 | a;
+    u32 d = 0;
+    for (int i = 0; i < 4; ++i) d |= (u32)(both >> 8 * (PICK >> 4 * i & 7) & 255) << 8 * i;
+    return d;
+}
+static u32 across(u32 v, int by) {
+    fibers[current]->operands[0] = v;
+    __syncwarp();
+    const u32 found = fibers[current ^ by]->operands[0];
+    __syncwarp();
+    return found;
+}
+static u32 largest_of_all(u32 v) {
+    for (int by = 1; by < 32; by *= 2) {
+        const u32 other = across(v, by);
+        v = other > v ? other : v;
+    }
+    return v;
+}
+static int sum_of_all(int v) {
+    for (int by = 1; by < 32; by *= 2) v += (int)across((u32)v, by);
+    return v;
+}
+static float rsqrtf(float v) { return 1 / std::sqrt(v); }
+static int nearest(float v) { return (int)std::nearbyint(v); }
+
 static std::function<void()> body;
 static void enter() {
     body();
@@ -131,13 +192,13 @@ static void enter() {
     pause();
 }
 
-extern "C" void gemv(const u8 *, const u8 *, const float *, const u16 *, const u16 *, void *, int, int, int, i64, i64,
-                     i64, i64);
+extern "C" void gemv(const u8 *, const u8 *, const float *, const u8 *, const float *, const float *, const u16 *, void *,
+                     int, int, int, i64, i64, i64, i64, float);
 
-extern "C" void run(int programs, int threads, const u8 *codes, const u8 *scales, const float *bias, const u16 *x,
-                    const u16 *add, void *out, int T, int N, int K, i64 code_row, i64 x_row, i64 add_row,
-                    i64 out_row) {
-    body = [=] { gemv(codes, scales, bias, x, add, out, T, N, K, code_row, x_row, add_row, out_row); };
+extern "C" void run(int programs, int threads, const u8 *codes, const u8 *scales, const float *bias, const u8 *x,
+                    const float *x_scales, const float *gain, const u16 *add, void *out, int T, int N, int K,
+                    i64 code_row, i64 x_row, i64 add_row, i64 out_row, float eps) {
+    body = [=] { gemv(codes, scales, bias, x, x_scales, gain, add, out, T, N, K, code_row, x_row, add_row, out_row, eps); };
     gridDim = {programs};
     for (int p = 0; p < programs; ++p) {
         blockIdx = {p};

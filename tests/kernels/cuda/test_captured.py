@@ -356,6 +356,7 @@ def test_a_recorded_step_says_what_it_said_launch_by_launch():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_step_is_launched_without_waiting_for_the_device(step):
     decoder, steps = steps_of()

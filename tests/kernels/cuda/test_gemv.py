@@ -15,10 +15,9 @@ import torch
 
 from halve.core.errors import KernelError
 from halve.formats import FORMATS
-from halve.kernels.cuda import driver, gemv, nvrtc, product_rows
-from halve.kernels.cuda.configs import inputs_a_step
-from halve.kernels.cuda.packing import COLUMNS, CudaMatrix, concatenate, pack, pack_fp8
-from halve.kernels.cuda.products import Activations, project
+from halve.kernels.cuda import ahead, driver, gemv, nvrtc, product_rows
+from halve.kernels.cuda.packing import CudaMatrix, concatenate, pack, pack_fp8
+from halve.kernels.cuda.products import Activations, Norm, project
 from halve.kernels.dispatch import Spec
 from tests.kernels.cuda.test_products import (
     AMPERE,
@@ -26,6 +25,7 @@ from tests.kernels.cuda.test_products import (
     HOPPER,
     OLD,
     UNIT_OF_FEW,
+    UNIT_OF_PLANES,
     assert_near,
     device_of,
     exact,
@@ -52,8 +52,9 @@ def spec(name="int4-g128", **fields):
     [
         (OLD, spec(), "sm_80"),
         (device_of("cpu", "sm_80"), spec(), "needs a CUDA device"),
-        (AMPERE, spec("fp8", activations="fp8"), "multiplies bf16 activations"),
-        (AMPERE, spec("int8", activations="int8"), "multiplies bf16 activations"),
+        (AMPERE, spec("fp8", activations="fp8"), "sm_89"),
+        (AMPERE, spec("int8-g32", activations="int8"), "groups of 64 inputs or more, not 32"),
+        (AMPERE, spec("int8", activations="int8", in_features=96), "multiples of 64, not 96"),
         (AMPERE, spec("int6-g64"), "codes of 6 bits, which lie in two planes"),
         (AMPERE, spec("int3-g32"), "codes of 3 bits"),
         (AMPERE, spec(num_tokens=9), "takes 8 tokens at most, not 9"),
@@ -98,7 +99,7 @@ def test_nothing_stands_in_for_a_device_on_a_cpu():
 
 # The kernel itself, its words of the machine said in C++.
 
-KERNELS = [  # format, outputs, inputs, tokens, cut, programs, whether bias and residual are added
+KERNELS = [  # format (and activations), outputs, inputs, tokens, cut, programs, whether bias and residual are added
     ("int4-g128", 96, 1024, 5, gemv.cut(2, 4, 3), 2, True),
     ("int4-g128", 32, 640, 1, gemv.cut(1, 8, 4), 2, False),
     ("int4-g32", 64, 640, 8, gemv.cut(4, 2, 3), 1, False),
@@ -107,6 +108,13 @@ KERNELS = [  # format, outputs, inputs, tokens, cut, programs, whether bias and 
     ("int8-g128", 32, 640, 3, gemv.cut(1, 3, 3), 2, False),
     ("fp8", 32, 320, 5, gemv.cut(1, 2, 3), 2, False),
     ("bf16", 32, 640, 5, gemv.cut(2, 4, 3), 1, True),
+    ("int4-g32", 32, 640, 1, gemv.cut(1, 3, 3), 1, True),
+    ("int4-g64", 64, 640, 2, gemv.cut(2, 2, 3), 2, False),
+    ("int4-g128", 64, 896, 2, gemv.cut(4, 3, 3), 1, True),
+    ("int8 int8", 64, 640, 5, gemv.cut(2, 4, 3), 2, True),
+    ("int8 int8", 32, 192, 1, gemv.cut(1, 4, 3), 1, False),
+    ("int8-g128 int8", 32, 640, 3, gemv.cut(1, 3, 3), 2, False),
+    ("fp8 fp8", 64, 640, 8, gemv.cut(4, 2, 3), 1, True),
 ]
 
 
@@ -114,27 +122,79 @@ def pointer(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+@pytest.fixture
+def on_cpu(tmp_path):
+    """Compile the kernel for a CPU and run it there."""
+
+    def run(matrix, x, out, add, cut, programs):
+        fixed = gemv.macros(
+            matrix, len(out), cut, wide=out.dtype == torch.float32, add=add is not None, norm=x.norm is not None
+        )
+        library = tmp_path / "gemv.so"
+        words = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-include", "tests/kernels/cuda/gemv_host.hpp"]
+        words += [f"-D{key}={value}" for key, value in fixed.items()]
+        subprocess.run(["g++", *words, "-x", "c++", str(gemv.SOURCES[1]), "-o", str(library)], check=True, timeout=120)
+        ctypes.CDLL(str(library)).run(programs, 32 * cut.warps, *gemv._parameters(matrix, x, out, add))
+
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the kernel for a CPU")
+    return run
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "width", "tokens", "cut", "programs", "more"), KERNELS, ids=[f"{k[0]}-T{k[3]}" for k in KERNELS]
 )
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernel for a CPU")
-def test_the_kernel_agrees_with_float64_on_a_cpu(name, rows, width, tokens, cut, programs, more, tmp_path):
+def test_the_kernel_agrees_with_float64_on_a_cpu(name, rows, width, tokens, cut, programs, more, on_cpu):
+    name, activations = (*name.split(), "bf16")[:2]
     weight = make_weight(name, (rows, width))
     bias = np.linspace(-1, 1, rows).astype(np.float32) if more else None
-    matrix = pack(weight, "cpu", bias=bias)
+    matrix = pack(weight, "cpu", bias=bias, activations=activations)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn((tokens, width), generator=generator).to(torch.bfloat16)
+    x, dense = make_activations(activations, tokens, width, device="cpu")
     add = torch.randn((tokens, rows), generator=generator).to(torch.bfloat16) if more else None
     kind = torch.bfloat16 if more else torch.float32
     out = torch.full((tokens, rows + 2), float("nan"), dtype=kind)[:, 1:-1]
-    fixed = gemv.macros(matrix, tokens, cut, wide=not more, add=more)
-    library = tmp_path / "gemv.so"
-    words = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-include", "tests/kernels/cuda/gemv_host.hpp"]
-    words += [f"-D{key}={value}" for key, value in fixed.items()]
-    subprocess.run(["g++", *words, "-x", "c++", str(gemv.SOURCES[1]), "-o", str(library)], check=True, timeout=120)
-    ctypes.CDLL(str(library)).run(programs, 32 * cut.warps, *gemv._parameters(matrix, x, out, add))
+    on_cpu(matrix, x, out, add, cut, programs)
     extra = None if bias is None else torch.from_numpy(bias).double() + add.double()
-    assert_near(out, x.double(), exact(weight), extra=extra, rounded=more)
+    unit = UNIT_OF_PLANES if gemv.in_planes(matrix, tokens) else 2.0**-22
+    assert_near(out, dense, exact(weight), extra=extra, rounded=more, unit=unit)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("int4-g32", 2), ("int4-g128", 1)])
+def test_a_product_norms_its_tokens_on_a_cpu(name, tokens, on_cpu):
+    """Numbers of a norm and a gain as they come, with outliers and a token of nearly nothing."""
+    weight, width = make_weight(name, (32, 640)), 640
+    generator = torch.Generator().manual_seed(4)
+    values = (torch.randn((tokens, width), generator=generator) * 3).to(torch.bfloat16)
+    values[0, 5] = 400
+    values[-1] *= 1e-3
+    norm = Norm(torch.rand(width, generator=generator) + 0.5, 1e-5)
+    add = torch.randn((tokens, 32), generator=generator).to(torch.bfloat16)
+    out = torch.empty((tokens, 32), dtype=torch.bfloat16)
+    on_cpu(pack(weight, "cpu"), Activations(values, norm=norm), out, add, gemv.cut(1, 4, 3), 1)
+    wide = values.double()
+    normed = wide * norm.gain.double() / (wide.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    largest = normed.view(tokens, -1, FORMATS[name].group_size).abs().amax(2, keepdim=True)
+    bound = (largest.expand(-1, -1, FORMATS[name].group_size).flatten(1) / 32512) @ exact(weight).T.abs()
+    error = (out.double() - (normed @ exact(weight).T + add.double())).abs()
+    assert (error <= 1.01 * bound + 2.0**-8 * out.double().abs()).all()
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_that_is_no_number_spoils_its_own_outputs_alone(broken, on_cpu):
+    values = torch.randn((2, 256), generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    values[1, 77] = broken
+    out = torch.empty((2, 32))
+    on_cpu(pack(make_weight("int4-g64", (32, 256)), "cpu"), Activations(values), out, None, gemv.cut(1, 2, 3), 2)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+def test_tokens_of_nothing_give_nothing(on_cpu):
+    out = torch.full((1, 32), float("nan"))
+    x = Activations(torch.zeros((1, 256), dtype=torch.bfloat16))
+    on_cpu(pack(make_weight("int4-g128", (32, 256)), "cpu"), x, out, None, gemv.cut(2, 2, 3), 1)
+    assert (out == 0).all()
 
 
 # What is launched, seen by a driver of the test's.
@@ -151,7 +211,7 @@ class Driver:
 
     def cuLaunchKernelEx(self, config, function, parameters, extra):  # noqa: N802
         found = ctypes.cast(config, ctypes.POINTER(driver.LaunchConfig)).contents
-        kinds = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 3 + [ctypes.c_longlong] * 4
+        kinds = [ctypes.c_void_p] * 8 + [ctypes.c_int] * 3 + [ctypes.c_longlong] * 4 + [ctypes.c_float]
         values = [ctypes.cast(p, ctypes.POINTER(k)).contents.value for p, k in zip(parameters, kinds, strict=True)]
         self.launched.append(
             {
@@ -188,8 +248,10 @@ def test_a_launch_has_the_products_sizes_and_places(launched):
     x, out = torch.zeros((3, 256), dtype=torch.bfloat16), torch.zeros((3, 96), dtype=torch.bfloat16)
     gemv.launch(matrix, Activations(x), out, out, gemv.cut(2, 8, 4))
     (seen,) = launched.launched
-    pointers = [t.data_ptr() for t in (matrix.codes, matrix.scale, matrix.bias, x, out, out)]
-    assert seen["values"] == [*pointers, 3, 96, 256, 128, 256, 96, 96]
+    before, after = (
+        [t.data_ptr() for t in some] for some in ((matrix.codes, matrix.scale, matrix.bias, x), (out, out))
+    )
+    assert seen["values"] == [*before, None, None, *after, 3, 96, 256, 128, 256, 96, 96, 0.0]
     assert (seen["grid"], seen["block"], seen["stream"]) == ([3, 1, 1], [256, 1, 1], 77)
     assert seen["shared"] == 8 * (4 * 2 * (16 * 64 + 4 * 16 * 2) + 2 * 32 * 4 * 4)
     assert seen["ahead"] == []
@@ -212,15 +274,28 @@ def test_programs_that_share_tiles_are_as_many_as_the_cut_says(launched):
     assert launched.launched[0]["grid"] == [2, 1, 1]  # two multiprocessors
 
 
-@pytest.mark.parametrize(("capability", "ahead"), [((9, 0), [6]), ((8, 0), [])])
-def test_a_launch_inside_a_capture_may_begin_ahead_where_devices_know_how(launched, monkeypatch, capability, ahead):
+@pytest.mark.parametrize(("programmatic", "kinds"), [(True, [6]), (False, [])])
+def test_a_launch_inside_a_capture_may_begin_ahead_where_devices_know_how(launched, monkeypatch, programmatic, kinds):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gemv.ahead, "programmatic", lambda device: programmatic)
     matrix = pack(make_weight("bf16", (16, 64)), "cpu")
     x, out = torch.zeros((1, 64), dtype=torch.bfloat16), torch.zeros((1, 16), dtype=torch.bfloat16)
     gemv.launch(matrix, Activations(x), out, None, gemv.cut(1, 4, 4))
-    assert launched.launched[0]["ahead"] == ahead
+    assert launched.launched[0]["ahead"] == kinds
     assert launched.launched[0]["values"][1:3] == [None, None]
+
+
+@pytest.mark.parametrize(("capability", "knows"), [((9, 0), True), ((10, 0), True), ((8, 9), False)])
+def test_kernels_begin_ahead_from_sm_90_on(monkeypatch, capability, knows):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda:0")
+    expected = {"AHEAD": True, "launch_pdl": True} if knows else {"AHEAD": False}
+    ahead.programmatic.cache_clear()
+    try:
+        assert ahead.launched(device) == expected
+    finally:
+        ahead.programmatic.cache_clear()
+    assert ahead.launched(torch.device("cpu")) == {"AHEAD": False}
 
 
 def test_an_error_of_the_driver_is_named(launched, monkeypatch):
@@ -265,22 +340,22 @@ def meta(name, shape):
 @pytest.mark.parametrize(
     ("name", "shape", "tokens", "cut"),
     [
-        ("int4-g128", (4096, 14336), 1, gemv.cut(2, 16, 3)),
+        ("int4-g128", (4096, 14336), 1, gemv.cut(2, 16, 3, 1, 1)),
         ("int4-g128", (4096, 14336), 4, gemv.cut(2, 16, 4)),
-        ("int4-g128", (4096, 4096), 1, gemv.cut(1, 8, 8)),
-        ("int4-g128", (8192, 28672), 1, gemv.cut(2, 8, 4, 2)),
+        ("int4-g128", (4096, 4096), 1, gemv.cut(2, 16, 3, 1, 1)),
+        ("int4-g128", (8192, 28672), 2, gemv.cut(2, 16, 3, 1, 1)),
         ("int4-g128", (8192, 28672), 8, gemv.cut(4, 8, 4)),
         ("int4-g128", (8192, 28672), 5, gemv.cut(4, 8, 4)),
-        ("int4-g128", (14336, 4096), 1, gemv.cut(2, 8, 4, 2)),
+        ("int4-g128", (14336, 4096), 4, gemv.cut(2, 8, 4, 2)),
         ("int4-g128", (28672, 8192), 8, gemv.cut(2, 8, 4, 2)),
-        ("int4-g32", (4096, 14336), 1, gemv.cut(1, 8, 8)),
+        ("int4-g32", (4096, 14336), 1, gemv.cut(2, 16, 3, 1, 1)),
         ("int4-g32", (4096, 14336), 8, gemv.cut(2, 16, 4)),
-        ("int4-g32", (8192, 28672), 1, gemv.cut(2, 8, 4, 2)),
+        ("int4-g32", (8192, 28672), 4, gemv.cut(2, 8, 4, 2)),
         ("int2-g32", (4096, 14336), 1, gemv.cut(2, 8, 6)),
         ("int8", (4096, 14336), 1, gemv.cut(1, 16, 4, 2)),
         ("fp8", (4096, 14336), 8, gemv.cut(2, 16, 4)),
-        ("bf16", (4096, 14336), 1, gemv.cut(1, 16, 4, 2)),
-        ("bf16", (128256, 4096), 1, gemv.cut(2, 8, 4, 2)),
+        ("bf16", (4096, 14336), 1, gemv.cut(2, 16, 4)),
+        ("bf16", (128256, 4096), 1, gemv.cut(2, 16, 3, 1, 1)),
     ],
 )
 def test_without_measurements_an_h200s_fastest_cut_runs(name, shape, tokens, cut, monkeypatch):
@@ -303,19 +378,23 @@ def test_every_cut_divides_its_matrix_and_fits_shared_memory(name, shape, monkey
                 for cut in found:
                     fixed = gemv.macros(matrix, tokens, cut, wide=True, add=True)
                     assert shape[0] % cut.bn == 0
-                    assert gemv.shared_bytes(fixed, inputs_a_step(matrix, COLUMNS)) <= limit
+                    assert gemv.shared_bytes(matrix, fixed) <= limit
 
 
 # On a device.
 
 
 @ON_DEVICE
-@pytest.mark.parametrize("name", ["int4-g128", "int4-g32", "int2-g32", "int8", "int8-g128", "fp8", "bf16"])
+@pytest.mark.parametrize(
+    "name",
+    ["int4-g128", "int4-g32", "int2-g32", "int8", "int8-g128", "fp8", "bf16", "int8 int8", "int8-g128 int8", "fp8 fp8"],
+)
 def test_cuts_agree_with_float64_on_a_device(name):
     """Of each number of tokens the default and another cut, so that all come up; compiled at once."""
+    name, activations = (*name.split(), "bf16")[:2]
     weight = make_weight(name, (192, 2048))
     bias = np.linspace(-1, 1, 192).astype(np.float32)
-    matrix, device = pack(weight, DEVICE, bias=bias), product_rows.cuda_device(DEVICE)
+    matrix, device = pack(weight, DEVICE, bias=bias, activations=activations), product_rows.cuda_device(DEVICE)
     tried = []
     for i, (tokens, kind) in enumerate(
         [(1, torch.float32), (2, torch.bfloat16), (5, torch.float32), (8, torch.bfloat16)]
@@ -328,13 +407,14 @@ def test_cuts_agree_with_float64_on_a_device(name):
             fixed = gemv.macros(matrix, tokens, cut, wide=kind == torch.float32, add=True)
             threads.submit(gemv._binary, tuple(fixed.items()), torch.cuda.get_device_capability())
     for tokens, kind, cut in tried:
-        x, dense = make_activations("bf16", tokens, 2048)
+        x, dense = make_activations(activations, tokens, 2048)
         add = torch.linspace(-9, 9, 192 * tokens).view(tokens, 192).to(torch.bfloat16).to(DEVICE)
         out = torch.full((tokens, 192), float("nan"), dtype=kind, device=DEVICE)
         gemv.launch(matrix, x, out, add, cut)
         extra = torch.from_numpy(bias).double() + add.double().cpu()
         rounded = kind == torch.bfloat16
-        assert_near(out, dense, exact(weight), extra=extra, rounded=rounded, unit=UNIT_OF_FEW)
+        unit = UNIT_OF_PLANES if gemv.macros(matrix, tokens, cut, wide=False, add=True)["PLANES"] else UNIT_OF_FEW
+        assert_near(out, dense, exact(weight), extra=extra, rounded=rounded, unit=unit, kind=activations)
 
 
 @ON_DEVICE

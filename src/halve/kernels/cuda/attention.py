@@ -7,7 +7,9 @@ prefill: FlashAttention-2 (arXiv:2307.08691). A tile holds some queries times th
 that a chunk of 8192 tokens and a sequence's one new token run by the same kernel, side by side.
 
 No function waits for the device or allocates where `out` and `scratch` are given, and grids depend on shapes alone: a
-captured graph serves every length that its tables have room for. Integer tensors are int32.
+captured graph serves every length that its tables have room for. Integer tensors are int32. Where kernels begin ahead
+(`ahead.py`), positions, slots, lengths and block tables are read before the kernel just before has ended: they come
+from an earlier one, or from the host.
 """
 
 import math
@@ -17,6 +19,7 @@ import torch
 import triton
 
 from halve.core.errors import KernelError
+from halve.kernels.cuda.ahead import launched
 from halve.kernels.cuda.attention_kernels import decode_kernel, prefill_kernel, write_kernel
 from halve.kernels.cuda.cache import CudaCache
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG2E = math.log2(math.e)
 MOST_SPLITS = 128
+FEW_TOKENS = 64  # up to which each head of a token is rotated by an instance of its own
 TILES_A_SPLIT = 4  # fewer in a part of a sequence than this cost more to join than they save
 INSTANCES_PER_SM = 2  # of decode: what runs at once; measured, more parts read no faster
 
@@ -70,13 +74,13 @@ def rope_and_write(
     q = torch.empty(num_tokens, spec.num_heads * spec.head_dim, dtype=torch.bfloat16, device=qkv.device)
     q = q if out_q is None else out_q
     if num_tokens:
-        tile = 8
+        tile = 8 if num_tokens >= FEW_TOKENS else 1
         write_kernel[(num_tokens, triton.cdiv(heads, tile))](
             qkv, q, *_memory(cache), positions, slots, rope_table,
             qkv.stride(0), q.stride(0), 0,
             H=spec.num_heads, G=spec.num_kv_heads, D=spec.head_dim, HALF=triton.next_power_of_2(spec.head_dim // 2),
             P=cache.block_size, KV=cache.kv_format, HEADS=tile, ROPE=rope_table is not None,
-            num_warps=1, enable_fp_fusion=False,
+            num_warps=1, enable_fp_fusion=False, **launched(qkv.device),
         )  # fmt: skip
     return q
 
@@ -104,8 +108,8 @@ def num_splits(num_sequences: int, spec: "AttentionSpec", device: torch.device) 
 
 
 def decode_tiling(cache: CudaCache, head_dim: int) -> Tiling:
-    """What reads fastest: some 16 KiB of keys at a time, and as much again of values; the next two under way."""
-    return Tiling(16, 64 if cache.kv_format == "bf16" and head_dim > 64 else 128, 4, 3)
+    """What reads fastest: 8 or 16 KiB of keys at a time, and as much again of values; the next two under way."""
+    return Tiling(16, 64 if head_dim > 64 else 128, 2 if cache.kv_format == "fp8" else 4, 3)
 
 
 def decode(
@@ -140,7 +144,7 @@ def decode(
         G=spec.num_kv_heads, D=spec.head_dim, DIM=triton.next_power_of_2(spec.head_dim), GROUP=group,
         HEADS=_columns(group, cache), P=cache.block_size, WINDOW=spec.window or 0, KV=cache.kv_format, N=tile.tokens,
         SPLITS=splits, PARTS=triton.next_power_of_2(splits), LEAST=TILES_A_SPLIT, SINKS=sinks is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launched(q.device),
     )  # fmt: skip
     return out
 

@@ -14,6 +14,8 @@ sm_90 (Triton 3.6).
 import triton
 import triton.language as tl
 
+from halve.kernels.cuda.ahead import follow
+
 
 @triton.jit
 def _fp8(x):
@@ -58,22 +60,26 @@ def _encode(x1, x2, KV: tl.constexpr):
 def write_kernel(
     qkv, q_out, keys, values, key_scales, value_scales, positions, slots, table, qkv_stride, q_stride, apart,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, KV: tl.constexpr,
-    HEADS: tl.constexpr, ROPE: tl.constexpr,
+    HEADS: tl.constexpr, ROPE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token. apart: 0."""
     t = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + t).to(tl.int64)
+    slot = tl.load(slots + t).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
     pair = i < D // 2
     inside = (head < H + 2 * G)[:, None] & pair[None, :]
     source = qkv + t * qkv_stride + head[:, None] * D + i[None, :]
-    x1 = tl.load(source, inside, 0.0).to(tl.float32)
-    x2 = tl.load(source + D // 2, inside, 0.0).to(tl.float32)
     if ROPE:
-        angle = table + tl.load(positions + t).to(tl.int64) * D + i
+        angle = table + position * D + i
         turns = (head < H + G)[:, None]
         cos = tl.where(turns, tl.load(angle, pair, 0.0)[None, :], 1.0)
         sin = tl.where(turns, tl.load(angle + D // 2, pair, 0.0)[None, :], 0.0)
+    follow(AHEAD)
+    x1 = tl.load(source, inside, 0.0).to(tl.float32)
+    x2 = tl.load(source + D // 2, inside, 0.0).to(tl.float32)
+    if ROPE:
         turned = x1 * cos - x2 * sin
         x2 = x2 * cos + x1 * sin
         x1 = turned
@@ -82,7 +88,6 @@ def write_kernel(
     tl.store(to, x1.to(tl.bfloat16), asks)
     tl.store(to + D // 2, x2.to(tl.bfloat16), asks)
 
-    slot = tl.load(slots + t).to(tl.int64)
     if slot >= 0:
         y1, y2, scale = _encode(x1, x2, KV)
         is_key = (head >= H) & (head < H + G)
@@ -326,7 +331,7 @@ def decode_kernel(  # noqa: PLR0912, PLR0915 - most branches are at compile time
     q_stride, out_stride, table_stride, scale,
     G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
     WINDOW: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    LEAST: tl.constexpr, SINKS: tl.constexpr,
+    LEAST: tl.constexpr, SINKS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one key-value head over one part of one sequence; the last part to come joins them.
 
@@ -337,6 +342,12 @@ def decode_kernel(  # noqa: PLR0912, PLR0915 - most branches are at compile time
     lowest, first, tiles, each = _parts(length, WINDOW, N, SPLITS, LEAST)
     begin = first + part * each
     end = tl.minimum(begin + each, first + tiles)
+    tables = block_tables + s * table_stride
+    if WINDOW == 0:
+        # What a tile's loads need is loaded while tiles before it are multiplied.
+        entries = _entries(tables, begin, length, lowest, P, N)
+        following = _entries(tables, begin + 1, length, lowest, P, N)
+    follow(AHEAD)
     if (begin < end) | (part == 0):
         h = tl.arange(0, HEADS)
         d = tl.arange(0, DIM)
@@ -362,13 +373,9 @@ def decode_kernel(  # noqa: PLR0912, PLR0915 - most branches are at compile time
                 rate = scale
             acc = tl.zeros([DIM, HEADS], tl.float32)
             totals = tl.zeros([N, HEADS], tl.float32)  # summed once, at the end
-        tables = block_tables + s * table_stride
         whole = begin
         if WINDOW == 0:
             whole = tl.minimum(end, length // N)
-            # What a tile's loads need is loaded while tiles before it are multiplied.
-            entries = _entries(tables, begin, length, lowest, P, N)
-            following = _entries(tables, begin + 1, length, lowest, P, N)
             key_scale, value_scale = _scales(key_scales, value_scales, entries, begin, length, lowest, g, G, P, KV, N)
             for tile in range(begin, whole):
                 later = _entries(tables, tile + 2, length, lowest, P, N)

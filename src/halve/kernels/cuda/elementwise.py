@@ -2,7 +2,8 @@
 
 Rounding (`activations`): bf16; int8 as `halve.formats.activations.int8_rows`, to the bit; fp8 e4m3, scale = absmax /
 448 and code = x * (448 / absmax) rounded to nearest, otherwise by the same rules. A row with NaN or infinity gets the
-scale NaN. Each row is one kernel instance and is held in registers, so its maximum costs no second read.
+scale NaN. A row that is rounded to 8 bits is one kernel instance and is held in registers, so its maximum costs no
+second read.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -14,8 +15,10 @@ import triton
 import triton.language as tl
 
 from halve.core.errors import KernelError
+from halve.kernels.cuda.ahead import follow, launched
 
 VALUES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+SHARED_ROW = 2048  # elements of a row that an instance has where it need not see all
 WIDEST_ROW = 65536  # elements that an instance holds; 64 a thread of 32 warps
 VOCABULARY_TILE = 4096  # logits that an instance of the first pass of argmax reads
 
@@ -47,7 +50,7 @@ def rms_norm(
         _norm_kernel[(rows,)](
             x, gain, residual, out.values, out.scale,
             x.stride(0), 0 if residual is None else residual.stride(0), out.values.stride(0), eps,
-            K=width, **_launch(width, activations),
+            K=width, **_launch(width, activations, x.device),
         )  # fmt: skip
     return out
 
@@ -57,9 +60,11 @@ def silu_mul(gate_up: torch.Tensor, *, activations: str = "bf16", out: Activatio
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = _room(out, rows, width, activations, gate_up.device)
     if rows:
-        _silu_kernel[(rows,)](
+        # Rounding to 8 bits asks for the largest of a row; bf16 does not, and several instances share a row.
+        tile = SHARED_ROW if activations == "bf16" else width
+        _silu_kernel[(rows, triton.cdiv(width, tile))](
             gate_up, out.values, out.scale, gate_up.stride(0), out.values.stride(0),
-            K=width, **_launch(width, activations),
+            K=width, **_launch(tile, activations, gate_up.device),
         )  # fmt: skip
     return out
 
@@ -70,7 +75,13 @@ def quantize(x: torch.Tensor, activations: str, *, out: Activations | None = Non
     out = _room(out, rows, width, activations, x.device)
     if rows:
         _quantize_kernel[(rows,)](
-            x, out.values, out.scale, x.stride(0), out.values.stride(0), K=width, **_launch(width, activations)
+            x,
+            out.values,
+            out.scale,
+            x.stride(0),
+            out.values.stride(0),
+            K=width,
+            **_launch(width, activations, x.device),
         )
     return out
 
@@ -137,11 +148,11 @@ def _room(out: Activations | None, rows: int, width: int, activations: str, devi
     return Activations(torch.empty(rows, width, dtype=VALUES[activations], device=device), scale)
 
 
-def _launch(width: int, activations: str) -> dict[str, Any]:
+def _launch(width: int, activations: str, device: torch.device) -> dict[str, Any]:
     """How a kernel that holds a row is compiled. Without fused products and sums codes have the definition's bits."""
     block = max(16, triton.next_power_of_2(width))
     warps = min(32, max(1, block // 512))
-    return {"WIDTH": block, "TO": activations, "num_warps": warps, "enable_fp_fusion": False}
+    return {"WIDTH": block, "TO": activations, "num_warps": warps, "enable_fp_fusion": False, **launched(device)}
 
 
 @triton.jit
@@ -171,25 +182,31 @@ def _round_and_store(y, out, scales, row, out_stride, i, inside, TO: tl.constexp
 @triton.jit
 def _norm_kernel(
     x, gain, residual, out, scales, x_stride, residual_stride, out_stride, eps,
-    K: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
     inside = i < K
+    gains = tl.load(gain + i, inside, 0.0).to(tl.float32)
+    follow(AHEAD)
     values = tl.load(x + row * x_stride + i, inside, 0.0).to(tl.float32)
     if residual is not None:
         stream = residual + row * residual_stride + i
         values += tl.load(stream, inside, 0.0).to(tl.float32)
         tl.store(stream, values.to(residual.dtype.element_ty), inside)
     mean = tl.sum(values * values, 0) / K
-    normed = values * tl.rsqrt(mean + eps) * tl.load(gain + i, inside, 0.0).to(tl.float32)
+    normed = values * tl.rsqrt(mean + eps) * gains
     _round_and_store(normed, out, scales, row, out_stride, i, inside, TO)
 
 
 @triton.jit
-def _silu_kernel(gate_up, out, scales, stride, out_stride, K: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr):
+def _silu_kernel(
+    gate_up, out, scales, stride, out_stride,
+    K: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    follow(AHEAD)
     row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, WIDTH)
+    i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = i < K
     gate = tl.load(gate_up + row * stride + i, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + K + i, inside, 0.0).to(tl.float32)
@@ -198,7 +215,11 @@ def _silu_kernel(gate_up, out, scales, stride, out_stride, K: tl.constexpr, WIDT
 
 
 @triton.jit
-def _quantize_kernel(x, out, scales, stride, out_stride, K: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr):
+def _quantize_kernel(
+    x, out, scales, stride, out_stride,
+    K: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    follow(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
     y = tl.load(x + row * stride + i, i < K, 0.0).to(tl.float32)

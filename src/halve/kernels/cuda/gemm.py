@@ -19,6 +19,8 @@ depend on who came last. Shapes: N outputs, T tokens, K inputs.
 import triton
 import triton.language as tl
 
+from halve.kernels.cuda.ahead import follow
+
 
 @triton.jit
 def _whole(
@@ -182,6 +184,7 @@ def product(
     EVEN_K: tl.constexpr,
     PROMOTE: tl.constexpr,
     PTX: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One tile of BN outputs by BT tokens, or the part of its inputs that this program has.
 
@@ -191,6 +194,7 @@ def product(
     so that they share weights in the L2 cache. splits: programs that share one tile's inputs. EVEN_K: no tail to mask.
     PROMOTE: fp8 sums leave the tensor cores' short accumulator after every UNROLL * COLS inputs.
     """
+    follow(AHEAD)
     CELLS: tl.constexpr = KIND != "plain"
     LOW: tl.constexpr = 8 if BITS == 8 else 2 if BITS <= 3 else 4  # bits of the low plane
     HIGH: tl.constexpr = BITS - LOW

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halve.kernels.cuda import configs, gemm, persistent
+from halve.kernels.cuda.ahead import launched
 from halve.kernels.cuda.configs import Config
 from halve.kernels.cuda.packing import CudaMatrix
 from halve.kernels.cuda.workspace import COUNTERS, PARTIAL_ELEMENTS, num_sms, workspace
@@ -19,12 +20,24 @@ ALIGNMENT = 16  # bytes, of what the tensor memory accelerator fetches
 INTERPRETED = not isinstance(gemm.product, triton.JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
 
 
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * gain over a row; gain: float32 [K]."""
+
+    gain: Tensor
+    eps: float
+
+
 @dataclass
 class Activations:
-    """Tokens as a product takes them: bf16 [T, K], or int8 or fp8 e4m3 [T, K] with float32 scale [T]."""
+    """Tokens as a product takes them: bf16 [T, K], or int8 or fp8 e4m3 [T, K] with float32 scale [T].
+
+    norm: what becomes of bf16 tokens before they are multiplied, or None.
+    """
 
     values: Tensor
     scale: Tensor | None = None
+    norm: Norm | None = None
 
 
 def splits_of(matrix: CudaMatrix, tiles: int, config: Config, device: torch.device) -> int:
@@ -175,6 +188,7 @@ def constants(matrix: CudaMatrix, config: Config, has_splits: bool, *, grouped: 
         "EVEN_K": matrix.in_features % step == 0,
         "PROMOTE": matrix.activations == "fp8" and not matrix.group_size and config.bt <= 64,
         "PTX": not INTERPRETED,
+        **launched(matrix.codes.device),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }

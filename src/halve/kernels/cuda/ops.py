@@ -21,7 +21,7 @@ from halve.kernels.cuda import attention, elementwise, products, sampling
 from halve.kernels.cuda.cache import CudaCache
 from halve.kernels.cuda.packing import CudaMatrix, concatenate, pack
 from halve.kernels.cuda.product_rows import cuda_device
-from halve.kernels.cuda.products import Activations
+from halve.kernels.cuda.products import Activations, Norm
 from halve.kernels.cuda.rows import ACTIVATIONS, KERNEL_ACTIVATIONS, TABLE
 from halve.kernels.cuda.staging import Arrival
 from halve.kernels.dispatch import Spec, choose
@@ -61,6 +61,8 @@ class Product:
         """project(rms_norm(x)), [T, in] -> bf16 [T, out], or in the type of `out`."""
         if len(self.activations) == 1:
             (kind,) = self.activations
+            if kind == "bf16" and len(self.matrices) == 1:
+                return self._project({kind: Activations(x, norm=Norm(gain, eps))}, out)
             return self._project({kind: Activations(*elementwise.rms_norm(x, gain, eps, activations=kind))}, out)
         normed = elementwise.rms_norm(x, gain, eps, activations="bf16").values
         return self._project({kind: ready(normed, kind) for kind in self.activations}, out)

@@ -157,7 +157,7 @@ def runnable(matrix: CudaMatrix, num_tokens: int, device: Device, out_dtype: tor
     if out_dtype != torch.bfloat16:
         rows = [row for row in rows if row.name in ("cuda_gemv", "triton")]
     if matrix.group_size and matrix.activations == "fp8":
-        rows = [row for row in rows if row.name == "triton"]
+        rows = [row for row in rows if row.name in ("cuda_gemv", "triton")]
     return rows
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from halve.core.errors import KernelError
-from halve.kernels.cuda import configs, tuning
-from halve.kernels.cuda.launching import Activations, launch
+from halve.kernels.cuda import configs, elementwise, gemv, tuning
+from halve.kernels.cuda.launching import Activations, Norm, launch
 from halve.kernels.cuda.packing import CudaMatrix, concatenate, pack, pack_fp8
 
-__all__ = ["Activations", "CudaMatrix", "concatenate", "grouped_project", "pack", "pack_fp8", "project"]
+__all__ = ["Activations", "CudaMatrix", "Norm", "concatenate", "grouped_project", "pack", "pack_fp8", "project"]
 
 VALUE_TYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -30,6 +30,8 @@ def project(matrix: CudaMatrix, x: Activations, out: Tensor | None = None, *, ad
     if not len(x.values):
         return out
     choice = tuning.chosen(matrix, len(x.values), out.dtype)
+    if x.norm is not None and not (choice.kernel.name == "cuda_gemv" and gemv.takes_norm(matrix, x, out, add)):
+        x = Activations(*elementwise.rms_norm(x.values, x.norm.gain, x.norm.eps))
     choice.kernel.run(matrix, x, out, add, choice.config)
     return out
 

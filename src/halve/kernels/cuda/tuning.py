@@ -31,7 +31,7 @@ from halve.kernels.dispatch import Kernel
 
 log = logging.getLogger("halve.kernels")
 
-FILE_VERSION = 2  # raised when the kernels change so that old measurements mislead
+FILE_VERSION = 3  # raised when the kernels change so that old measurements mislead
 ROTATED_BYTES = 200 << 20  # of weights that are read in turn, so that no cache holds them
 # Classes of tokens from which a row is the default.
 LIBRARIES_FROM = {"torch_mm": 128, "torch_scaled_mm": 256, "triton_persistent": 512, "widen_torch_mm": 256}
