@@ -9,6 +9,7 @@ import transformers
 
 from halve.checkpoint import open_checkpoint
 from halve.core.errors import CheckpointError, ConfigError
+from halve.formats import FORMATS, Weight
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
@@ -223,14 +224,8 @@ def test_logits_that_are_no_numbers_are_told_with_their_layer(tmp_path):
     model = sparse_model("olmoe")
     model.save_pretrained(tmp_path)
     decoder = loaded(tmp_path, TorchOps("cpu"))
-    decoder.layers[1].router.linear = decoder.ops.linear(
-        decoder.layers[1].router.linear_weight if hasattr(decoder.layers[1].router, "linear_weight") else _nan((6, 32))
-    )
+    broken = Weight(format=FORMATS["fp32"], shape=(6, 32), codes=np.full((6, 32), np.nan, np.float32))
+    decoder.layers[1].router.linear = decoder.ops.linear(broken)
     with pytest.raises(CheckpointError, match="layer 1: the router's logits hold NaN"):
         decoder.hidden(TokenBatch.whole([IDS]))
 
-
-def _nan(shape):
-    from halve.formats import FORMATS, Weight
-
-    return Weight(format=FORMATS["fp32"], shape=shape, codes=np.full(shape, np.nan, np.float32))

@@ -11,6 +11,7 @@ import typer
 
 from halve import __version__
 from halve.cli import serve as cli_serve
+from halve.cli import sparse as cli_sparse
 from halve.cli.screen import ShellProgress, error_console, print_json, talks_to_terminal
 from halve.core.errors import ConfigError, HalveError, RequestError, TextError
 
@@ -451,6 +452,7 @@ def doctor(
         show_machine(facts)
 
 
+app.command()(cli_sparse.upcycle)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.usage)
 app.add_typer(cli_serve.keys_app, name="keys")

@@ -12,6 +12,7 @@ from halve.compress.resolve import (
     rounded_format,
     uniform_plan,
 )
+from halve.compress.upcycle import upcycle, upcycle_refusal
 
 __all__ = [
     "ActivationChoice",
@@ -28,4 +29,6 @@ __all__ = [
     "resolve",
     "rounded_format",
     "uniform_plan",
+    "upcycle",
+    "upcycle_refusal",
 ]

@@ -87,10 +87,9 @@ def apply_plan(
         for name, shape in vectors(config):
             checkpoint.read_vector(name, shape)  # refuses NaN and wrong shapes
             writer.write(name, checkpoint.reader.read(name))
-    _write_text(directory / PLAN_FILE, plan.to_json())
-    _write_text(directory / "config.json", config_json)
-    for path in checkpoint.carried_files():
-        _carry(path, directory / path.relative_to(checkpoint.path))
+    write_text(directory / PLAN_FILE, plan.to_json())
+    write_text(directory / "config.json", config_json)
+    carry_files(checkpoint, directory)
     return tuple(reports)
 
 
@@ -99,9 +98,11 @@ def _convert(
 ) -> tuple[Weight, ModuleReport]:
     original = checkpoint.read_weight(a.module.name, a.module.shape)
     weight, error = original, 0.0
+    # Second moments of every expert's inputs would be larger than the model; experts are rounded by their energies.
+    method = "clip" if a.method == "gptq" and a.module.expert is not None else a.method
     if fmt != original.format:
         values, energy = original.dequantize(), energy_of(a, energies)
-        weight = round_weight(values, fmt, a.method, energy, hessian_of(a, hessians) if a.method == "gptq" else None)
+        weight = round_weight(values, fmt, method, energy, hessian_of(a, hessians) if method == "gptq" else None)
         error = relative_error(values, weight, energy)
     return weight, ModuleReport(
         name=a.module.name,
@@ -111,7 +112,7 @@ def _convert(
         bytes_before=original.size_bytes,
         format_after=fmt.name,
         bytes_after=weight.size_bytes,
-        method=a.method if fmt != original.format else None,
+        method=method if fmt != original.format else None,
         relative_error=error,
     )
 
@@ -127,10 +128,10 @@ def _check_energies(assignments: Sequence[Assignment], energies: Energies | None
                     f"{a.module.name}: method {a.method} needs energies of its inputs; calibrate first, or use rtn"
                 )
             continue
-        energy = energies.by_group.get(a.group)
+        energy = energies.by_group.get(a.inputs)
         if a.group != "embedding" and (energy is None or energy.shape != (a.module.shape[1],)):
             raise PlanError(
-                f"{a.module.name}: the energies do not hold {a.module.shape[1]} inputs of {a.group!r}; "
+                f"{a.module.name}: the energies do not hold {a.module.shape[1]} inputs of {a.inputs!r}; "
                 "they are of another model, calibrate this one"
             )
 
@@ -158,7 +159,7 @@ def energy_of(a: Assignment, energies: Energies | None) -> Array | None:
         return None
     if a.group == "embedding":
         return np.ones(a.module.shape[1])
-    energy = energies.by_group[a.group]
+    energy = energies.by_group[a.inputs]
     return (energy + energy.mean()) / 2 if a.module.name == EMBEDDING else energy
 
 
@@ -178,11 +179,18 @@ def _make_directory(path: Path) -> None:
         raise OutputError(f"{path}: can't make this directory: {error.strerror}") from error
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file. Raises OutputError."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
+    """Copy what travels with a model, byte for byte. Raises OutputError, and CheckpointError for what changed meanwhile."""
+    for path in checkpoint.carried_files():
+        _carry(path, directory / path.relative_to(checkpoint.path))
 
 
 def _carry(source: Path, target: Path) -> None:

@@ -1,9 +1,14 @@
 """The energy of every projection's input, E[x_j^2], and its second moments E[x x^T], from one pass of text.
 
+Of a sparse layer each expert's inputs are measured over the tokens that come to it; one that gets few is shown those
+that it would like best, too (`models.moe.show_experts`), and is told of.
+
 Streamed: all calibration tokens go through one layer of the original at a time, whose weights and moments are the only
 ones in memory; moments are written as the layer ends.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +26,11 @@ from halve.models.decoder import DecoderLayer, WeightSource
 from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, groups, num_parameters
 from halve.models.rope import RopeTable
 
+log = logging.getLogger("halve")
+
 # A mean of squares needs two digits, and small models take no time anyway.
+FORCED_ROWS = 32  # tokens of each batch that every expert sees at least
+FEW_TOKENS = 64  # routed to an expert in all: fewer, and its statistics are of tokens that were not its own
 ROUGH_PARAMETERS = 200_000_000
 BATCH_TOKENS = 2048  # tokens of one flat batch
 
@@ -104,18 +113,20 @@ def calibrate(
     if num_tokens == 0:
         raise DataError("the calibration text holds no tokens; give documents that are not empty")
     sums: dict[str, torch.Tensor] = {}
+    counts: Counter[str] = Counter()
     moments: dict[str, torch.Tensor] = {}
 
-    def look(name: str, x: Buffer) -> None:
+    def look(name: str, x: Buffer, *, of_all: bool = True) -> None:
         squares = x.square().sum(0).double()  # float32 over one batch, float64 over all
         sums[name] = sums.get(name, 0) + squares
-        if hessians is not None:
+        counts[name] += len(x)
+        if hessians is not None and of_all:
             if name not in moments:
                 moments[name] = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
             moments[name].addmm_(x.t(), x)
 
     def tap(group: FusedGroup, x: Buffer, outputs: list[Buffer]) -> list[Buffer]:
-        look(group.name, x)
+        look(group.name, x, of_all=group.members[0].expert is None)
         return outputs
 
     def write_moments() -> None:
@@ -134,9 +145,11 @@ def calibrate(
             layer = DecoderLayer(config, index, ops, source, rope)
             for projection in layer.projections.values():
                 projection.hook = tap
+            layer.forced_rows = FORCED_ROWS
             for i, batch in enumerate(batches):
                 streams[i] = layer(streams[i], batch)
             _require_finite(streams, f"layer {index}")
+            _tell_coverage(index, layer)
             source.forget()
             write_moments()
             if progress:
@@ -146,8 +159,22 @@ def calibrate(
             look("lm_head", ops.rms_norm(stream, gain, config.rms_norm_eps))
         write_moments()
     return Energies(
-        by_group={name: (total / num_tokens).cpu().numpy() for name, total in sums.items()}, num_tokens=num_tokens
+        by_group={name: (total / counts[name]).cpu().numpy() for name, total in sums.items()}, num_tokens=num_tokens
     )
+
+
+def _tell_coverage(index: int, layer: DecoderLayer) -> None:
+    """Name experts that the text hardly reaches."""
+    if layer.router is None:
+        return
+    tokens = layer.router.counts.tokens
+    few = np.flatnonzero(tokens < FEW_TOKENS)
+    if len(few):
+        named = ", ".join(f"{e} ({tokens[e]})" for e in few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
+        log.warning(
+            "layer %d: %d of %d experts got fewer than %d tokens of the calibration text, by number (tokens): %s; they "
+            "are rounded by tokens that they would like best", index, len(few), len(tokens), FEW_TOKENS, named
+        )  # fmt: skip
 
 
 def _require_finite(streams: list[Buffer], where: str) -> None:

@@ -10,7 +10,7 @@ from halve.core.plan import ActivationFormat, Activations, KVCache, KVFormat, Pl
 from halve.formats import FORMATS, Format, check
 from halve.formats.base import formats_that_divide
 from halve.models.config import ModelConfig
-from halve.models.names import EMBEDDING, LM_HEAD, Kind, Module, groups, modules
+from halve.models.names import EMBEDDING, LM_HEAD, Module, group_pattern, groups, layer_groups, modules
 
 ActivationChoice = ActivationFormat | Literal["auto"]
 KVChoice = KVFormat | Literal["auto"]
@@ -21,9 +21,14 @@ class Assignment:
     """What becomes of one module; format None: it stays as the checkpoint has it."""
 
     module: Module
-    group: str  # its fused group, the name of its input's energy; "embedding" for an untied table
+    group: str  # its fused group; "embedding" for an untied table
     format: Format | None
     method: RoundingMethod | None
+
+    @property
+    def inputs(self) -> str:
+        """The name of its input's energy: its group's, which for an expert are those of its own tokens."""
+        return self.group if self.module.expert is None else f"{self.group}.{self.module.expert}"
 
 
 def resolve(plan: Plan, config: ModelConfig) -> tuple[Assignment, ...]:
@@ -102,15 +107,6 @@ class Choice:
         return f"{self.format} ({self.method})" if self.method else self.format
 
 
-# Shell wildcards of a group's modules in a layer; {} is the layer, or `*` for all of them.
-_PATTERNS: dict[Kind, str] = {
-    "qkv": "model.layers.{}.self_attn.[qkv]_proj",
-    "o": "model.layers.{}.self_attn.o_proj",
-    "gate_up": "model.layers.{}.mlp.[gu]*_proj",
-    "down": "model.layers.{}.mlp.down_proj",
-}
-
-
 def grouped_plan(
     config: ModelConfig,
     choices: Mapping[str, Choice],
@@ -129,14 +125,17 @@ def grouped_plan(
         raise PlanError(f"choices: {unknown} are no groups of this model; they are {', '.join(known)}")
     rules: list[WeightRule] = []
     common: list[WeightRule] = []
-    for kind, pattern in _PATTERNS.items():
-        chosen = {layer: choices.get(f"layers.{layer}.{kind}") for layer in range(config.num_layers)}
+    by_pattern: dict[str, dict[int, Choice | None]] = {}
+    for layer in range(config.num_layers):
+        for kind, group in layer_groups(config, layer).items():
+            by_pattern.setdefault(group_pattern(config, layer, kind), {})[layer] = choices.get(group.name)
+    for pattern, chosen in by_pattern.items():
         counts = Counter(chosen.values())
         most = None if None in counts else counts.most_common(1)[0][0]
         rules += [_rule(pattern.format(i), c) for i, c in chosen.items() if c is not None and c != most]
         if most is not None:
             common.append(_rule(pattern.format("*"), most))
-    if len(common) == len(_PATTERNS) and len({(r.format, r.method) for r in common}) == 1:
+    if len(common) == len(by_pattern) and len({(r.format, r.method) for r in common}) == 1:
         common = [WeightRule(pattern="model.layers.*", format=common[0].format, method=common[0].method)]
     tables = {"lm_head": EMBEDDING if config.tied else LM_HEAD, "embedding": EMBEDDING}
     whole = [_rule(module, choices[name]) for name, module in tables.items() if name in choices]

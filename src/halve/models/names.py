@@ -120,6 +120,19 @@ def modules(config: ModelConfig) -> Iterator[Module]:
             yield from group.members
 
 
+def group_pattern(config: ModelConfig, layer: int, kind: Kind) -> str:
+    """Shell wildcards of the modules of a group, {} for the layer; alike for layers that are alike."""
+    if kind in ("qkv", "o"):
+        return "model.layers.{}.self_attn." + ("[qkv]_proj" if kind == "qkv" else "o_proj")
+    experts = config.layers[layer].experts
+    if kind.startswith("shared_"):
+        return "model.layers.{}.mlp.shared_expert." + ("[gu]*_proj" if kind == "shared_gate_up" else "down_proj")
+    if experts is None:
+        return "model.layers.{}.mlp." + ("[gu]*_proj" if kind == "gate_up" else "down_proj")
+    names = {"mlp": ("[gu]*_proj", "down_proj"), "block_sparse_moe": ("w[13]", "w2")}[experts.names]
+    return f"model.layers.{{}}.{experts.names}.experts.*." + names[kind == "down"]
+
+
 def layer_of(module: str) -> int:
     """The layer of a module below `model.layers.`."""
     return int(module.split(".")[2])
