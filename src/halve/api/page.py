@@ -126,7 +126,7 @@ def _notes(job: Job, outcome: Outcome, trial: Trial) -> tuple[str, ...]:
     else:
         notes.append("Plans are ranked by the bytes of weights that one decoded token reads at batch 1.")
     notes += [f"Stored as {line}." for line in in_words(outcome.candidate.choices)]
-    for move in plans.moves(outcome.candidate)[:TOLD_MOVES]:
+    for move in outcome.moves()[:TOLD_MOVES]:
         notes.append(
             f"Not done: {move.part} in {move.rejected} instead of {move.chosen}: it saves {-move.cost:.3g} {unit} and "
             f"{move.why} ({move.loss:.2g} nats per token more)."

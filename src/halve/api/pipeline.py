@@ -87,6 +87,14 @@ class Outcome:
     ranked: tuple[Candidate, ...]
     plans: Plans | None  # None when the format was named
 
+    def moves(self) -> list[Move]:
+        """What the chosen plan left undone, best first; it had room up to the next cheaper plan that failed."""
+        assert self.plans is not None
+        failed = {label(j) for j in self.judged if not j.passed} | {a.plan for a in self.attempts if a.passed is False}
+        own = self.candidate.predicted_kl or 0.0
+        beyond = [c.predicted_kl or 0.0 for c in self.ranked if label(c) in failed]
+        return self.plans.moves(self.candidate, min((x for x in beyond if x > own), default=own))
+
 
 def run(job: Job) -> Outcome:
     """Calibrate, search on the selection text, certify on the sealed text.
@@ -101,7 +109,7 @@ def run(job: Job) -> Outcome:
         statistics, ranked = _calibrate(job, job.named), (job.named,)
     else:
         studied = study(job.question, original, job.workspace.path, job.progress, time_s=job.time_s)
-        plans = find_plans(job.question, studied, job.purpose, job.progress)
+        plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress)
         statistics, ranked = studied.statistics, plans.candidates
     first, judged = _search(job, original, statistics, ranked, started)
     attempts: list[Attempt] = []
@@ -187,7 +195,7 @@ def front_of(outcome: Outcome) -> Front:
         basis=plans.basis,
         workload=plans.purpose.workload.name,
         points=tuple(points),
-        rejected_moves=tuple(plans.moves(outcome.candidate)),
+        rejected_moves=tuple(outcome.moves()),
     )
 
 

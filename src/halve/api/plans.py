@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Literal
 
 from halve.api.model import cache_blocks
@@ -21,7 +22,7 @@ from halve.kernels import native, native_library
 from halve.models.names import groups
 from halve.search import Candidate, Move
 from halve.search.device_table import DeviceTable, PlannedTimes, device_table
-from halve.search.front import CostOf, StepCounts, bytes_cost, candidates, rejected_moves
+from halve.search.front import STORED_SHARE, CostOf, StepCounts, bytes_cost, candidates, rejected_moves
 
 log = logging.getLogger("halve")
 
@@ -61,23 +62,26 @@ class Plans:
         smaller, original = (self.simulation(f) for f in (_formats(candidate), _original_formats(self.question)))
         return workload_cost(self.purpose.workload, smaller, original, self.purpose.usd_per_hour)
 
-    def moves(self, candidate: Candidate) -> list[Move]:
-        """What the plan did not do, and why."""
-        assert candidate.predicted_kl is not None
-        return rejected_moves(
-            self.studied.parts, self.studied.sensitivity, self.cost_of, candidate.choices, candidate.predicted_kl
-        )
+    def moves(self, candidate: Candidate, room: float) -> list[Move]:
+        """What the plan did not do, and why. room: nats per token that it may lose by the sensitivities."""
+        parts, sensitivity = self.studied.parts, self.studied.sensitivity
+        return rejected_moves(parts, sensitivity, self.cost_of, candidate.choices, room)
 
 
-def find_plans(question: Question, studied: Studied, purpose: Purpose, progress: Progress) -> Plans:
-    """The Pareto front on this device. Raises QualityError for a service level that no plan keeps."""
-    table = _table(question, studied, progress)
+def find_plans(question: Question, studied: Studied, purpose: Purpose, workspace: Path, progress: Progress) -> Plans:
+    """The Pareto front on this device.
+
+    workspace: for times that are not kept elsewhere. Raises QualityError for a service level that no plan keeps.
+    """
+    table = _table(question, studied, workspace, progress)
     cost_of: CostOf = bytes_cost
     if table is not None:
         counts = StepCounts()
         times = PlannedTimes(table, _uniform(question, TYPICAL))
         _replayed(question, purpose.workload, counts.watching(times.of_step))
-        cost_of = counts.cost(table)
+        plain, part = counts.cost(table), next(p for p in studied.parts if p.group is not None)
+        byte_s = plain(part, FORMATS["int8"]) / bytes_cost(part, FORMATS["int8"])
+        cost_of = counts.cost(table, byte_s=STORED_SHARE * byte_s)
     found = candidates(
         question.config,
         studied.parts,
@@ -130,7 +134,7 @@ def _within_level(plans: Plans) -> Plans:
     return replace(plans, candidates=plans.candidates[:high])
 
 
-def _table(question: Question, studied: Studied, progress: Progress) -> DeviceTable | None:
+def _table(question: Question, studied: Studied, workspace: Path, progress: Progress) -> DeviceTable | None:
     """Times of every option on this device; None where our C++ does not run the plans."""
     if question.device != "cpu":
         log.info("step times are measured on the CPU only: plans are ranked by the bytes that a token reads")
@@ -147,7 +151,7 @@ def _table(question: Question, studied: Studied, progress: Progress) -> DeviceTa
             ops,
             formats,
             kv_format=question.kv_cache,
-            folder=cache_folder("device"),
+            folder=cache_folder("device") or workspace / "device",
             progress=advance,
         )
 

@@ -154,20 +154,18 @@ def _analyse(
     time_s: float | None,
 ) -> Sensitivity:
     source = CheckpointSource(question.checkpoint)
-    complete = known.keys() >= options.keys()
-    screen: Any = None
-    if not complete:
-        large = question.large
+    large = question.large
+    swapped = [] if large else _tokens(question.texts.selection[::-1], SWAP_TOKENS)
+    screen: Screen | None = None
+    if not known.keys() >= options.keys():
         ops = rough_ops(question.device) if large else TorchOps(question.device)
         text = _tokens(question.texts.calibration, FISHER_TOKENS // (4 if large else 1))
         with progress.task("Weighing outputs", "layers") as advance:
             weighed = fisher(question.config, source, ops, text, progress=advance)
-        swaps = None
         if large:
             log.info("a large model: options are screened, and only whole plans are measured")
-        else:
-            text = _tokens(question.texts.selection[::-1], SWAP_TOKENS)
-            swaps = Swaps(original.decoder, source, text, activations=question.activations, device=question.device)
+        rounded = {"activations": question.activations, "device": question.device}
+        swaps = None if large else Swaps(original.decoder, source, swapped, **rounded)
         screen = Screen(question.config, source, statistics, weighed, swaps)
     kept = dict(known)
 
@@ -180,6 +178,7 @@ def _analyse(
             screen,
             parts,
             options,
+            num_tokens=sum(map(len, swapped)),
             time_s=float("inf") if time_s is None else SWAP_SHARE * time_s,
             known=known,
             keep=keep,

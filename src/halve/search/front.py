@@ -98,11 +98,11 @@ class StepCounts:
 
         return of
 
-    def cost(self, table: DeviceTable) -> CostOf:
-        """Seconds of all these steps in a part's products; stored bytes break ties between equal ones."""
+    def cost(self, table: DeviceTable, *, byte_s: float = 0.0) -> CostOf:
+        """Seconds of all these steps in a part's products; byte_s: for each byte that is stored beside."""
 
         def of(part: Part, fmt: Format) -> float:
-            stored = 1e-15 * sum(fmt.size_bytes(m.shape) for m in part.modules)
+            stored = byte_s * sum(fmt.size_bytes(m.shape) for m in part.modules)
             if part.group is None:
                 return stored
             counts = self.rows if part.group.kind == "lm_head" else self.tokens
@@ -209,7 +209,7 @@ def cheapest_passing(
         else:
             low = middle
         bracketed = low >= 0 and high < len(ranked)
-        at = None if at is None or bracketed else (high - 1 - stride if judged[middle].passed else low + stride)
+        at = None if at is None or bracketed else (high - stride if judged[middle].passed else low + stride)
         stride *= 2
     return (high if high < len(ranked) else None), judged
 

@@ -247,10 +247,11 @@ def typical_slope(all_scores: Mapping[str, Sequence[Score]]) -> float:
 
 
 def analyse(
-    screen: Screen,
+    screen: Screen | None,
     parts: Sequence[Part],
     options: Mapping[str, Sequence[Choice]],
     *,
+    num_tokens: int,
     num_anchors: int = len(ANCHORS),
     time_s: float = float("inf"),
     clock: Callable[[], float] = time.monotonic,
@@ -260,8 +261,9 @@ def analyse(
 ) -> Sensitivity:
     """Score every option of every part.
 
-    time_s: for swaps; when it is over the rest is screened only. known: parts that an earlier run scored; keep: told of
-    each part as it is scored. progress: parts done, in all.
+    screen: may be None where all parts are known. num_tokens: that it swaps on. time_s: for swaps; when it is over the
+    rest is screened only. known: parts that an earlier run scored; keep: told of each part as it is scored. progress:
+    parts done, in all.
     """
     started = clock()
     found: dict[str, list[Score]] = {}
@@ -269,6 +271,7 @@ def analyse(
         if known and part.name in known:
             found[part.name] = list(known[part.name])
         else:
+            assert screen is not None, "parts that are not known need a screen"
             wanted = set(anchors(options[part.name], num_anchors))
             found[part.name] = screen.score(
                 part,
@@ -282,7 +285,7 @@ def analyse(
     slope = typical_slope(found)
     return Sensitivity(
         parts={name: tuple(fitted(scores, slope)) for name, scores in found.items()},
-        num_tokens=screen.swaps.num_tokens if screen.swaps is not None else 0,
+        num_tokens=num_tokens,
     )
 
 
