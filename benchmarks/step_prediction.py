@@ -44,7 +44,7 @@ class Mixed:
             self.made[name, shape] = random_weight(FORMATS[name], shape)
         return self.made[name, shape]
 
-    def vector(self, name: str, shape: tuple[int]) -> np.ndarray:
+    def vector(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Ones."""
         return np.ones(shape, np.float32)
 

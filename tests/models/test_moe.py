@@ -14,9 +14,11 @@ from halve.kernels.native import NativeOps
 from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
 from halve.models.config import Experts, read_config
+from halve.models.decoder import DecoderLayer
 from halve.models.load import load_config, load_decoder
-from halve.models.moe import route
+from halve.models.moe import route, sparse_feed_forward
 from halve.models.names import num_active_parameters, num_parameters
+from halve.models.rope import RopeTable
 
 BASE = {
     "vocab_size": 96,
@@ -229,3 +231,44 @@ def test_logits_that_are_no_numbers_are_told_with_their_layer(tmp_path):
     with pytest.raises(CheckpointError, match="layer 1: the router's logits hold NaN"):
         decoder.hidden(TokenBatch.whole([IDS]))
 
+
+def test_experts_are_counted(saved):
+    _, path = saved
+    decoder = loaded(path, NativeOps(activations="fp32"))
+    decoder.hidden(TokenBatch.whole([IDS]))
+    decoder.hidden(TokenBatch.whole([IDS[:1]]))
+    sparse = [layer.router.experts for layer in decoder.layers if layer.router]
+    counts = decoder.expert_counts()
+    assert len(counts) == len(sparse)
+    for count, experts in zip(counts, sparse, strict=True):
+        assert count.tokens.sum() == 24 * experts.top_k
+        assert count.steps == 2
+        assert experts.top_k * 2 <= count.reads <= experts.num_experts + experts.top_k
+
+
+def test_experts_without_tokens_are_shown_those_they_like_best():
+    """Of four tokens none goes to expert 2, which sees the two whose logits for it are largest."""
+    seen = []
+    ops = TorchOps("cpu")
+    torch.manual_seed(0)
+
+    class Made:
+        def weight(self, name, shape):
+            values = torch.randn(shape).numpy()
+            return Weight(format=FORMATS["fp32"], shape=shape, codes=values)
+
+        def vector(self, name, shape):
+            return np.eye(3, 8, dtype=np.float32) if name.endswith("gate.weight") else np.ones(shape, np.float32)
+
+    config = read_config(raw("mixtral", hidden_size=8, num_attention_heads=2, num_local_experts=3, num_hidden_layers=1))
+    layer = DecoderLayer(config, 0, ops, Made(), RopeTable(config.head_dim))
+    for kind in ("gate_up", "down"):
+        layer.projections[kind].hook = lambda group, x, outputs: seen.append((group.name, len(x))) or outputs
+    x = torch.zeros(4, 8)
+    x[:, 0], x[:, 1], x[:, 2] = 4, 3, torch.tensor([0.0, 1.0, 2.0, -1.0])
+    out = sparse_feed_forward(ops, layer.router, layer.projections, x, forced=2)
+    plain = sparse_feed_forward(ops, layer.router, layer.projections, x)
+    assert torch.equal(out, plain)
+    names = dict(seen[:6])
+    assert names["layers.0.gate_up.2"] == names["layers.0.down.2"] == 2
+    assert names["layers.0.gate_up.0"] == 4

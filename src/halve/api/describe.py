@@ -19,6 +19,8 @@ from halve.kernels.ceilings import Ceilings
 from halve.kernels.cuda import rows as cuda_rows
 from halve.models import load_config, stored_formats
 from halve.models.names import group_pattern, groups, modules, num_active_parameters, num_parameters, vectors
+from halve.search import plain_bytes_per_token
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupFacts:
@@ -38,6 +40,8 @@ class ModelFacts:
     architecture: str
     parameters: int
     active_parameters: int  # that one token runs through
+    bytes_per_token: int  # of weights, that one decoded token reads
+    experts: tuple[int, int] | None  # of a sparse layer, and how many of them a token runs through
     bytes: int  # of the weight files
     num_layers: int
     hidden_size: int
@@ -116,6 +120,8 @@ def inspect(model: str | Path) -> ModelFacts:
             architecture=config.architecture,
             parameters=parameters,
             active_parameters=num_active_parameters(config),
+            bytes_per_token=plain_bytes_per_token(config, stored_formats(checkpoint, config)),
+            experts=next(((e.num_experts, e.top_k) for layer in config.layers if (e := layer.experts)), None),
             bytes=checkpoint.weight_bytes,
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
@@ -152,8 +158,10 @@ def _group_facts(checkpoint: Checkpoint) -> list[GroupFacts]:
     for module in modules(config):
         fmt = stored[module.name]
         group = group_of.get(module.name)
-        pattern = module.name if group is None or group.layer is None else group_pattern(config, group.layer, group.kind)
-        add(pattern.format("*"), fmt.name, math.prod(module.shape), sizes[module.name])
+        pattern = module.name
+        if group is not None and group.layer is not None:
+            pattern = group_pattern(config, group.layer, group.kind).format("*")
+        add(pattern, fmt.name, math.prod(module.shape), sizes[module.name])
     for name, shape in vector_shapes:
         info = checkpoint.reader.info(name)
         what = "routers" if len(shape) == 2 else "norms and biases"

@@ -29,7 +29,7 @@ from halve.formats import Format
 from halve.kernels.ops import Array, Ops
 from halve.models import Decoder, ModelConfig, load_config, load_decoder
 from halve.models.names import num_parameters
-from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start
+from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start, uniform_candidates
 from halve.search import in_words as in_words_of
 
 log = logging.getLogger("halve")
@@ -107,6 +107,9 @@ def run(job: Job) -> Outcome:
     ranked: tuple[Candidate, ...]
     if job.named is not None:
         statistics, ranked = _calibrate(job, job.named), (job.named,)
+    elif job.config.sparse:
+        ranked = _uniform_candidates(job)
+        statistics = _calibrate(job, ranked[-1])
     else:
         studied = study(job.question, original, job.workspace.path, job.progress, time_s=job.time_s)
         plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress)
@@ -138,6 +141,25 @@ def run(job: Job) -> Outcome:
         )
     best = min(attempts, key=lambda a: a.kl_mean.value)
     raise QualityError(_nothing_passed(job, ranked[-1], f"{best.plan} on the sealed text", best))
+
+
+def _uniform_candidates(job: Job) -> tuple[Candidate, ...]:
+    """One format for all of a sparse model, cheapest first by the bytes that a token reads.
+
+    What single groups lose is not told apart there yet, nor what their products take. Raises ConfigError for a service
+    level, which asks for times.
+    """
+    level = job.purpose.workload.service_level
+    if level.ttft_s is not None or level.time_per_token_s is not None:
+        raise ConfigError("slo: plans of a sparse model are ranked by bytes, not by times; leave it out")
+    question = job.question
+    return uniform_candidates(
+        job.config,
+        job.source,
+        portable=question.portable,
+        activations=question.activations,
+        kv_cache=question.kv_cache,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

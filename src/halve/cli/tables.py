@@ -130,8 +130,14 @@ def show_model(facts: "ModelFacts") -> None:
         f"hidden {facts.hidden_size}, {facts.num_heads} heads over {facts.num_kv_heads} of size {facts.head_dim}, "
         f"vocabulary {facts.vocab_size:,}{' (tied)' if facts.tied else ''}, context {facts.context:,}"
     )
+    if facts.experts is not None:
+        typer.echo(
+            f"sparse: {facts.experts[0]} experts, {facts.experts[1]} for a token; {facts.active_parameters:,} "
+            f"parameters are active, {facts.active_parameters / facts.parameters:.0%} of all"
+        )
     typer.echo(
-        f"weight files {format_bytes(facts.bytes)}; cache {facts.kv_cache_bytes_per_token:,} bytes per token; "
+        f"weight files {format_bytes(facts.bytes)}, of which a token reads {format_bytes(facts.bytes_per_token)}; "
+        f"cache {facts.kv_cache_bytes_per_token:,} bytes per token; "
         f"licence {facts.licence or 'not stated'}"
     )
     table = Table()

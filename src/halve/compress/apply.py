@@ -188,7 +188,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
-    """Copy what travels with a model, byte for byte. Raises OutputError, and CheckpointError for what changed meanwhile."""
+    """Copy what travels with a model, byte for byte. Raises OutputError; CheckpointError for what changed meanwhile."""
     for path in checkpoint.carried_files():
         _carry(path, directory / path.relative_to(checkpoint.path))
 

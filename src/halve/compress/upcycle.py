@@ -1,4 +1,4 @@
-"""Sparse upcycling: a dense model's feed-forwards become experts, each a copy, behind a router that is yet to be trained.
+"""Sparse upcycling: a dense model's feed-forwards become experts, copies behind a router that is yet to be trained.
 
 The result is a Mixtral. A token's weights sum to one and its experts are alike, so that at first it computes what the
 dense model computes; training on makes the copies differ. Source: arXiv:2212.05055.

@@ -197,7 +197,7 @@ def _qwen(raw: Mapping[str, Any], index: int) -> Experts | None:
     )
 
 
-def _routed(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, int]:
+def _routed(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     found = [name for name in names if raw.get(name) is not None]
     if not found:
         raise ConfigError(f"config.json: {' or '.join(names)} is missing")

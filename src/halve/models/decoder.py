@@ -15,7 +15,7 @@ from halve.kernels.ops import Array, AttentionSpec, Buffer, FusingOps, Ops, Pack
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models.compiled import CompiledSteps
 from halve.models.config import ModelConfig
-from halve.models.moe import ROUTED, ExpertProjection, Hook, Router, sparse_feed_forward
+from halve.models.moe import ROUTED, ExpertCounts, ExpertProjection, Hook, Router, sparse_feed_forward
 from halve.models.names import (
     EMBEDDING,
     FINAL_NORM,
@@ -94,7 +94,7 @@ class DecoderLayer:
         if spec.qk_norm is not None:
             sizes = zip(qk_norms(index), qk_norm_sizes(config, index), strict=True)
             self.qk_norms = [ops.vector(source.vector(name, (size,))) for name, size in sizes]
-        self.projections: dict[Kind, Projection | ExpertProjection] = {
+        self.projections: dict[Kind, Any] = {
             kind: (ExpertProjection if kind in ROUTED and spec.experts else Projection)(g, ops, source)
             for kind, g in layer_groups(config, index).items()
         }
@@ -159,6 +159,10 @@ class Decoder:
         for layer in self.layers:
             yield from layer.projections.values()
         yield self.head
+
+    def expert_counts(self) -> list[ExpertCounts]:
+        """How often the experts of each sparse layer were asked since the model was made."""
+        return [layer.router.counts for layer in self.layers if layer.router is not None]
 
     def new_cache(self, num_blocks: int, block_size: int) -> list[Any]:
         """An empty paged cache, one entry a layer."""

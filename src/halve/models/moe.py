@@ -135,9 +135,8 @@ class ExpertProjection:
         if self.hook is None and self.grouped and isinstance(self.ops, NativeOps):
             members = range(len(self.parts[0]))
             return [project_groups(self.ops, [parts[i] for parts in self.parts], x, offsets) for i in members]
-        found: list[list[Buffer]] = []
-        for e in np.flatnonzero(np.diff(offsets)):
-            found.append(self.of_expert(int(e), x[int(offsets[e]) : int(offsets[e + 1])]))
+        asked = np.flatnonzero(np.diff(offsets)).tolist()
+        found = [self.of_expert(e, x[int(offsets[e]) : int(offsets[e + 1])]) for e in asked]
         return [_joined(outputs) for outputs in zip(*found, strict=True)]
 
     def of_expert(self, expert: int, x: Buffer) -> list[Buffer]:

@@ -63,10 +63,18 @@ def layer_groups(config: ModelConfig, layer: int) -> dict[Kind, FusedGroup]:
         return FusedGroup(name=f"layers.{layer}.{kind}", kind=kind, layer=layer, members=members)
 
     qkv = group(
-        "qkv", "self_attn", config.attention_bias, q_proj=(queries, hidden), k_proj=(keys, hidden), v_proj=(keys, hidden)
+        "qkv",
+        "self_attn",
+        config.attention_bias,
+        q_proj=(queries, hidden),
+        k_proj=(keys, hidden),
+        v_proj=(keys, hidden),
     )
     output_bias = config.attention_bias if config.output_bias is None else config.output_bias
-    attention: dict[Kind, FusedGroup] = {"qkv": qkv, "o": group("o", "self_attn", output_bias, o_proj=(hidden, queries))}
+    attention: dict[Kind, FusedGroup] = {
+        "qkv": qkv,
+        "o": group("o", "self_attn", output_bias, o_proj=(hidden, queries)),
+    }
     experts = config.layers[layer].experts
     if experts is None:
         mlp = ("mlp", config.mlp_bias)

@@ -2,6 +2,7 @@
 
 from halve.search.front import Candidate, Judged, Move, candidates, cheapest_passing, in_words, likely_start
 from halve.search.uniform import bytes_per_token, method_for, plain_bytes_per_token, plan_for
+from halve.search.whole import uniform_candidates
 
 __all__ = [
     "Candidate",
@@ -15,4 +16,5 @@ __all__ = [
     "method_for",
     "plain_bytes_per_token",
     "plan_for",
+    "uniform_candidates",
 ]

@@ -212,7 +212,7 @@ class _Random:
             self._made[fmt.name, shape] = random_weight(fmt, shape)
         return self._made[fmt.name, shape]
 
-    def vector(self, name: str, shape: tuple[int]) -> Array:
+    def vector(self, name: str, shape: tuple[int, ...]) -> Array:
         """Ones."""
         return np.ones(shape, np.float32)
 

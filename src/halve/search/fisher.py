@@ -21,7 +21,8 @@ from halve.core.errors import DataError
 from halve.formats import Weight
 from halve.kernels.ops import Array, Buffer, Ops, TokenBatch
 from halve.models.config import ModelConfig
-from halve.models.decoder import DecoderLayer, Hook, Projection, WeightSource
+from halve.models.decoder import DecoderLayer, Projection, WeightSource
+from halve.models.moe import Hook
 from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, head_group
 from halve.models.rope import RopeTable
 

@@ -30,7 +30,7 @@ class Swapped:
         """The given weight of a module, or the original's."""
         return self.weights.get(module) or self.source.weight(module, shape)
 
-    def vector(self, name: str, shape: tuple[int]) -> Array:
+    def vector(self, name: str, shape: tuple[int, ...]) -> Array:
         """The original's."""
         return self.source.vector(name, shape)
 
