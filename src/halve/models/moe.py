@@ -13,7 +13,7 @@ import numpy as np
 
 from halve.core.errors import CheckpointError
 from halve.formats import FORMATS, Weight
-from halve.kernels.grouped import project_groups
+from halve.kernels.grouped import GroupedLinears
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import Array, Buffer, Ops, Packed
 from halve.models.config import Experts, ModelConfig
@@ -119,8 +119,9 @@ class ExpertProjection:
         num_experts = 1 + max(m.expert for m in group.members if m.expert is not None)
         self.groups = [group.of_expert(e) for e in range(num_experts)]
         self.parts = [[self._linear(m, source) for m in one.members] for one in self.groups]
-        # A grouped product wants all experts stored alike.
-        self.grouped = isinstance(ops, NativeOps) and len({linear.layout for linear in self.linears}) == 1
+        self.grouped: GroupedLinears | None = None
+        if isinstance(ops, NativeOps) and len({(one.layout, one.matrix.out_features) for one in self.linears}) == 1:
+            self.grouped = GroupedLinears(ops, self.parts)
 
     def _linear(self, module: Module, source: Source) -> Any:
         return self.ops.linear(source.weight(module.name, module.shape))
@@ -132,9 +133,8 @@ class ExpertProjection:
 
     def __call__(self, x: Buffer, offsets: Array) -> list[Buffer]:
         """Rows [N, in] sorted by expert -> one [N, out] for each matrix of an expert."""
-        if self.hook is None and self.grouped and isinstance(self.ops, NativeOps):
-            members = range(len(self.parts[0]))
-            return [project_groups(self.ops, [parts[i] for parts in self.parts], x, offsets) for i in members]
+        if self.hook is None and self.grouped is not None:
+            return self.grouped(x, offsets)
         asked = np.flatnonzero(np.diff(offsets)).tolist()
         found = [self.of_expert(e, x[int(offsets[e]) : int(offsets[e + 1])]) for e in asked]
         return [_joined(outputs) for outputs in zip(*found, strict=True)]
