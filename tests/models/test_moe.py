@@ -43,7 +43,7 @@ FAMILIES = {
         {
             "intermediate_size": 64,
             "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 48,
+            "shared_expert_intermediate_size": 64,
             "num_experts": 6,
             "num_experts_per_tok": 3,
         },
