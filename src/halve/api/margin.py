@@ -80,7 +80,6 @@ class Margin:
             **to_dict(self.tables),
             "payback_months": rounded(self.payback_months, 9),
             "ledger_seconds": rounded(books.seconds) if books else None,
-            "unused_micro_usd": books.unused_micro_usd if books else None,
             "created": self.created,
             "version": self.version,
         }

@@ -171,7 +171,5 @@ def _show_books(found: "Margin") -> None:
                 "unknown" if one.margin is None else share(one.margin),
             )
         console().print(table)
-    if books.unused_micro_usd:
-        typer.echo(f"of models that nobody used: {money(Decimal(books.unused_micro_usd) / 1_000_000)}")
     if books.missing:
         typer.echo(f"without a request in this time: {', '.join(books.missing)}")

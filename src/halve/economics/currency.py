@@ -46,6 +46,16 @@ class Currency:
         places = 0 if self.code in WHOLE else 2
         return f"{sign}{mark}{size.quantize(Decimal(1).scaleb(-places), ROUND_HALF_EVEN):,.{places}f}"
 
+    def say_price(self, usd: Decimal) -> str:
+        """A price of a unit, with five digits where it has them: `$0.87`, `¥135.02`, `$0.034722`."""
+        amount = self.of_usd(usd)
+        places = 0 if self.code in WHOLE else 2
+        if amount:
+            digits = amount.quantize(Decimal(1).scaleb(min(0, amount.adjusted() - 4)), ROUND_HALF_EVEN).normalize()
+            places = max(places, -int(digits.as_tuple().exponent))
+        sign = "−" if amount < 0 else ""
+        return f"{sign}{SYMBOLS.get(self.code, f'{self.code} ')}{abs(amount):,.{places}f}"
+
     @property
     def stated(self) -> str:
         """`1 USD = 155.2 JPY, 2026-11-20`; nothing for the dollar."""

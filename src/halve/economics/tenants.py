@@ -1,8 +1,8 @@
 """Margin by tenant and by model from the lines of a ledger: who pays for what, to the micro-dollar.
 
-A tenant is a key of the server, a model is what its requests named: the base, or an adapter that is served under a name
-of its own. The ledger's requests carry their share of the machine; idle time is spread over those who used its model,
-in proportion to what they used, so that all shares add up to what was paid.
+A tenant is a key of the server, a model is what its requests named: the base, or an adapter under a name of its own.
+The ledger's requests carry their share of the machine; idle time is the machine's, whatever models it holds, and is
+spread over everyone in proportion to what they used, so that all shares add up to what was paid.
 """
 
 from collections import defaultdict
@@ -78,18 +78,17 @@ class Account:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Books:
-    """Accounts of a stretch of time. idle_micro_usd: of models that nobody used, which no account bears."""
+    """Accounts of a stretch of time. missing: tenants of the product that the ledger has no request of."""
 
     seconds: Decimal
     tenants: tuple[Account, ...]
     models: tuple[Account, ...]
-    unused_micro_usd: int
     missing: tuple[str, ...]
 
     @property
     def total_micro_usd(self) -> int:
-        """All that was paid: of the tenants, and of models that nobody used."""
-        return sum(a.usage_micro_usd + a.idle_micro_usd for a in self.tenants) + self.unused_micro_usd
+        """All that was paid."""
+        return sum(a.usage_micro_usd + a.idle_micro_usd for a in self.tenants)
 
 
 def spread(amount: int, weights: Sequence[int]) -> list[int]:
@@ -107,25 +106,18 @@ def spread(amount: int, weights: Sequence[int]) -> list[int]:
     return parts
 
 
-def keep_books(product: Product, uses: Sequence[Use], idle: Mapping[str, int], seconds: Decimal) -> Books:
+def keep_books(product: Product, uses: Sequence[Use], idle_micro_usd: int, seconds: Decimal) -> Books:
     """Accounts of every tenant and model over so many seconds.
 
-    idle: micro-dollars of each model's idle time. A tenant's revenue is seats * price * seconds / seconds of a month:
+    A tenant's revenue is seats * price * seconds / seconds of a month:
     10 seats at 30 $ over a tenth of a month are 30 $. Other costs of seats and payment fees go along; the fixed costs
     of the product are nobody's and stay out. A model's revenue is the tenants', each by its tokens there.
     """
     month = seconds / SECONDS_PER_MONTH
-    shares: list[int] = [0] * len(uses)
-    unused = 0
-    for model in {*idle, *(use.model for use in uses)}:
-        mine = [i for i, use in enumerate(uses) if use.model == model]
-        weights = [uses[i].micro_usd for i in mine]
-        if not sum(weights):  # unpriced, or too little to have a price: by tokens
-            weights = [uses[i].prompt_tokens + uses[i].completion_tokens for i in mine]
-        parts = spread(idle.get(model, 0), weights)
-        unused += idle.get(model, 0) - sum(parts)
-        for i, part in zip(mine, parts, strict=True):
-            shares[i] = part
+    weights = [use.micro_usd for use in uses]
+    if not sum(weights):  # unpriced, or too little to have a price: by tokens
+        weights = [use.prompt_tokens + use.completion_tokens for use in uses]
+    shares = spread(idle_micro_usd, weights)
     tenants = _group(uses, shares, [use.name or use.key or "" for use in uses])
     known = {name: product.tenants.get(name) for name in tenants}
     revenue = {name: _revenue(product, tenant, month) for name, tenant in known.items()}
@@ -140,7 +132,6 @@ def keep_books(product: Product, uses: Sequence[Use], idle: Mapping[str, int], s
         seconds=seconds,
         tenants=tuple(sorted(accounts, key=_dearest)),
         models=tuple(sorted(models, key=_dearest)),
-        unused_micro_usd=unused,
         missing=tuple(sorted(product.tenants.keys() - tenants.keys())),
     )
 

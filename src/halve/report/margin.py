@@ -87,7 +87,9 @@ def driver_words(name: str, value: Decimal, currency: Currency) -> str:
     """A driver's value: a share, an amount or a number."""
     if name in _SHARES:
         return share(value, 1)
-    return currency.say(value) if name in _DOLLARS or name.endswith("_per_mtok") else count(value)
+    if name.endswith("_per_mtok") or name == "source.usd_per_hour":
+        return currency.say_price(value)
+    return currency.say(value) if name in _DOLLARS else count(value)
 
 
 class _Words:
@@ -99,8 +101,11 @@ class _Words:
     def money(self, usd: Decimal | None) -> str:
         return "—" if usd is None else self._currency.say(usd)
 
+    def price(self, usd: Decimal) -> str:
+        return self._currency.say_price(usd)
+
     def per_mtok(self, usd: Decimal | None) -> Both:
-        return UNKNOWN if usd is None else same(self.money(usd))
+        return UNKNOWN if usd is None else same(self.price(usd))
 
     def driver(self, name: str, value: Decimal) -> str:
         return driver_words(name, value, self._currency)
@@ -203,7 +208,7 @@ def margin_sentence(rows: Sequence[ScenarioRow], demand: DemandResponse | None) 
         )
         if smaller.statement.token_usd == now.token_usd and now.machines:
             text += Both(
-                f" It saves nothing at this volume: {now.machines} machines are paid before as after; it makes room.",
+                f" It saves nothing at this volume, where {_machines(now.machines)} paid before as after; it makes room.",
                 f"この利用量では節約になりません (前後とも {now.machines} 台)。余力が増えます。",
             )
     if demand is not None and demand.spent_share is not None:
@@ -213,6 +218,10 @@ def margin_sentence(rows: Sequence[ScenarioRow], demand: DemandResponse | None) 
             f"利用が想定どおり増えると、節約額の {spent} は追加のトークンに使われます。",
         )
     return text
+
+
+def _machines(number: int) -> str:
+    return "1 machine is" if number == 1 else f"{number} machines are"
 
 
 def _headlines(rows: Sequence[ScenarioRow], words: _Words, payback: Decimal | None) -> list[tuple[Both, str, Both]]:
@@ -487,14 +496,10 @@ def _book_words(books: Books, words: _Words) -> Both:
     total = words.money(Decimal(books.total_micro_usd) / 1_000_000)
     span = f"{days:,.2f}"
     text = Both(
-        f"From the ledger of {span} days: {total} in all, idle time spread over those who used its model, in "
-        "proportion to what they used. Fixed costs of the product are nobody's and are not in here.",
-        f"{span} 日分の台帳による。合計 {total}。待機時間は、そのモデルの利用者に利用額の割合で配分。"
-        "製品全体の固定費は含みません。",
+        f"From the ledger of {span} days: {total} in all, idle time spread over everyone in proportion to what they "
+        "used. Fixed costs of the product are nobody's and are not in here.",
+        f"{span} 日分の台帳による。合計 {total}。待機時間は利用額の割合で全員に配分。製品全体の固定費は含みません。",
     )
-    if books.unused_micro_usd:
-        unused = words.money(Decimal(books.unused_micro_usd) / 1_000_000)
-        text += Both(f" {unused} are of models that nobody used.", f"誰も使わなかったモデルの費用: {unused}。")
     if books.missing:
         names = ", ".join(books.missing)
         text += Both(f" Without a request in this time: {names}.", f"この期間にリクエストのないテナント: {names}。")
@@ -520,11 +525,11 @@ def _inputs(product: Product, words: _Words) -> Grid:
     ):
         add(DRIVERS[driver], words.driver(driver, value), stated)
     add(Both("payment fees, of revenue", "決済手数料 (売上比)"), share(product.payment_share), stated)
-    for name, said, origin in source_inputs(product.source, words.money):
+    for name, said, origin in source_inputs(product.source, words.price):
         add(name, said, origin)
     if product.compression is not None:
         compression = product.compression
-        for name, said, _ in source_inputs(compression.source, words.money):
+        for name, said, _ in source_inputs(compression.source, words.price):
             add(Both(f"compressed: {name.en}", f"圧縮後: {name.ja}"), said, compression.origin)
         loss = UNKNOWN.en if compression.quality_loss is None else share(compression.quality_loss, 3)
         add(Both("compressed: loss of quality, at most", "圧縮後: 品質低下 (最大)"), loss, compression.origin)

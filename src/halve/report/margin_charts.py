@@ -115,9 +115,9 @@ def steps(rows: Sequence[Step], words: str, width: int) -> Markup:
         x = (min(begin, end) - low) * scale + 4
         parts.append(tag("rect", x=x, y=y + 18, width=max(abs(end - begin) * scale, 1.0), height=14.0,
                          class_=f"bar c{row.kind}"))  # fmt: skip
+        parts.append(line(zero, y + 15, zero, y + 35, "zero"))
         start = end
         y += ROW
-    parts.append(line(zero, 0, zero, y - 8, "zero"))
     return drawing(words, width, y, *parts)
 
 
@@ -134,8 +134,8 @@ def bars(rows: Sequence[Step], words: str, width: int) -> Markup:
         x = zero + min(row.value, 0.0) * scale
         parts.append(tag("rect", x=x, y=y + 18, width=max(abs(row.value) * scale, 1.0), height=14.0,
                          class_=f"bar c{row.kind}"))  # fmt: skip
+        parts.append(line(zero, y + 15, zero, y + 35, "zero"))
         y += ROW
-    parts.append(line(zero, 0, zero, y - 8, "zero"))
     return drawing(words, width, y, *parts)
 
 

@@ -46,10 +46,10 @@ _SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "m
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Uses:
-    """The ledger between start and end, by key and model, and each model's idle time. None: there is no line."""
+    """The ledger between start and end, by key and model, and idle time. None: there is no line."""
 
     uses: tuple[Use, ...]
-    idle_micro_usd: Mapping[str, int]
+    idle_micro_usd: int
     start: float | None
     end: float | None
 
@@ -318,10 +318,10 @@ class Store(Database):
             sa.func.sum(is_unpriced).label("unpriced"),
         ]
         requests = sa.select(line.key_id, line.model, *sums).where(is_request, *within)
-        idle = sa.select(line.model, sa.func.coalesce(sa.func.sum(line.micro_usd), 0)).where(~is_request, *within)
+        idle = sa.select(sa.func.coalesce(sa.func.sum(line.micro_usd), 0)).where(~is_request, *within)
         with self.reading() as c:
             found = c.execute(requests.group_by(line.key_id, line.model).order_by(line.key_id, line.model)).all()
-            idle_of = {model: int(money) for model, money in c.execute(idle.group_by(line.model)).all()}
+            idle_micro_usd = int(c.execute(idle).scalar_one())
             took = (line.prefill_us + line.decode_us) / 1e6
             first, last = c.execute(sa.select(sa.func.min(line.at - took), sa.func.max(line.at)).where(*within)).one()
         names = {key.id: key.name for key in self.all_keys()}
@@ -335,7 +335,7 @@ class Store(Database):
             for row in found
         )
         start, end = (first if since is None else since), (last if until is None else until)
-        return Uses(uses=uses, idle_micro_usd=idle_of, start=start, end=end)
+        return Uses(uses=uses, idle_micro_usd=idle_micro_usd, start=start, end=end)
 
     # Responses, files, batches
 
