@@ -208,7 +208,7 @@ def margin_sentence(rows: Sequence[ScenarioRow], demand: DemandResponse | None) 
         )
         if smaller.statement.token_usd == now.token_usd and now.machines:
             text += Both(
-                f" It saves nothing at this volume, where {_machines(now.machines)} paid before as after; it makes room.",
+                f" It saves nothing at this volume, where {_machines(now.machines)} paid before as after.",
                 f"この利用量では節約になりません (前後とも {now.machines} 台)。余力が増えます。",
             )
     if demand is not None and demand.spent_share is not None:
