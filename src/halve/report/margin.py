@@ -5,7 +5,6 @@ recomputes in a spreadsheet, and `--json` and `--csv` hold all digits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from typing import Any
@@ -19,7 +18,7 @@ from halve.economics.product import Machines, Product, Source
 from halve.economics.tenants import Account, Books
 from halve.report import margin_charts as charts
 from halve.report.charts import both
-from halve.report.languages import STYLE, Both, Language, in_both, same, switch
+from halve.report.languages import STYLE, Both, Grid, Language, in_both, same, switch
 from halve.report.words import printable
 
 UNKNOWN = Both("unknown", "不明")
@@ -58,15 +57,6 @@ DRIVERS = {
 _DOLLARS = {"price_per_seat", "other_costs.per_seat", "other_costs.per_month", "source.usd_per_hour",
             "source.operator_usd_per_month"}  # fmt: skip
 _SHARES = {"tokens.cached", "source.utilization"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
-    """A table: its name for screen readers, heads (numbers when `right`), rows of cells."""
-
-    name: Both
-    heads: tuple[Both, ...]
-    rows: tuple[tuple[Both, ...], ...]
 
 
 def share(value: Decimal | None, places: int = 2) -> str:
