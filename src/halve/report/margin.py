@@ -481,14 +481,21 @@ def _accounts(accounts: Sequence[Account], head: Both, words: _Words) -> Grid:
     return Grid(name=head, heads=heads, rows=tuple(cells))
 
 
+def span_words(seconds: Decimal) -> Both:
+    """A stretch of time: `30.42 days`, `4.1 minutes`."""
+    for unit, en, ja in ((86400, "days", "日"), (3600, "hours", "時間"), (60, "minutes", "分間")):
+        if seconds >= unit:
+            return Both(f"{seconds / unit:,.2f} {en}", f"{seconds / unit:,.2f} {ja}")
+    return Both(f"{seconds:,.1f} seconds", f"{seconds:,.1f} 秒")
+
+
 def _book_words(books: Books, words: _Words) -> Both:
-    days = books.seconds / 86400
     total = words.money(Decimal(books.total_micro_usd) / 1_000_000)
-    span = f"{days:,.2f}"
+    span = span_words(books.seconds)
     text = Both(
-        f"From the ledger of {span} days: {total} in all, idle time spread over everyone in proportion to what they "
+        f"From the ledger of {span.en}: {total} in all, idle time spread over everyone in proportion to what they "
         "used. Fixed costs of the product are nobody's and are not in here.",
-        f"{span} 日分の台帳による。合計 {total}。待機時間は利用額の割合で全員に配分。製品全体の固定費は含みません。",
+        f"{span.ja}分の台帳による。合計 {total}。待機時間は利用額の割合で全員に配分。製品全体の固定費は含みません。",
     )
     if books.missing:
         names = ", ".join(books.missing)
