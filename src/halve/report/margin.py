@@ -503,13 +503,24 @@ def _book_words(books: Books, words: _Words) -> Both:
     return text
 
 
+STATED, DEFAULT = Both("stated in the file", "ファイルに記載"), Both("default", "既定値")
+
+
+def origin_words(origin: str) -> Both:
+    """Where a figure is from; what Halve itself says of it is translated, names are not."""
+    said = (
+        origin.replace(STATED.en, STATED.ja).replace("no date given", "日付なし").replace("certificate of", "証明書:")
+    )
+    return Both(origin, said)
+
+
 def _inputs(product: Product, words: _Words) -> Grid:
     rows: list[tuple[Both, Both, Both]] = []
 
-    def add(name: Both, value: str, origin: Both | str = "") -> None:
-        rows.append((name, same(value), origin if isinstance(origin, Both) else same(origin)))
+    def add(name: Both, value: str, key: str = "", origin: str = "") -> None:
+        source = origin_words(origin) if origin else STATED if key in product.given else DEFAULT
+        rows.append((name, same(value), source))
 
-    stated = Both("stated in the file", "ファイルに記載")
     for driver, value in (
         ("price_per_seat", product.usd_per_seat),
         ("seats", product.seats),
@@ -520,34 +531,34 @@ def _inputs(product: Product, words: _Words) -> Grid:
         ("other_costs.per_seat", product.other_usd_per_seat),
         ("other_costs.per_month", product.other_usd_per_month),
     ):
-        add(DRIVERS[driver], words.driver(driver, value), stated)
-    add(Both("payment fees, of revenue", "決済手数料 (売上比)"), share(product.payment_share), stated)
+        add(DRIVERS[driver], words.driver(driver, value), driver)
+    fees = Both("payment fees, of revenue", "決済手数料 (売上比)")
+    add(fees, share(product.payment_share), "other_costs.payment_share")
     for name, said, origin in source_inputs(product.source, words.price):
-        add(name, said, origin)
+        add(name, said, origin=origin)
     if product.compression is not None:
         compression = product.compression
         for name, said, _ in source_inputs(compression.source, words.price):
-            add(Both(f"compressed: {name.en}", f"圧縮後: {name.ja}"), said, compression.origin)
+            add(Both(f"compressed: {name.en}", f"圧縮後: {name.ja}"), said, origin=compression.origin)
         loss = UNKNOWN.en if compression.quality_loss is None else share(compression.quality_loss, 3)
-        add(Both("compressed: loss of quality, at most", "圧縮後: 品質低下 (最大)"), loss, compression.origin)
-        add(Both("compressed: once", "圧縮: 一時費用"), words.money(compression.one_time_usd), compression.origin)
-    cut = product.api_cut
-    add(Both("API's price cut", "API の値下げ率"), share(cut.cut), stated)
-    add(Both("of it passed on to customers", "うち顧客への還元率"), share(cut.pass_through), stated)
+        add(Both("compressed: loss of quality, at most", "圧縮後: 品質低下 (最大)"), loss, origin=compression.origin)
+        once = Both("compressed: once", "圧縮: 一時費用")
+        add(once, words.money(compression.one_time_usd), "compression.one_time_usd")
+    cut, demand, growth = product.api_cut, product.demand, product.growth
+    add(Both("API's price cut", "API の値下げ率"), share(cut.cut), "api_price_cut.cut")
+    passed = Both("of it passed on to customers", "うち顧客への還元率")
+    add(passed, share(cut.pass_through), "api_price_cut.pass_through")
     if cut.reference is not None:
-        add(Both("the API of the price cut", "値下げの対象 API"), cut.reference.name, cut.reference.origin)
-    demand = product.demand
-    add(Both("elasticity of use", "利用の弾力性"), count(demand.elasticity), stated)
-    add(Both("saving passed on in the price", "価格への還元率"), share(demand.pass_through), stated)
-    add(Both("elasticity of seats", "席数の弾力性"), count(demand.seat_elasticity), stated)
-    growth = product.growth
-    add(Both("growth of seats a month", "席数の月次成長率"), share(growth.seats_per_month), stated)
-    add(
-        Both("growth of requests per seat a month", "1 席あたり利用の月次成長率"),
-        share(growth.requests_per_month),
-        stated,
-    )
-    add(Both("change of API prices a year", "API 価格の年間変化率"), share(growth.api_price_per_year), stated)
+        add(Both("the API of the price cut", "値下げの対象 API"), cut.reference.name, origin=cut.reference.origin)
+    add(Both("elasticity of use", "利用の弾力性"), count(demand.elasticity), "demand.elasticity")
+    add(Both("saving passed on in the price", "価格への還元率"), share(demand.pass_through), "demand.pass_through")
+    add(Both("elasticity of seats", "席数の弾力性"), count(demand.seat_elasticity), "demand.seat_elasticity")
+    for name, key in (
+        (Both("growth of seats a month", "席数の月次成長率"), "seats_per_month"),
+        (Both("growth of requests per seat a month", "1 席の利用の月次成長率"), "requests_per_month"),
+        (Both("change of API prices a year", "API 価格の年間変化率"), "api_price_per_year"),
+    ):
+        add(name, share(getattr(growth, key)), f"growth.{key}")
     heads = (Both("what", "項目"), Both("#value", "#値"), Both("from", "出典"))
     return Grid(name=Both("What went in", "前提"), heads=heads, rows=tuple(rows))
 
