@@ -39,9 +39,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Routed:
     """What `route` found. curve, coin and oracle: strategies at shares of the dear model, on the unseen half.
 
-    recovered, apgr: of the gap between the models, the mean over budgets of dollars and of calls; 0.5 is a coin, and
-    better_than_coin is whether the interval of dollars lies above. coin_as_good: the coin that is right as
-    often as the router; requests_per_month: for the money of a month.
+    recovered, apgr: of the gap between the models, the mean over budgets of dollars and of calls; 0.5 is a coin.
+    more_than_short: of dollars, how much more than the rule that sends the shortest prompts to the dear model.
+    short_as_good, coin_as_good, oracle_as_good: those that are right as often as the router. requests_per_month: for the
+    money of a month.
     """
 
     path: str
@@ -54,7 +55,9 @@ class Routed:
     always_dear: Strategy
     coin_as_good: Strategy | None
     oracle_as_good: Strategy
+    short_as_good: Strategy | None
     recovered: Interval | None
+    more_than_short: Interval | None
     apgr: Interval | None
     calls_for_half: float | None
     calls_for_80_percent: float | None
@@ -65,15 +68,15 @@ class Routed:
     version: int = 1
 
     @property
-    def better_than_coin(self) -> bool:
-        """Whether the interval of what is recovered lies above a coin's 0.5."""
-        return self.recovered is not None and self.recovered.low > 0.5
+    def is_better(self) -> bool:
+        """Whether it is shown to be better than the rule of the shortest prompts."""
+        return self.more_than_short is not None and self.more_than_short.low > 0
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """The router and its frames, for a table."""
-        coin = (self.coin_as_good,) if self.coin_as_good else ()
-        return (self.always_cheap, self.verdict.strategy, *coin, self.oracle_as_good, self.always_dear)
+        frames = (self.short_as_good, self.coin_as_good, self.oracle_as_good)
+        return (self.always_cheap, self.verdict.strategy, *(one for one in frames if one), self.always_dear)
 
     @property
     def saved_share(self) -> Decimal:
@@ -99,6 +102,7 @@ class Routed:
             verdict=self.verdict,
             saved_share=self.saved_share,
             recovered=self.recovered,
+            more_than_short=self.more_than_short,
             strategies=self.strategies,
             curve=self.curve,
             oracle=self.oracle,
@@ -130,7 +134,8 @@ class Routed:
             "saved_share": rounded(self.saved_share, 9),
             "recovered": to_dict(self.recovered),
             "apgr": to_dict(self.apgr),
-            "better_than_coin": self.better_than_coin,
+            "more_than_short": to_dict(self.more_than_short),
+            "is_better": self.is_better,
             "calls_for_half": self.calls_for_half,
             "calls_for_80_percent": self.calls_for_80_percent,
             "strategies": [self._plain(one) for one in self.strategies],
@@ -264,7 +269,10 @@ def route(
     first_half, threshold, power = min(tried, key=lambda one: one[0].cost_at(one[1]))
     second_half = curve(power, parts[1])
     verdict = certify(first_half, second_half, limit, threshold)
-    result = _result(Path(path), found, second_half, verdict, (cheap_prices, dear_prices), score, requests_per_month)
+    short = Curve(Outcomes(score=1 / extra, right=found.right, pico_usd=costs).rows(parts[1]), seed=seed)
+    result = _result(
+        Path(path), found, (second_half, short), verdict, (cheap_prices, dear_prices), score, requests_per_month
+    )
     if save is not None and router is not None:
         SavedRouter(
             router=router,
@@ -307,12 +315,13 @@ def _gains(found: _Questions, chosen_on: Array, unseen: Array, seed: int) -> tup
 def _result(
     path: Path,
     found: _Questions,
-    curve: Curve,
+    curves: tuple[Curve, Curve],
     verdict: Verdict,
     prices: tuple[Prices, Prices],
     score: str | None,
     requests_per_month: int | None,
 ) -> Routed:
+    curve, short = curves
     cheap, dear = curve.always("cheap"), curve.always("dear")
     accuracy = verdict.strategy.accuracy.value
     gaining = curve.oracle()
@@ -321,11 +330,11 @@ def _result(
     notes = list(found.notes)
     recovered = curve.recovered("dollars")
     if recovered is None:
-        notes.append(
-            f"{prices[1].name} is not right more often than {prices[0].name} here: always ask {prices[0].name}"
-        )
-    elif recovered.low <= 0.5:
-        notes.append("the router is not shown to be better than a coin on these questions")
+        better, worse = prices[0].name, prices[1].name
+        notes.append(f"{worse} is not right more often than {better} here: always ask {better}")
+    more = curve.recovers_more(short)
+    if more is not None and more.low <= 0:
+        notes.append("the router is not shown to be better than sending the shortest prompts to the dear model")
     return Routed(
         path=str(path),
         num_questions=len(found.prompts),
@@ -340,6 +349,8 @@ def _result(
         coin_as_good=curve.coin_as_good(accuracy),
         oracle_as_good=curve.oracle(accuracy),
         recovered=recovered,
+        more_than_short=more,
+        short_as_good=short.as_good(accuracy, "short"),
         apgr=curve.recovered("calls"),
         calls_for_half=curve.calls_for(0.5),
         calls_for_80_percent=curve.calls_for(0.8),

@@ -20,6 +20,7 @@ from halve.report.words import number, printable
 NAMES = {
     "always cheap": Both("always the cheap one", "常に安価なモデル"),
     "router": Both("router", "ルーター"),
+    "short": Both("shortest prompts to it, as often right", "短い入力だけ高価なモデルへ"),
     "coin": Both("coin, as often right", "同じ正答率のコイン投げ"),
     "oracle": Both("oracle, as often right", "同じ正答率の全知の選択"),
     "always dear": Both("always the dear one", "常に高価なモデル"),
@@ -42,6 +43,7 @@ class RoutingPage:
     verdict: Verdict
     saved_share: Decimal
     recovered: Interval | None
+    more_than_short: Interval | None
     strategies: tuple[Strategy, ...]
     curve: tuple[Strategy, ...]
     oracle: tuple[Strategy, ...]
@@ -69,6 +71,10 @@ def spread(one: Interval) -> str:
     return f"{percent(one.value)} [{percent(one.low)}, {percent(one.high)}]"
 
 
+def _plain(one: Interval) -> str:
+    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]".replace("-", "−")
+
+
 def sentence(page: RoutingPage) -> Both:
     """What it comes to."""
     one, limit = page.verdict.strategy, percent(page.verdict.limit)
@@ -82,14 +88,15 @@ def sentence(page: RoutingPage) -> Both:
         f"正答率の低下は {spread(one.loss)}、上限 {limit} に対し、選択に使っていない {page.verdict.certified_on:,} 問で"
         f"{ANSWERS[page.verdict.answer].ja}。",
     )
-    if page.recovered is not None:
-        good = page.recovered.low > 0.5
-        value = f"{page.recovered.value:.3f} [{page.recovered.low:.3f}, {page.recovered.high:.3f}]"
+    if page.recovered is not None and page.more_than_short is not None:
+        good = page.more_than_short.low > 0
         text += Both(
-            f" Over all budgets it recovers {value} of the gap between the models, where a coin recovers 0.5"
-            + (": better than a coin." if good else ": not shown to be better than a coin."),
-            f"全予算での平均回収率 (モデル間の差) は {value} (コイン投げは 0.5)、"
-            + ("コイン投げより優れています。" if good else "コイン投げより優れているとは示されていません。"),
+            f" Over all budgets it recovers {_plain(page.recovered)} of the gap between the models, where a coin "
+            f"recovers 0.5; that is {_plain(page.more_than_short)} more than sending the shortest prompts to the dear one: "
+            + ("better than that." if good else "not shown to be better than that."),
+            f"全予算での平均回収率 (モデル間の差) は {_plain(page.recovered)} (コイン投げは 0.5)。"
+            f"短い入力だけを高価なモデルに送る場合との差は {_plain(page.more_than_short)} で、"
+            + ("それより優れています。" if good else "それより優れているとは示されていません。"),
         )
     return text
 
