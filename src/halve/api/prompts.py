@@ -145,7 +145,7 @@ def read_prices(
         )
     return PromptPrices(
         input_usd_per_mtok=known.input_usd_per_mtok,
-        cached_input_usd_per_mtok=stated[1],
+        cached_input_usd_per_mtok=stated[1] if stated[1] is not None else listed_cached_price(known),
         output_usd_per_mtok=known.output_usd_per_mtok,
         origin=f"{known.name}, {known.source}",
     )

@@ -41,8 +41,8 @@ class Routed:
 
     recovered, apgr: of the gap between the models, the mean over budgets of dollars and of calls; 0.5 is a coin.
     more_than_short: of dollars, how much more than the rule that sends the shortest prompts to the dear model.
-    short_as_good, coin_as_good, oracle_as_good: those that are right as often as the router. requests_per_month: for the
-    money of a month.
+    short_as_good, coin_as_good, oracle_as_good: those that are right as often as the router; None where none is.
+    requests_per_month: for the money of a month.
     """
 
     path: str

@@ -338,7 +338,7 @@ class _Reader:
             name=price.name,
             input_usd_per_mtok=price.input_usd_per_mtok,
             output_usd_per_mtok=price.output_usd_per_mtok,
-            cached_input_usd_per_mtok=stated.get(keys[2]),
+            cached_input_usd_per_mtok=stated.get(keys[2], listed_cached_price(price)),
             origin=price.source,
         )
 
@@ -431,6 +431,12 @@ class _Reader:
 
 
 _PHASES = ("prefill", "decode")
+
+
+def listed_cached_price(price: ApiPrice) -> Decimal | None:
+    """Of input that an API's cache holds, where the list tells it."""
+    known: Decimal | None = getattr(price, "cached_usd_per_mtok", None)
+    return known
 
 
 def _paths(raw: Mapping[str, Any]) -> Iterator[str]:

@@ -92,8 +92,8 @@ def sentence(page: RoutingPage) -> Both:
         good = page.more_than_short.low > 0
         text += Both(
             f" Over all budgets it recovers {_plain(page.recovered)} of the gap between the models, where a coin "
-            f"recovers 0.5; that is {_plain(page.more_than_short)} more than sending the shortest prompts to the dear one: "
-            + ("better than that." if good else "not shown to be better than that."),
+            f"recovers 0.5; that is {_plain(page.more_than_short)} more than sending the shortest prompts to the dear "
+            "model: " + ("better than that." if good else "not shown to be better than that."),
             f"全予算での平均回収率 (モデル間の差) は {_plain(page.recovered)} (コイン投げは 0.5)。"
             f"短い入力だけを高価なモデルに送る場合との差は {_plain(page.more_than_short)} で、"
             + ("それより優れています。" if good else "それより優れているとは示されていません。"),
