@@ -111,8 +111,8 @@ def most_requests_per_seat(product: Product) -> int | None:
 
 
 def with_price_of_seat(product: Product, usd: Decimal) -> Product:
-    """The same product at another price, not below nothing."""
-    return replace(product, usd_per_seat=max(usd, Decimal(0)))
+    """The same product at another price; at most 99 % of the old one go, since of no revenue there is no margin."""
+    return replace(product, usd_per_seat=max(usd, product.usd_per_seat / 100))
 
 
 def cheaper(prices: TokenPrices, cut: Decimal) -> TokenPrices:
@@ -357,7 +357,7 @@ def demand_response(product: Product, elasticity: Decimal | None = None) -> Dema
     off = demand.pass_through * max(first.token_usd - same.token_usd, Decimal(0)) / product.seats
     priced = with_price_of_seat(used, used.usd_per_seat - off)
     seats = product.seats
-    if demand.seat_elasticity and priced.usd_per_seat > 0:
+    if demand.seat_elasticity:
         seats *= (priced.usd_per_seat / product.usd_per_seat) ** -demand.seat_elasticity
     last = replace(priced, seats=seats)
     steps = [statement(one) for one in (product, smaller, used, priced, last)]
