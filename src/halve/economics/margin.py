@@ -161,9 +161,14 @@ class ScenarioRow:
     name: str
     compressed: bool
     quality_loss: Decimal | None
+    product: Product
     statement: Statement
     most_requests_per_seat: int | None
-    usd_per_seat: Decimal
+
+    @property
+    def usd_per_seat(self) -> Decimal:
+        """Of this row, in which a cut may have been passed on."""
+        return self.product.usd_per_seat
 
 
 def scenario_rows(product: Product) -> list[ScenarioRow]:
@@ -198,9 +203,9 @@ def _row(case: Case, product: Product, name: str = "", is_compressed: bool | Non
         name=name,
         compressed=smaller,
         quality_loss=loss,
+        product=product,
         statement=statement(product),
         most_requests_per_seat=most_requests_per_seat(product),
-        usd_per_seat=product.usd_per_seat,
     )
 
 
