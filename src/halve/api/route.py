@@ -37,7 +37,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routed:
-    """What `route` found. curve, coin and oracle: strategies at shares of the dear model, on the unseen half.
+    """What `route` found. curve, oracle and short: strategies at shares of the dear model, on the unseen half.
 
     recovered, apgr: of the gap between the models, the mean over budgets of dollars and of calls; 0.5 is a coin.
     more_than_short: of dollars, how much more than the rule that sends the shortest prompts to the dear model.
@@ -63,6 +63,7 @@ class Routed:
     calls_for_80_percent: float | None
     curve: tuple[Strategy, ...]
     oracle: tuple[Strategy, ...]
+    short: tuple[Strategy, ...]
     requests_per_month: int | None
     notes: tuple[str, ...]
     version: int = 1
@@ -106,6 +107,7 @@ class Routed:
             strategies=self.strategies,
             curve=self.curve,
             oracle=self.oracle,
+            short=self.short,
             requests_per_month=self.requests_per_month,
             notes=(f"{self.scores}; {self.num_questions:,} questions of {Path(self.path).name}", *self.notes),
         )
@@ -141,6 +143,7 @@ class Routed:
             "strategies": [self._plain(one) for one in self.strategies],
             "curve": [self._plain(one) for one in self.curve],
             "oracle": [self._plain(one) for one in self.oracle],
+            "short": [self._plain(one) for one in self.short],
             "requests_per_month": self.requests_per_month,
             "notes": list(self.notes),
             "version": self.version,
@@ -356,6 +359,7 @@ def _result(
         calls_for_80_percent=curve.calls_for(0.8),
         curve=tuple(curve.points()),
         oracle=tuple(oracle),
+        short=tuple(short.points(11)),
         requests_per_month=requests_per_month,
         notes=tuple(notes),
     )

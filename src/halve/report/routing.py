@@ -34,7 +34,7 @@ ANSWERS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingPage:
-    """What the page shows. coin: its two ends. created: a date as it should be shown."""
+    """What the page shows. short: the curve of the shortest prompts. created: a date as it should be shown."""
 
     title: str
     created: str
@@ -47,6 +47,7 @@ class RoutingPage:
     strategies: tuple[Strategy, ...]
     curve: tuple[Strategy, ...]
     oracle: tuple[Strategy, ...]
+    short: tuple[Strategy, ...]
     requests_per_month: int | None
     notes: tuple[str, ...]
 
@@ -161,14 +162,16 @@ def chart(page: RoutingPage, lang: Language, width: int) -> Markup:
     parts += _limit(plot, page, floor, lang)
     parts.append(_band(plot, page.curve))
     ends = (page.always_cheap, page.always_dear)
-    for series, kind in ((page.oracle, 2), (ends, 7), (page.curve, 0)):
+    for series, kind in ((page.oracle, 2), (ends, 7), (page.short, 3), (page.curve, 0)):
         parts.append(tag("polyline", points=_way(plot, series), class_=f"trace c{kind}"))
-    for one, kind in ((page.always_cheap, 7), (page.always_dear, 7), (page.oracle[-1], 2), (page.verdict.strategy, 5)):
+    ends_of = ((page.always_cheap, 7), (page.always_dear, 7), (page.oracle[-1], 2), (page.verdict.strategy, 5))
+    for one, kind in ends_of:
         tip = f"{NAMES[one.name].of(lang)}: {percent(one.accuracy.value)}, {USD.say(one.usd_per_million)}"
         parts.append(marker(kind, plot.px(float(one.usd_per_million)), plot.py(one.accuracy.value), tip, size=5.5))
     legend = (
         (0, Both("router, with its 95 % interval", "ルーター (95 % 区間)")),
         (5, Both("the threshold that was chosen", "選ばれたしきい値")),
+        (3, Both("shortest prompts to the dear one", "短い入力だけ高価なモデルへ")),
         (7, Both("coin, from cheap to dear", "コイン投げ")),
         (2, Both("oracle", "全知の選択")),
     )
