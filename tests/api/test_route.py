@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from halve.api.route import SavedRouter, read_model, route
+from halve.api.route import read_model, route
+from halve.api.saved_router import SavedRouter
 from halve.core.errors import ConfigError, DataError, OutputError
 
 ARGS = {"cheap": "small=0.6/0.6", "dear": "large=10/30"}

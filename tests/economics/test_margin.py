@@ -8,20 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halve.core.errors import ConfigError
-from halve.economics.margin import (
-    after_api_cut,
-    compressed,
-    demand_curve,
-    demand_response,
-    months_ahead,
-    most_requests_per_seat,
-    payback_months,
-    scenario_rows,
-    statement,
-    tornado,
-)
+from halve.economics.margin import after_api_cut, compressed, most_requests_per_seat, scenario_rows, statement
 from halve.economics.margin_tables import margin_tables, rounded
-from halve.economics.product import Machines, TokenPrices, Traffic, read_product
+from halve.economics.outlook import demand_curve, demand_response, months_ahead, payback_months
+from halve.economics.product import Machines, TokenPrices, Traffic
+from halve.economics.product_file import read_product
+from halve.economics.sensitivity import tornado
 
 D = Decimal
 

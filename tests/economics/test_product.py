@@ -9,7 +9,7 @@ from halve.core.errors import ConfigError
 from halve.economics import ApiPrice
 from halve.economics.currency import USD, Currency, find_currency, read_currency, read_rates
 from halve.economics.fields import read_decimal, read_share
-from halve.economics.product import read_product
+from halve.economics.product_file import read_product
 
 from .test_margin import API, MACHINES, OWN, raw
 

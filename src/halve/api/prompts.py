@@ -17,7 +17,7 @@ from halve.data.request_logs import LoggedMessage
 from halve.economics import api_price
 from halve.economics.fields import read_number
 from halve.economics.margin_tables import rounded
-from halve.economics.product import MOST_USD_PER_MTOK, listed_cached_price
+from halve.economics.product_file import MOST_USD_PER_MTOK, listed_cached_price
 from halve.economics.prompts import (
     Finding,
     PromptPrices,

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Any
 
-from halve.economics.margin import Bar, DemandResponse, Month, ScenarioRow, Statement
+from halve.economics.margin import ScenarioRow, Statement
+from halve.economics.outlook import DemandResponse, Month
+from halve.economics.sensitivity import Bar
 from halve.economics.tenants import Account
 
 Row = dict[str, Any]
