@@ -122,13 +122,14 @@ def render_routing(page: RoutingPage, language: Language = "en") -> str:
 
 def draw_routing(page: RoutingPage, width: int = 860) -> str:
     """The chart as a drawing of its own, with its style in it."""
-    inner = chart(page, "en", width)
+    inner = str(chart(page, "en", width))
+    height = float(inner.split('viewBox="0 0 ')[1].split('"', maxsplit=1)[0].split()[1])
+    inner = inner.replace("<svg ", f'<svg width="{width}" height="{height:g}" overflow="visible" ', 1)
     css = files("halve.report").joinpath("templates/page.css").read_text(encoding="utf-8")
-    height = float(str(inner).split('viewBox="0 0 ')[1].split('"')[0].split()[1])
     paper = tag("rect", x=-12.0, y=-12.0, width=width + 24.0, height=height + 24, class_="paper")
     view = f"-12 -12 {width + 24:g} {height + 24:g}"
-    svg = tag("svg", tag("style", Markup(css)), paper, inner, xmlns="http://www.w3.org/2000/svg", viewBox=view,
-              width=width + 24)  # fmt: skip
+    parts = [tag("style", Markup(css)), paper, Markup(inner)]
+    svg = tag("svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=view, width=width + 24)
     return printable(f"{svg}\n")
 
 
@@ -155,7 +156,7 @@ def chart(page: RoutingPage, lang: Language, width: int) -> Markup:
     y = linear_axis(min(heights), max(heights), 6)
     left = max(text_width(percent(tick)) for tick in y.ticks) + 12
     height = 360.0
-    plot = Plot(left=left, right=width - 28, top=40, bottom=height - 48, x=x, y=y)
+    plot = Plot(left=left, right=width - 32, top=40, bottom=height - 48, x=x, y=y)
     x_title = Both("dollars of a million requests", "100 万リクエストあたりの費用 (ドル)").of(lang)
     y_title = Both("answered right", "正答率").of(lang)
     parts = [plot.frame(lambda v: f"${number(v)}", percent, x_title, y_title)]
