@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 
-from halve import __version__
 from halve.core.errors import ConfigError
 from halve.core.record import from_json, to_json
 from halve.engine.scheduler import Step as PlannedStep
@@ -129,7 +128,7 @@ class PlannedTimes:
         return self.of(num_tokens, step.num_sampled, num_pairs)
 
 
-def device_key(config: ModelConfig, ops: NativeOps, kv_format: str) -> dict[str, str]:
+def device_key(config: ModelConfig, ops: NativeOps, kv_format: str, version: str) -> dict[str, str]:
     """What measured times depend on: the machine, what runs on it, and the shapes."""
     shapes = [config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim]
     return {
@@ -137,7 +136,7 @@ def device_key(config: ModelConfig, ops: NativeOps, kv_format: str) -> dict[str,
         "features": " ".join(sorted(ops.device.features)),
         "isa": ops.isa.name,
         "threads": str(ops.num_threads),
-        "halve": __version__,
+        "halve": version,
         "activations": ops.activations,
         "kv_cache": kv_format,
         "shapes": " ".join(map(str, [*shapes, config.vocab_size, config.num_layers])),
@@ -151,14 +150,15 @@ def device_table(
     *,
     kv_format: str,
     folder: Path | None,
+    version: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> DeviceTable:
     """The table of a model's shapes on this device, from disk as far as it is there, else measured and kept.
 
-    formats: that products are needed in, where they fit. folder: where tables are kept; None keeps none. A file of
-    another machine, or broken, is measured again, and that is said.
+    formats: that products are needed in, where they fit. folder: where tables are kept; None keeps none. version: of
+    Halve. A file of another machine, or broken, is measured again, and that is said.
     """
-    key = device_key(config, ops, kv_format)
+    key = device_key(config, ops, kv_format, version)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = None if folder is None else folder / f"{name}.json"
     table = _read(path, key) if path is not None and path.exists() else None
