@@ -173,3 +173,11 @@ def test_the_shell_shows_what_the_workload_costs(tiny, text, cache, tmp_path):
         assert "workload batch, simulated" in ran.out
         assert "at $0.5 an hour" in ran.out
     assert "best so far" not in ran.err
+
+
+def test_one_figure_alone_may_be_judged_and_that_is_recorded(tiny, text, cache, tmp_path):
+    result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, quality=["ppl"])
+    assert result.certificate.judged_by == "ppl"
+    assert result.certificate.quality.ppl_ratio.high <= 1.05
+    assert "--quality ppl" in result.certificate.inputs.command
+    assert halve.verify(result.path, against=tiny).differences == ()
