@@ -15,6 +15,7 @@ Between measured token counts times are taken along a straight line.
 import hashlib
 import json
 import logging
+import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +45,9 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROWS = (1, 2, 4, 8, 16, 32)
 REPEATS = 15
 WAKE_RUNS = 3
-LONG_S, FEW_REPEATS = 0.01, 3  # what takes this long varies less, and costs more
+TYPICAL_BITS = 5  # of a weight in the rest of a model
+FEW_REPEATS, FEW_WORDS = 5, 1 << 23  # where so much memory is read before each
+LEAST_REPEATS, LONG_S = 3, 0.01  # what takes this long varies less
 BLOCK = 16
 MOST_FLUSHED = 640 << 20  # bytes read between two timings, at most: twice the largest caches there are
 MOST_COPIES_BYTES = 256 << 20
@@ -256,9 +259,9 @@ def _measure(
 
 
 def _undisturbed(seconds: Iterable[float]) -> float:
-    """The second lowest: what else runs on a machine only ever adds, and the lowest of all may be luck."""
+    """The lower third: what else runs on a machine only ever adds, and the lowest of all may be luck."""
     ordered = sorted(seconds)
-    return ordered[min(1, len(ordered) - 1)]
+    return ordered[len(ordered) // 3]
 
 
 class _Bench:
@@ -275,7 +278,7 @@ class _Bench:
         self.steps = CompiledSteps(self.decoder, ops, self.cache)
         self.waker = self._waker()
         self.batches = {t: self._batch(t) for t in self.tokens}
-        self.other = np.ones(min(MOST_FLUSHED, self._rest_bytes(FORMATS["bf16"])) // 8, np.uint64)
+        self.other = np.ones(min(MOST_FLUSHED, self._rest_bytes()) // 8, np.uint64)
 
     def _batch(self, num_tokens: int, start: int = 0) -> TokenBatch:
         """Tokens of one sequence from `start` on."""
@@ -310,7 +313,7 @@ class _Bench:
         outputs = [program.floats(m.shape[0]) for m in group.members]
         for linears in sets:
             self._product(program, kind, x, linears, outputs, gain)
-        rest = self._rest_bytes(fmt) - copies * size
+        rest = self._rest_bytes() - copies * size
         return self._line(program, self.tokens, rest, copies, rows=False)
 
     def _product(
@@ -333,15 +336,14 @@ class _Bench:
         ready = program.prepare(x, linear.layout, gain=gain, eps=1e-5, of_rows=True)
         program.likeliest(ready, linear)
         rows = tuple(r for r in ROWS if r <= self.most)
-        return self._line(program, rows, self._rest_bytes(fmt) - fmt.size_bytes(shape), 1, rows=True)
+        return self._line(program, rows, self._rest_bytes() - fmt.size_bytes(shape), 1, rows=True)
 
-    def _rest_bytes(self, fmt: Format) -> int:
-        """Of a whole model in a format."""
-        shapes = [m.shape for g in layer_groups(self.config, 0).values() for m in g.members]
-        head = (self.config.vocab_size, self.config.hidden_size)
-        return (
-            self.config.num_layers * sum(fmt.bits * a * b // 8 for a, b in shapes) + fmt.bits * head[0] * head[1] // 8
-        )
+    def _rest_bytes(self) -> int:
+        """Of a whole model in TYPICAL_BITS."""
+        weights = self.config.vocab_size * self.config.hidden_size
+        for group in layer_groups(self.config, 0).values():
+            weights += self.config.num_layers * sum(m.shape[0] * m.shape[1] for m in group.members)
+        return TYPICAL_BITS * weights // 8
 
     def _line(self, program: Program, counts: Sequence[int], rest_bytes: int, copies: int, *, rows: bool) -> Line:
         words = max(0, rest_bytes) // 8  # as much as there is
@@ -360,7 +362,8 @@ class _Bench:
                 return time.perf_counter() - started
 
             first = once()
-            repeats = REPEATS if first < LONG_S else FEW_REPEATS
+            repeats = REPEATS if words < FEW_WORDS else FEW_REPEATS
+            repeats = repeats if first < LONG_S else LEAST_REPEATS
             seconds.append(_undisturbed(once() for _ in range(repeats)) / copies)
         return Line(counts=tuple(counts), seconds=tuple(seconds))
 
@@ -413,4 +416,4 @@ class _Bench:
             middle = time.perf_counter()
             part.run(step, batch.token_ids, rows)
             found.append(2 * middle - started - time.perf_counter())
-        return max(0.0, _undisturbed(found[1:]))
+        return max(0.0, statistics.median(found[1:]))
