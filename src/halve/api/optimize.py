@@ -27,7 +27,7 @@ from halve.api.workspace import Workspace, refuse_existing, write_atomic
 from halve.checkpoint import open_checkpoint, resolve
 from halve.compress import ActivationChoice, KVChoice, rounded_format
 from halve.compress import resolve as resolve_plan
-from halve.core.certificate import Certificate, Cost, Inputs, SealedText, Size, TaskResult
+from halve.core.certificate import Certificate, Cost, Inputs, JudgedBy, SealedText, Size, TaskResult
 from halve.core.errors import ConfigError, FormatError, OutputError, PlanError
 from halve.core.plan import ActivationFormat, KVFormat
 from halve.core.record import to_json
@@ -47,6 +47,7 @@ NUM_SAMPLES = 2  # answers of both models that the report shows
 DEFAULT_FORMAT = "int8"  # without a limit there is nothing to search for: the format that hardly loses anything
 
 DEFAULT_WORKLOAD = "chat"
+FIGURES = ("ppl", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,8 @@ def optimize(
     calibration, selection, and sealed text that only the certificate sees. keep_text: the bundle keeps the sealed
     text, so that anyone can verify it; else its hash and path only.
     quality: `tasks=FILE`, any number of them: questions that both models answer beside the text
-    (`halve.evaluate.tasks`). task_margin: the most that accuracy may have fallen, at 95 %; without it it is measured.
+    (`halve.evaluate.tasks`); `ppl` or `kl`: the limit holds for that figure alone, not for both. task_margin: the most
+    that accuracy may have fallen, at 95 %; without it it is measured.
     workload: what cost is counted on: `chat`, `code`, `batch` or a trace (`halve.data.read_trace`). slo: what every
     plan must keep on it, as `ttft=2s,tpot=100ms`. price_per_hour: of the machine, in dollars, for $ a million tokens.
     time: that the search may take, as `30m`: swaps are then measured as far as they fit, and the cheapest plan that has
@@ -115,7 +117,9 @@ def optimize(
     searched = format == "auto" and (limit is not None or pick is not None)
     _check_search(searched, activations, workload=workload, slo=slo, time=time, pick=pick)
     margin = None if task_margin is None else parse_percent(task_margin, "task_margin")
-    tasks = read_tasks(quality, margin)
+    figures = [word for word in quality if word in FIGURES]
+    tasks = read_tasks([word for word in quality if word not in FIGURES], margin)
+    judged_by: JudgedBy = "both" if len(set(figures)) != 1 else "ppl" if figures[0] == "ppl" else "kl"
     text_path = None if calibration is None else Path(calibration)
     with open_checkpoint(resolve(str(model))) as checkpoint:
         if Path(out).resolve() == checkpoint.path.resolve():
@@ -161,6 +165,7 @@ def optimize(
             "formats": ["searched", method] if named is None else [named.format, named.method],
             "workload": [purpose.workload.name, slo],
             "pick": pick,
+            "judged by": judged_by,
             "activations": activations,
             "kv_cache": kv_cache,
             "portable": portable,
@@ -189,6 +194,7 @@ def optimize(
                 pick=pick,
                 time_s=time_s,
                 limit=limit,
+                judged_by=judged_by,
                 device=device,
                 texts=texts,
                 workspace=workspace,
@@ -307,6 +313,7 @@ def _certificate(
         tasks=asked,
         speed_ratios=trial.ratios,
         rooflines=limits,
+        judged_by=job.judged_by,
         workload_cost=None if outcome.plans is None else outcome.plans.cost(outcome.candidate),
     )
 

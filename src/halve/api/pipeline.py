@@ -19,7 +19,7 @@ from halve.api.texts import Texts
 from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
 from halve.compress import ModuleReport, Statistics, apply_plan
-from halve.core.certificate import Attempt, Measured, Quality
+from halve.core.certificate import Attempt, JudgedBy, Measured, Quality
 from halve.core.errors import ConfigError, QualityError
 from halve.core.record import from_dict, to_dict
 from halve.data.overlap import require_unseen
@@ -58,6 +58,7 @@ class Job:
     pick: int | None  # of the plans that a search finds, from 1; None for the cheapest within the limit
     time_s: float | None
     limit: float | None
+    judged_by: JudgedBy
     device: str
     texts: Texts
     workspace: Workspace
@@ -121,7 +122,7 @@ def run(job: Job) -> Outcome:
         candidate = ranked[index]
         directory, modules = _make(job, candidate, statistics)
         measured = _certify(job, original, candidate, directory)
-        passed = None if job.limit is None else passes(measured, job.limit)
+        passed = None if job.limit is None else passes(measured, job.limit, job.judged_by)
         attempts.append(
             Attempt(plan=label(candidate), ppl_ratio=measured.ppl_ratio, kl_mean=measured.kl_mean, passed=passed)
         )
@@ -294,6 +295,7 @@ def _search(
                 limit,
                 job.confidence,
                 advance,
+                job.judged_by,
             )
         result = Judged(
             format=candidate.format,
@@ -415,6 +417,7 @@ def judge_early(
     limit: float,
     confidence: float,
     progress: Advance,
+    by: JudgedBy = "both",
 ) -> tuple[Quality, bool]:
     """Measure on a growing part of the selection text until it is clear on which side of the limit a model is.
 
@@ -436,11 +439,11 @@ def judge_early(
         start = end
         if end < len(documents):
             wide = quality(scores, confidence=EARLY_CONFIDENCE, num_resamples=20_000)
-            if passes(wide, limit) or fails(wide, limit):
+            if passes(wide, limit, by) or fails(wide, limit, by):
                 break
     assert scores is not None, "the selection text holds its minimum of documents"
     measured = quality(scores, confidence=confidence)
-    return measured, passes(measured, limit)
+    return measured, passes(measured, limit, by)
 
 
 def reload(checkpoint: Checkpoint, device: str) -> Decoder:

@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+from halve import __version__
 from halve.api.model import cache_blocks
 from halve.api.progress import Progress
 from halve.api.study import Question, Studied
@@ -151,6 +152,7 @@ def _table(question: Question, studied: Studied, workspace: Path, progress: Prog
             ops,
             formats,
             kv_format=question.kv_cache,
+            version=__version__,
             folder=cache_folder("device") or workspace / "device",
             progress=advance,
         )

@@ -39,9 +39,9 @@ from halve.search.uniform import MethodChoice
 
 log = logging.getLogger("halve")
 
-FISHER_TOKENS = 8192  # of calibration text that run backward; a quarter of them in large models
+FISHER_TOKENS = 4096  # of calibration text that run backward; half of them in large models
 SWAP_TOKENS = 2048  # of selection text that swaps are measured on
-WINDOW = 256  # of both: what counts is how many tokens, not how far back they look
+WINDOW = 128  # of both: many documents say more than long ones
 LARGE = 200_000_000  # parameters: from here on nothing is swapped, and gptq is only taken when it is asked for
 KEEP_HESSIANS_BYTES = 1 << 29  # beyond it they lie with the run and go with it
 KEEP_STUDIES = 8
@@ -159,7 +159,7 @@ def _analyse(
     screen: Screen | None = None
     if not known.keys() >= options.keys():
         ops = rough_ops(question.device) if large else TorchOps(question.device)
-        text = _tokens(question.texts.calibration, FISHER_TOKENS // (4 if large else 1))
+        text = _tokens(question.texts.calibration, FISHER_TOKENS // (2 if large else 1))
         with progress.task("Weighing outputs", "layers") as advance:
             weighed = fisher(question.config, source, ops, text, progress=advance)
         if large:
@@ -229,15 +229,16 @@ def statistics_of(
 
 
 def _tokens(documents: Sequence[Array], most: int) -> list[Array]:
-    """Windows of documents, so many tokens in all."""
+    """Windows of documents, so many tokens in all: the first of each document, then the second, so that all speak."""
+    cut = [windows(document, WINDOW) for document in documents]
+    turns = (parts[turn] for turn in range(max(map(len, cut), default=0)) for parts in cut if turn < len(parts))
     found: list[Array] = []
     left = most
-    for document in documents:
-        for window in windows(document, WINDOW):
-            if left < 2:
-                return found
-            found.append(window[:left])
-            left -= len(found[-1])
+    for window in turns:
+        if left < 2:
+            break
+        found.append(window[:left])
+        left -= len(found[-1])
     return found
 
 

@@ -113,7 +113,9 @@ def optimize(
     ] = None,
     quality: Annotated[
         list[str] | None,
-        typer.Option(metavar="tasks=FILE", help="Questions that both models answer, beside the text; may be repeated."),
+        typer.Option(
+            metavar="ppl|kl|tasks=FILE", help="Figure that the limit is for (both); questions. May be repeated."
+        ),
     ] = None,
     task_margin: Annotated[
         str | None, typer.Option(metavar="PERCENT", help="Most that accuracy may have fallen; without it: measured.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Verdict = Literal["pass", "fail", "measured"]
+JudgedBy = Literal["both", "ppl", "kl"]
 Answer = Literal["holds", "inconclusive", "contradicted", "measured"]
 
 
@@ -235,6 +236,8 @@ class Attempt:
 class Certificate:
     """verdict: `pass` or `fail` against max_quality_loss, `measured` when no limit was set.
 
+    judged_by: the figures that must keep the limit: the perplexity ratio, KL, or both.
+
     What an older Halve did not measure is null or empty.
     """
 
@@ -258,4 +261,5 @@ class Certificate:
     speed_ratios: tuple[SpeedRatio, ...] = ()
     rooflines: tuple[Roofline, ...] = ()
     workload_cost: WorkloadCost | None = None
+    judged_by: JudgedBy = "both"
     version: int = 1

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 
-from halve import __version__
 from halve.core.errors import ConfigError
 from halve.core.record import from_json, to_json
 from halve.engine.scheduler import Step as PlannedStep
@@ -44,7 +43,11 @@ log = logging.getLogger("halve.search")
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROWS = (1, 2, 4, 8, 16, 32)
-REPEATS = 5
+REPEATS = 15
+WAKE_RUNS = 3
+TYPICAL_BITS = 5  # of a weight in the rest of a model
+FEW_REPEATS, FEW_WORDS = 5, 1 << 23  # where so much memory is read before each
+LEAST_REPEATS, LONG_S = 3, 0.01  # what takes this long varies less
 BLOCK = 16
 MOST_FLUSHED = 640 << 20  # bytes read between two timings, at most: twice the largest caches there are
 MOST_COPIES_BYTES = 256 << 20
@@ -129,7 +132,7 @@ class PlannedTimes:
         return self.of(num_tokens, step.num_sampled, num_pairs)
 
 
-def device_key(config: ModelConfig, ops: NativeOps, kv_format: str) -> dict[str, str]:
+def device_key(config: ModelConfig, ops: NativeOps, kv_format: str, version: str) -> dict[str, str]:
     """What measured times depend on: the machine, what runs on it, and the shapes."""
     shapes = [config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim]
     return {
@@ -137,7 +140,7 @@ def device_key(config: ModelConfig, ops: NativeOps, kv_format: str) -> dict[str,
         "features": " ".join(sorted(ops.device.features)),
         "isa": ops.isa.name,
         "threads": str(ops.num_threads),
-        "halve": __version__,
+        "halve": version,
         "activations": ops.activations,
         "kv_cache": kv_format,
         "shapes": " ".join(map(str, [*shapes, config.vocab_size, config.num_layers])),
@@ -151,14 +154,15 @@ def device_table(
     *,
     kv_format: str,
     folder: Path | None,
+    version: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> DeviceTable:
     """The table of a model's shapes on this device, from disk as far as it is there, else measured and kept.
 
-    formats: that products are needed in, where they fit. folder: where tables are kept; None keeps none. A file of
-    another machine, or broken, is measured again, and that is said.
+    formats: that products are needed in, where they fit. folder: where tables are kept; None keeps none. version: of
+    Halve. A file of another machine, or broken, is measured again, and that is said.
     """
-    key = device_key(config, ops, kv_format)
+    key = device_key(config, ops, kv_format, version)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = None if folder is None else folder / f"{name}.json"
     table = _read(path, key) if path is not None and path.exists() else None
@@ -254,6 +258,12 @@ def _measure(
     return DeviceTable(device=key, num_layers=config.num_layers, products=products, rest=rest, pair=pair)
 
 
+def _undisturbed(seconds: Iterable[float]) -> float:
+    """The lower third: what else runs on a machine only ever adds, and the lowest of all may be luck."""
+    ordered = sorted(seconds)
+    return ordered[len(ordered) // 3]
+
+
 class _Bench:
     """A decoder of random weights, its cache, and memory to read between timings."""
 
@@ -266,8 +276,9 @@ class _Bench:
         per = self.far // BLOCK + 1
         self.cache = self.decoder.new_cache(max(MOST_DECODES * per, (self.most + self.far) // BLOCK + 1), BLOCK)
         self.steps = CompiledSteps(self.decoder, ops, self.cache)
+        self.waker = self._waker()
         self.batches = {t: self._batch(t) for t in self.tokens}
-        self.other = np.ones(min(MOST_FLUSHED, self._rest_bytes(FORMATS["bf16"])) // 8, np.uint64)
+        self.other = np.ones(min(MOST_FLUSHED, self._rest_bytes()) // 8, np.uint64)
 
     def _batch(self, num_tokens: int, start: int = 0) -> TokenBatch:
         """Tokens of one sequence from `start` on."""
@@ -279,6 +290,14 @@ class _Bench:
             slot_mapping=positions,
             block_tables=np.arange(-(-(start + num_tokens) // BLOCK), dtype=np.int32)[None],
         )
+
+    def _waker(self) -> Program:
+        """A product as small as can be divided among threads."""
+        program = Program(self.ops, self.most, max(ROWS))
+        linear = self.ops.linear(random_weight(FORMATS["int8"], (512, 64)))
+        ready = program.prepare(program.floats(64), linear.layout, gain=np.ones(64, np.float32), eps=1e-5)
+        program.product(ready, [linear], [program.floats(512)])
+        return program
 
     def group(self, kind: str, fmt: Format) -> Line:
         """One group's product, its input rounded, by tokens."""
@@ -294,7 +313,7 @@ class _Bench:
         outputs = [program.floats(m.shape[0]) for m in group.members]
         for linears in sets:
             self._product(program, kind, x, linears, outputs, gain)
-        rest = self._rest_bytes(fmt) - copies * size
+        rest = self._rest_bytes() - copies * size
         return self._line(program, self.tokens, rest, copies, rows=False)
 
     def _product(
@@ -317,15 +336,14 @@ class _Bench:
         ready = program.prepare(x, linear.layout, gain=gain, eps=1e-5, of_rows=True)
         program.likeliest(ready, linear)
         rows = tuple(r for r in ROWS if r <= self.most)
-        return self._line(program, rows, self._rest_bytes(fmt) - fmt.size_bytes(shape), 1, rows=True)
+        return self._line(program, rows, self._rest_bytes() - fmt.size_bytes(shape), 1, rows=True)
 
-    def _rest_bytes(self, fmt: Format) -> int:
-        """Of a whole model in a format."""
-        shapes = [m.shape for g in layer_groups(self.config, 0).values() for m in g.members]
-        head = (self.config.vocab_size, self.config.hidden_size)
-        return (
-            self.config.num_layers * sum(fmt.bits * a * b // 8 for a, b in shapes) + fmt.bits * head[0] * head[1] // 8
-        )
+    def _rest_bytes(self) -> int:
+        """Of a whole model in TYPICAL_BITS."""
+        weights = self.config.vocab_size * self.config.hidden_size
+        for group in layer_groups(self.config, 0).values():
+            weights += self.config.num_layers * sum(m.shape[0] * m.shape[1] for m in group.members)
+        return TYPICAL_BITS * weights // 8
 
     def _line(self, program: Program, counts: Sequence[int], rest_bytes: int, copies: int, *, rows: bool) -> Line:
         words = max(0, rest_bytes) // 8  # as much as there is
@@ -337,12 +355,16 @@ class _Bench:
 
             def once(step: Step = step, batch: TokenBatch = batch, wanted: Array = wanted) -> float:
                 self.other[:words].sum()
+                for _ in range(WAKE_RUNS):  # threads that fell asleep while memory was read are awake in a step
+                    self.waker.run(step, batch.token_ids, wanted[:1])
                 started = time.perf_counter()
                 program.run(step, batch.token_ids, wanted)
                 return time.perf_counter() - started
 
-            once()
-            seconds.append(statistics.median(once() for _ in range(REPEATS)) / copies)
+            first = once()
+            repeats = REPEATS if words < FEW_WORDS else FEW_REPEATS
+            repeats = repeats if first < LONG_S else LEAST_REPEATS
+            seconds.append(_undisturbed(once() for _ in range(repeats)) / copies)
         return Line(counts=tuple(counts), seconds=tuple(seconds))
 
     def _checked(self, batch: TokenBatch) -> Step:
@@ -388,7 +410,7 @@ class _Bench:
         program, step = self.steps.program(batch, rows, full=False)
         part = program.part(PRODUCTS)
         found = []
-        for _ in range(2 * REPEATS + 1):
+        for _ in range(REPEATS + 1):
             started = time.perf_counter()
             self.steps.sample(batch, rows, sampling)
             middle = time.perf_counter()
