@@ -27,7 +27,7 @@ from halve.search.front import STORED_SHARE, CostOf, StepCounts, bytes_cost, can
 
 log = logging.getLogger("halve")
 
-NUM_POINTS = 64
+NUM_POINTS = 96
 TYPICAL = "int4-g64"  # what the steps of a workload are counted with; which they are hardly depends on it
 
 

@@ -23,6 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 TIME_LIMIT_S = 4.0
 NUM_BISECTIONS = 100
+FRONT_RANGE = 1e-5
 SLACK = 1e-9  # of the limit: what sums in another order may differ by
 
 
@@ -68,14 +69,15 @@ def solve(costs: Sequence[Array], losses: Sequence[Array], limit: float, *, time
 def front(costs: Sequence[Array], losses: Sequence[Array], *, num_points: int = 40) -> list[Solution]:
     """Solutions from the cheapest of all to that of least loss, each cheaper than any other with as little loss.
 
-    num_points: limits tried between the two, evenly on a logarithmic scale; equal solutions are one.
+    num_points: limits tried between the two, evenly on a logarithmic scale, down to FRONT_RANGE of the cheapest one's
+    loss; equal solutions are one.
     """
     low = sum(float(np.min(x)) for x in losses)
     cheapest = sum(float(x[np.lexsort((x, c))[0]]) for c, x in zip(costs, losses, strict=True))
-    floor = max(low, 1e-9 * max(cheapest, 1e-30))
-    limits = np.geomspace(floor, max(cheapest, floor), num_points)
-    limits[0], limits[-1] = max(low, limits[0]), max(cheapest, limits[-1])
-    found = {one.chosen: one for one in (solve(costs, losses, float(limit)) for limit in limits)}
+    floor = max(low, FRONT_RANGE * cheapest)
+    between = np.geomspace(floor, max(cheapest, floor), num_points) if cheapest > 0 else np.zeros(0)
+    limits = [low, *(limit for limit in between.tolist() if low < limit < cheapest), max(low, cheapest)]
+    found = {one.chosen: one for one in (solve(costs, losses, limit) for limit in limits)}
     kept: list[Solution] = []
     for one in sorted(found.values(), key=lambda s: (s.cost, s.loss)):
         if not kept or one.loss < kept[-1].loss:
