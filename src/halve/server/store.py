@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from halve.core.errors import ConfigError
 from halve.economics.ledger import LedgerEntry
+from halve.economics.tenants import Use
 from halve.server import tables as t
 from halve.server.database import Database, insert, upsert
 
@@ -38,6 +39,19 @@ class Key:
     is_admin: bool
     requests_per_minute: int | None
     tokens_per_minute: int | None
+
+
+_SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "micro_usd", "unpriced")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Uses:
+    """The ledger between start and end, by key and model, and idle time. None: there is no line."""
+
+    uses: tuple[Use, ...]
+    idle_micro_usd: int
+    start: float | None
+    end: float | None
 
 
 class OverBudgetError(Exception):
@@ -287,6 +301,41 @@ class Store(Database):
             if by == "key":
                 row["name"] = known.get(row["key"])
         return rows
+
+    def uses(self, since: float | None = None, until: float | None = None) -> Uses:
+        """The ledger by key and model between two times, seconds since 1970; None: from its first line, to its last.
+
+        A line belongs to the time that it was written, at the end of what it tells.
+        """
+        line = t.ledger.c
+        within = [] if since is None else [line.at >= since]
+        within += [] if until is None else [line.at < until]
+        is_request, is_unpriced = line.kind == "request", sa.case((line.micro_usd.is_(None), 1), else_=0)
+        sums = [
+            sa.func.count().label("requests"),
+            *(sa.func.sum(line[name]).label(name) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")),
+            sa.func.coalesce(sa.func.sum(line.micro_usd), 0).label("micro_usd"),
+            sa.func.sum(is_unpriced).label("unpriced"),
+        ]
+        requests = sa.select(line.key_id, line.model, *sums).where(is_request, *within)
+        idle = sa.select(sa.func.coalesce(sa.func.sum(line.micro_usd), 0)).where(~is_request, *within)
+        with self.reading() as c:
+            found = c.execute(requests.group_by(line.key_id, line.model).order_by(line.key_id, line.model)).all()
+            idle_micro_usd = int(c.execute(idle).scalar_one())
+            took = (line.prefill_us + line.decode_us) / 1e6
+            first, last = c.execute(sa.select(sa.func.min(line.at - took), sa.func.max(line.at)).where(*within)).one()
+        names = {key.id: key.name for key in self.all_keys()}
+        uses = tuple(
+            Use(
+                key=row.key_id,
+                name=names.get(row.key_id),
+                model=row.model,
+                **{name: int(getattr(row, name)) for name in _SUMMED},
+            )
+            for row in found
+        )
+        start, end = (first if since is None else since), (last if until is None else until)
+        return Uses(uses=uses, idle_micro_usd=idle_micro_usd, start=start, end=end)
 
     # Responses, files, batches
 
