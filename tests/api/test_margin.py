@@ -171,10 +171,17 @@ def test_a_tenant_written_wrong_is_named(file, tmp_path):
 class Certified:
     """The fields of a certificate that count here."""
 
-    def __init__(self, prefill, decode, high):
+    def __init__(self, prefill, decode, high, kl=0.0):
         self.speed = Speed(prefill_tok_s=self.of(prefill), decode_tok_s=self.of(decode))
         self.original_speed = Speed(prefill_tok_s=self.of(1000), decode_tok_s=self.of(1000))
-        self.quality = type("Quality", (), {"ppl_ratio": Measured(value=1.0, low=0.99, high=high, n=9)})
+        self.quality = type(
+            "Quality",
+            (),
+            {
+                "ppl_ratio": Measured(value=1.0, low=0.99, high=high, n=9),
+                "kl_mean": Measured(value=0.0, low=0.0, high=kl, n=9),
+            },
+        )
 
     @staticmethod
     def of(value):
@@ -191,5 +198,6 @@ def test_compression_as_a_certificate_has_it():
     priced = compression_of(certificate, {"source": {"self_hosted": {}}}, "b")
     assert priced["cost_ratio"] == D("0.625")
     assert compression_of(Certified(1, 1, 0.99), machines, "b")["quality_loss"] == 0
+    assert compression_of(Certified(1, 1, 0.99, kl=0.01), machines, "b")["quality_loss"] == D("0.01005017")
     with pytest.raises(ConfigError, match=r"--bundle b: its certificate has no decode speed of both models"):
         compression_of(Certified(1600, None, 1.0), machines, "b")

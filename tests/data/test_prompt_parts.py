@@ -142,7 +142,7 @@ def test_short_lines_go_with_the_line_before():
 
 def test_numbers_for_pieces():
     ids = approximate_ids("Hello world, 12345")
-    assert len(ids) == len(["Hello", " world", ",", " ", "123", "45"])
+    assert len(ids) == len(["Hello", " world", ",", " 123", "45"])
     assert approximate_ids("Hello")[0] == ids[0]
     assert len(approximate_ids("日本語")) == 3
     encoder = ApproximateEncoder(num_texts=1)

@@ -12,7 +12,7 @@ from halve.economics.margin import demand_curve, demand_response, months_ahead, 
 from halve.economics.product import read_product
 from halve.economics.tenants import Use, keep_books
 from halve.report.languages import Both, same, switch
-from halve.report.margin import count, render_margin, share
+from halve.report.margin import count, origin_words, render_margin, share
 
 D = Decimal
 
@@ -102,6 +102,31 @@ def test_tenants_and_rates_are_on_the_page():
     assert "without a key" in html
     assert "1 USD = 155.2 JPY, 2026-11-20" in html
     assert "¥1,862,400" in html
+
+
+def figures(cell):
+    """A figure of the page as a number."""
+    return float(re.sub(r"[^\d.−]", "", cell).replace("−", "-"))
+
+
+def test_figures_copied_from_the_page_recompute():
+    html = page()
+    start = html.index('aria-label="Scenarios')
+    rows = re.findall(r"<tr>(<th scope=\"row\".*?)</tr>", html[start : html.index("</table>", start)], re.DOTALL)
+    assert len(rows) == 8
+    for row in rows:
+        cells = re.findall(r"<bdi>(.*?)</bdi>", row)
+        revenue, tokens, other, profit, margin = map(figures, cells[3:8])
+        assert profit == pytest.approx(revenue - tokens - other, abs=0.011)
+        assert margin == pytest.approx(100 * profit / revenue, abs=0.006)
+
+
+def test_defaults_are_not_said_to_be_stated():
+    html = page()
+    cut = html[html.rindex("API&#39;s price cut</span>") :][:400]
+    assert "30.00 %" in cut
+    assert "default" in cut
+    assert origin_words("stated in the file, no date given").ja == "ファイルに記載, 日付なし"
 
 
 def test_words():

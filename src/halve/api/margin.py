@@ -1,5 +1,6 @@
 """`halve margin`: what a product that runs on tokens earns, from a file that a founder writes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -218,7 +219,8 @@ def _changed(raw: Any, bundle: str | None, api_cut: str | None) -> Any:
 def compression_of(certificate: Certificate, raw: Mapping[str, Any], bundle: str) -> dict[str, Any]:
     """The section `compression` as a certificate has it: measured speeds for machines, their ratio for prices.
 
-    quality_loss is the upper end of the certificate's interval. Raises ConfigError where the bundle doesn't say it.
+    quality_loss is the upper end of the certificate's interval, of perplexity or, where that says more, of exp(KL) - 1:
+    a smaller model may predict a text better by luck. Raises ConfigError where the bundle doesn't say its speeds.
     """
     now, before = certificate.speed, certificate.original_speed
     speedups = {}
@@ -230,8 +232,9 @@ def compression_of(certificate: Certificate, raw: Mapping[str, Any], bundle: str
                 "with what halve bench measured"
             )
         speedups[f"{phase}_speedup"] = Decimal(str(round(after.value / first.value, 6)))
-    loss = Decimal(str(round(certificate.quality.ppl_ratio.high - 1, 8)))
-    known = {"quality_loss": max(loss, Decimal(0)), "origin": f"certificate of {Path(bundle).name}"[:200]}
+    quality = certificate.quality
+    loss = max(quality.ppl_ratio.high - 1, math.expm1(quality.kl_mean.high), 0.0)
+    known = {"quality_loss": Decimal(str(round(loss, 8))), "origin": f"certificate of {Path(bundle).name}"[:200]}
     source = raw.get("source")
     if isinstance(source, Mapping) and "machines" in source:
         return {**speedups, **known}

@@ -160,7 +160,8 @@ class LogReader:
     def _request(self, request: LoggedRequest) -> None:
         found = self.found
         found.num_requests += 1
-        found.models[request.model or "not named"] += 1
+        if request.model in found.models or len(found.models) < MAX_KINDS:
+            found.models[request.model or "not named"] += 1
         found.num_other_parts += request.num_other_parts
         if request.at is not None:
             found.num_timed += 1

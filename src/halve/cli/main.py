@@ -12,6 +12,7 @@ import typer
 from halve import __version__
 from halve.cli import margin as cli_margin
 from halve.cli import prompts as cli_prompts
+from halve.cli import route as cli_route
 from halve.cli import serve as cli_serve
 from halve.cli.screen import ShellProgress, error_console, print_json, talks_to_terminal
 from halve.core.errors import ConfigError, HalveError, RequestError, TextError
@@ -433,6 +434,7 @@ app.command()(cli_serve.serve)
 app.command()(cli_serve.usage)
 app.command()(cli_margin.margin)
 app.command()(cli_prompts.prompts)
+app.command()(cli_route.route)
 app.add_typer(cli_serve.keys_app, name="keys")
 
 

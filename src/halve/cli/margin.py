@@ -149,13 +149,13 @@ def _show_books(found: "Margin") -> None:
     from rich.markup import escape
     from rich.table import Table as Grid
 
-    from halve.report.margin import share
+    from halve.report.margin import share, span_words
 
     if found.books is None:
         return
     money, books = found.currency.say, found.books
     for title, accounts in (("tenant", books.tenants), ("model or adapter", books.models)):
-        table = Grid(title=f"by {title}, {books.seconds / 86400:,.2f} days of the ledger", title_justify="left")
+        table = Grid(title=f"by {title}, {span_words(books.seconds).en} of the ledger", title_justify="left")
         for name in (title, "requests", "tokens", "usage", "idle", "$ / million", "revenue", "other", "margin"):
             table.add_column(name, justify="left" if name == title else "right", overflow="fold")
         for one in accounts:

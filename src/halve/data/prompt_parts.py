@@ -20,7 +20,7 @@ from halve.data.request_logs import LoggedMessage, LoggedRequest
 BLOCK_TOKENS = 16
 SHORT = 8  # characters: a line below that (a brace, a rule) goes with the line before it
 WORTH_MOVING = 200  # characters of lines that recur together
-_PIECES = re.compile(r" ?[A-Za-z]{1,6}|\d{1,3}|\s{1,8}|[^\sA-Za-z\d]")
+_PIECES = re.compile(r" ?[A-Za-z]{1,6}| ?\d{1,3}| ?[!-/:-@\[-`{-~]{1,2}|\s{1,8}|[^\sA-Za-z\d]")
 
 Encode = Callable[[Sequence[LoggedMessage], Sequence[str]], Sequence[int]]
 
@@ -34,8 +34,8 @@ def key_of(*parts: str) -> int:
 def approximate_ids(text: str) -> list[int]:
     """Numbers that stand for a text's pieces: about as many as a tokenizer of 32,000 or more entries gives.
 
-    Of words up to six letters, of three digits, of single signs and letters of other scripts. Equal pieces have equal
-    numbers, so what two texts share is about right too. How many are off: docs/LOG.md.
+    Of words up to six letters, of three digits, of two signs, and single letters of other scripts. Equal pieces have
+    equal numbers, so what two texts share is about right too. How far off it is: docs/LOG.md.
     """
     return [hash_of(piece) for piece in _PIECES.findall(text)]
 

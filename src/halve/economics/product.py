@@ -4,7 +4,7 @@ Money of customers (`price_per_seat`, `other_costs`, `tenants`) is in the produc
 stated rate; prices of tokens and machines are in dollars, as their names say.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal
@@ -176,7 +176,10 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Product:
-    """A month of it. prompt_tokens and answer_tokens are of one request, cached a share of the prompt."""
+    """A month of it. prompt_tokens and answer_tokens are of one request, cached a share of the prompt.
+
+    given: paths of the keys that were stated, such as `tokens.cached`; whatever else there is are defaults.
+    """
 
     name: str
     currency: Currency
@@ -198,6 +201,7 @@ class Product:
     tenants: Mapping[str, Tenant]
     scenarios: tuple[Scenario, ...]
     rates: Mapping[str, Currency]
+    given: frozenset[str]
 
     @property
     def requests(self) -> Decimal:
@@ -282,6 +286,7 @@ class _Reader:
             tenants=_tenants(top.get("tenants"), currency, currency.to_usd(price)),
             scenarios=() if nested else self._scenarios(top.get("scenarios"), raw),
             rates=rates,
+            given=frozenset(_paths(raw)),
         )
         product.source.usd(product.traffic)  # a cached share needs its price
         return product
@@ -426,6 +431,15 @@ class _Reader:
 
 
 _PHASES = ("prefill", "decode")
+
+
+def _paths(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Keys, and those of the sections below them."""
+    for key, value in raw.items():
+        if value is not None:
+            yield str(key)
+            if isinstance(value, Mapping):
+                yield from (f"{key}.{inner}" for inner in value if value[inner] is not None)
 
 
 def _with(raw: Mapping[str, Any], values: Mapping[Any, Any], where: str) -> dict[str, Any]:

@@ -43,6 +43,15 @@ class Both:
         return Both(self.en + more.en, self.ja + more.ja)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """A table: its name for screen readers, heads (numbers when `right`), rows of cells."""
+
+    name: Both
+    heads: tuple[Both, ...]
+    rows: tuple[tuple[Both, ...], ...]
+
+
 def same(text: str) -> Both:
     """A text that needs no translation: a figure, a name."""
     return Both(text, text)

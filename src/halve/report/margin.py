@@ -5,7 +5,6 @@ recomputes in a spreadsheet, and `--json` and `--csv` hold all digits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from typing import Any
@@ -19,7 +18,7 @@ from halve.economics.product import Machines, Product, Source
 from halve.economics.tenants import Account, Books
 from halve.report import margin_charts as charts
 from halve.report.charts import both
-from halve.report.languages import STYLE, Both, Language, in_both, same, switch
+from halve.report.languages import STYLE, Both, Grid, Language, in_both, same, switch
 from halve.report.words import printable
 
 UNKNOWN = Both("unknown", "不明")
@@ -58,15 +57,6 @@ DRIVERS = {
 _DOLLARS = {"price_per_seat", "other_costs.per_seat", "other_costs.per_month", "source.usd_per_hour",
             "source.operator_usd_per_month"}  # fmt: skip
 _SHARES = {"tokens.cached", "source.utilization"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
-    """A table: its name for screen readers, heads (numbers when `right`), rows of cells."""
-
-    name: Both
-    heads: tuple[Both, ...]
-    rows: tuple[tuple[Both, ...], ...]
 
 
 def share(value: Decimal | None, places: int = 2) -> str:
@@ -491,14 +481,21 @@ def _accounts(accounts: Sequence[Account], head: Both, words: _Words) -> Grid:
     return Grid(name=head, heads=heads, rows=tuple(cells))
 
 
+def span_words(seconds: Decimal) -> Both:
+    """A stretch of time: `30.42 days`, `4.1 minutes`."""
+    for unit, en, ja in ((86400, "days", "日"), (3600, "hours", "時間"), (60, "minutes", "分間")):
+        if seconds >= unit:
+            return Both(f"{seconds / unit:,.2f} {en}", f"{seconds / unit:,.2f} {ja}")
+    return Both(f"{seconds:,.1f} seconds", f"{seconds:,.1f} 秒")
+
+
 def _book_words(books: Books, words: _Words) -> Both:
-    days = books.seconds / 86400
     total = words.money(Decimal(books.total_micro_usd) / 1_000_000)
-    span = f"{days:,.2f}"
+    span = span_words(books.seconds)
     text = Both(
-        f"From the ledger of {span} days: {total} in all, idle time spread over everyone in proportion to what they "
+        f"From the ledger of {span.en}: {total} in all, idle time spread over everyone in proportion to what they "
         "used. Fixed costs of the product are nobody's and are not in here.",
-        f"{span} 日分の台帳による。合計 {total}。待機時間は利用額の割合で全員に配分。製品全体の固定費は含みません。",
+        f"{span.ja}分の台帳による。合計 {total}。待機時間は利用額の割合で全員に配分。製品全体の固定費は含みません。",
     )
     if books.missing:
         names = ", ".join(books.missing)
@@ -506,13 +503,24 @@ def _book_words(books: Books, words: _Words) -> Both:
     return text
 
 
+STATED, DEFAULT = Both("stated in the file", "ファイルに記載"), Both("default", "既定値")
+
+
+def origin_words(origin: str) -> Both:
+    """Where a figure is from; what Halve itself says of it is translated, names are not."""
+    said = (
+        origin.replace(STATED.en, STATED.ja).replace("no date given", "日付なし").replace("certificate of", "証明書:")
+    )
+    return Both(origin, said)
+
+
 def _inputs(product: Product, words: _Words) -> Grid:
     rows: list[tuple[Both, Both, Both]] = []
 
-    def add(name: Both, value: str, origin: Both | str = "") -> None:
-        rows.append((name, same(value), origin if isinstance(origin, Both) else same(origin)))
+    def add(name: Both, value: str, key: str = "", origin: str = "") -> None:
+        source = origin_words(origin) if origin else STATED if key in product.given else DEFAULT
+        rows.append((name, same(value), source))
 
-    stated = Both("stated in the file", "ファイルに記載")
     for driver, value in (
         ("price_per_seat", product.usd_per_seat),
         ("seats", product.seats),
@@ -523,34 +531,34 @@ def _inputs(product: Product, words: _Words) -> Grid:
         ("other_costs.per_seat", product.other_usd_per_seat),
         ("other_costs.per_month", product.other_usd_per_month),
     ):
-        add(DRIVERS[driver], words.driver(driver, value), stated)
-    add(Both("payment fees, of revenue", "決済手数料 (売上比)"), share(product.payment_share), stated)
+        add(DRIVERS[driver], words.driver(driver, value), driver)
+    fees = Both("payment fees, of revenue", "決済手数料 (売上比)")
+    add(fees, share(product.payment_share), "other_costs.payment_share")
     for name, said, origin in source_inputs(product.source, words.price):
-        add(name, said, origin)
+        add(name, said, origin=origin)
     if product.compression is not None:
         compression = product.compression
         for name, said, _ in source_inputs(compression.source, words.price):
-            add(Both(f"compressed: {name.en}", f"圧縮後: {name.ja}"), said, compression.origin)
+            add(Both(f"compressed: {name.en}", f"圧縮後: {name.ja}"), said, origin=compression.origin)
         loss = UNKNOWN.en if compression.quality_loss is None else share(compression.quality_loss, 3)
-        add(Both("compressed: loss of quality, at most", "圧縮後: 品質低下 (最大)"), loss, compression.origin)
-        add(Both("compressed: once", "圧縮: 一時費用"), words.money(compression.one_time_usd), compression.origin)
-    cut = product.api_cut
-    add(Both("API's price cut", "API の値下げ率"), share(cut.cut), stated)
-    add(Both("of it passed on to customers", "うち顧客への還元率"), share(cut.pass_through), stated)
+        add(Both("compressed: loss of quality, at most", "圧縮後: 品質低下 (最大)"), loss, origin=compression.origin)
+        once = Both("compressed: once", "圧縮: 一時費用")
+        add(once, words.money(compression.one_time_usd), "compression.one_time_usd")
+    cut, demand, growth = product.api_cut, product.demand, product.growth
+    add(Both("API's price cut", "API の値下げ率"), share(cut.cut), "api_price_cut.cut")
+    passed = Both("of it passed on to customers", "うち顧客への還元率")
+    add(passed, share(cut.pass_through), "api_price_cut.pass_through")
     if cut.reference is not None:
-        add(Both("the API of the price cut", "値下げの対象 API"), cut.reference.name, cut.reference.origin)
-    demand = product.demand
-    add(Both("elasticity of use", "利用の弾力性"), count(demand.elasticity), stated)
-    add(Both("saving passed on in the price", "価格への還元率"), share(demand.pass_through), stated)
-    add(Both("elasticity of seats", "席数の弾力性"), count(demand.seat_elasticity), stated)
-    growth = product.growth
-    add(Both("growth of seats a month", "席数の月次成長率"), share(growth.seats_per_month), stated)
-    add(
-        Both("growth of requests per seat a month", "1 席あたり利用の月次成長率"),
-        share(growth.requests_per_month),
-        stated,
-    )
-    add(Both("change of API prices a year", "API 価格の年間変化率"), share(growth.api_price_per_year), stated)
+        add(Both("the API of the price cut", "値下げの対象 API"), cut.reference.name, origin=cut.reference.origin)
+    add(Both("elasticity of use", "利用の弾力性"), count(demand.elasticity), "demand.elasticity")
+    add(Both("saving passed on in the price", "価格への還元率"), share(demand.pass_through), "demand.pass_through")
+    add(Both("elasticity of seats", "席数の弾力性"), count(demand.seat_elasticity), "demand.seat_elasticity")
+    for name, key in (
+        (Both("growth of seats a month", "席数の月次成長率"), "seats_per_month"),
+        (Both("growth of requests per seat a month", "1 席の利用の月次成長率"), "requests_per_month"),
+        (Both("change of API prices a year", "API 価格の年間変化率"), "api_price_per_year"),
+    ):
+        add(name, share(getattr(growth, key)), f"growth.{key}")
     heads = (Both("what", "項目"), Both("#value", "#値"), Both("from", "出典"))
     return Grid(name=Both("What went in", "前提"), heads=heads, rows=tuple(rows))
 

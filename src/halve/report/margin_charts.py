@@ -54,10 +54,10 @@ def tornado(ranges: Sequence[Range], now: float, words: tuple[str, str, str, str
     parts = [line(plot.px(v), top, plot.px(v), bottom, "grid") for v in axis.ticks]
     parts += [label(_percent(v), plot.px(v), bottom + 18, "middle", "tick") for v in axis.ticks]
     parts.append(label(axis_title, 0, bottom + 42, class_="axis"))
+    parts.append(line(plot.px(now), top - 4, plot.px(now), bottom, "zero"))
     parts += _key([(1, low_word), (0, high_word)], 12.0, width)
     for i, one in enumerate(ranges):
         parts += _range(plot, one, now, top + ROW * i, width)
-    parts.append(line(plot.px(now), top - 4, plot.px(now), bottom, "zero"))
     return drawing(title, width, bottom + 52, *parts)
 
 
