@@ -58,7 +58,7 @@ def test_the_same_prompt_is_found_as_it_is(tmp_path):
     assert kinds["cache"].keeps_answers
     assert kinds["cache"].tokens == found.replays[0].hit_tokens == found.replays[1].hit_tokens
     assert kinds["examples"].tokens == sum(r.tokens for r in found.roles if r.name == "examples")
-    assert "2 messages recur as examples" in kinds["examples"].change
+    assert "2 examples recur" in kinds["examples"].change
     assert kinds["examples"].evidence[0].startswith("line 1: ")
 
 
@@ -100,6 +100,17 @@ def test_a_prompt_that_says_things_twice(tmp_path):
     found = by_kind(prompts(write(tmp_path / "log.jsonl", [one] * 10), prices=PRICES))
     assert "say lines twice" in found["system"].change
     assert found["repeats"].tokens == 10 * 10  # the question of the second example
+
+
+def test_examples_inside_a_prompt(tmp_path):
+    foods = [("very good", "glad"), ("quite cold", "sad"), ("rather late", "sad"), ("very good", "glad")]
+    shots = "".join(f"Review: the food was {word}.\nMood: {mood}\n\n" for word, mood in foods)
+    lines = [{"prompt": f"{shots}Review: it was number {i}.\nMood:"} for i in range(20)]
+    found = prompts(write(tmp_path / "log.jsonl", lines), prices=PRICES)
+    kinds = by_kind(found)
+    assert "3 examples recur" in kinds["examples"].change
+    assert kinds["repeats"].tokens == kinds["examples"].tokens * 1 // 4
+    assert {role.name for role in found.roles} == {"examples", "question"}
 
 
 def test_counts_follow_the_logs_own_usage(tmp_path):

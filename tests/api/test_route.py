@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from halve.api.route import SavedRouter, read_model, route
+from halve.api.route import read_model, route
+from halve.api.saved_router import SavedRouter
 from halve.core.errors import ConfigError, DataError, OutputError
 
 ARGS = {"cheap": "small=0.6/0.6", "dear": "large=10/30"}
@@ -45,10 +46,12 @@ def test_a_router_that_is_learned_keeps_the_limit_and_saves(file):
     assert found.verdict.answer == "holds"
     assert (found.verdict.chosen_on, found.verdict.certified_on) == (200, 200)
     assert found.verdict.strategy.dear_share < 0.6
-    assert found.better_than_coin
+    assert found.is_better
     assert found.saved_share > Decimal("0.3")
     router, coin, oracle = (found.verdict.strategy, found.coin_as_good, found.oracle_as_good)
     assert oracle.usd_per_million <= router.usd_per_million < coin.usd_per_million
+    assert router.usd_per_million < found.short_as_good.usd_per_million
+    assert found.more_than_short.low > 0
     assert set(found.notes) == {
         "tokens of prompts are counted by pieces of words",
         "tokens of answers are their characters over 4",
@@ -110,7 +113,7 @@ def test_models_that_leave_nothing_to_save(tmp_path):
     same = [{**row, "large": row["small"]} for row in rows()]
     found = route(write(tmp_path / "q.jsonl", same), cheap="small=10/30", dear="large=1/3")
     assert found.recovered is None
-    assert not found.better_than_coin
+    assert not found.is_better
     assert any("large is not right more often than small here: always ask small" in note for note in found.notes)
     assert any("small costs no less than large" in note for note in found.notes)
 
@@ -121,7 +124,8 @@ def test_a_blind_router_is_told(tmp_path):
         {"prompt": f"{i}", "small": bool(rng.random() < 0.5), "large": bool(rng.random() < 0.8)} for i in range(200)
     ]
     found = route(write(tmp_path / "q.jsonl", blind), **ARGS, answer_tokens=10)
-    assert "the router is not shown to be better than a coin on these questions" in found.notes
+    said = "the router is not shown to be better than sending the shortest prompts to the dear model"
+    assert said in found.notes
     assert "answers are taken to have 10 tokens" in found.notes
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halve.compress import Energies, calibrate
+from halve.compress import Energies, Hessians, calibrate
 from halve.compress.calibrate import BATCH_TOKENS, _flat_batches
 from halve.core.errors import CheckpointError, DataError
 from halve.kernels.ops import TokenBatch
@@ -88,6 +88,30 @@ def test_energies_are_the_mean_squares_that_hooks_on_transformers_see(changes):
     energies = run(model, texts)
     assert energies.num_tokens == 61
     assert_same(energies, direct(model, texts))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+def test_second_moments_are_those_of_each_groups_inputs(changes, tmp_path):
+    model, texts, inputs = random_model(**changes), documents(*[90] * 30), {}
+    decoder = Decoder(config_of(model), TorchOps(), StateDictSource(model.state_dict()))
+
+    def tap(group, x, outputs):
+        inputs[group.name] = x.double()
+        return outputs
+
+    for projection in decoder.projections():
+        projection.hook = tap
+    decoder.logits(decoder.hidden(TokenBatch.whole(texts)))
+    hessians = Hessians(folder=tmp_path)
+    energies = run(model, texts, window_tokens=100, hessians=hessians)
+    assert len(_flat_batches(texts, 100)) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{name}.npy" for name in inputs)
+    for name, x in inputs.items():
+        found = hessians.of(name)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, (x.T @ x / len(x)).numpy(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(np.diag(found), energies.by_group[name], rtol=1e-4)
+    assert Hessians.size_bytes(config_of(model)) == sum(hessians.of(name).nbytes for name in inputs)
 
 
 def test_a_long_document_is_cut_into_windows_that_do_not_see_each_other(model):

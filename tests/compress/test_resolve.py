@@ -76,7 +76,7 @@ def test_a_tied_table_is_a_product_and_of_the_heads_group():
     [
         ([("*", "int7", "rtn")], r"rules\[0\] \('\*'\): unknown format 'int7'; known formats are fp32, "),
         ([("*", "bf16", "rtn")], "format bf16 is stored as it is and takes no method"),
-        ([("*", "int8")], "format int8 needs a method: rtn or clip"),
+        ([("*", "int8")], "format int8 needs a method: rtn, clip or gptq"),
         ([("model.layer.*", "int8", "rtn")], r"rules\[0\]: pattern 'model\.layer\.\*' matches no module"),
         ([("*", "int8", "rtn"), ("lm_head", "bf16")], r"rules\[1\]: pattern 'lm_head' matches no module that is still"),
         ([("lm_head", "bf16"), ("lm_head", "bf16")], r"rules\[1\]: pattern 'lm_head' matches no module"),

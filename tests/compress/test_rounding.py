@@ -249,9 +249,11 @@ def test_the_largest_weights_of_fp16_are_kept():
     assert round_weight(weight, FORMATS["fp16"], None).codes.tolist() == [[65504.0, -65504.0]]
 
 
-@pytest.mark.parametrize(("name", "method"), [("int8", None), ("int4-g32", "gptq"), ("fp8", None), ("bf16", "rtn")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("int8", None), ("int4-g32", "awq"), ("fp8", "gptq"), ("fp8", None), ("bf16", "rtn")]
+)
 def test_a_method_that_a_format_does_not_take_is_refused(name, method):
-    with pytest.raises(FormatError, match=rf"{name}: method {method!r}; it takes (rtn or clip|none)"):
+    with pytest.raises(FormatError, match=rf"{name}: method {method!r}; it takes (rtn, clip or gptq|rtn or clip|none)"):
         round_weight(gaussian(2, 64), FORMATS[name], method, np.ones(64))
 
 

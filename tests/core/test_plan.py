@@ -81,7 +81,7 @@ def test_patterns_tell_capitals_apart_and_a_star_spans_dots():
         ({"guesses": {"version": 1}}, r"^plan: unknown keys \['guesses'\]; known keys are \['activations', "),
         ({"weights": {"version": 1}}, r"^plan\.weights: missing keys \['rules'\]"),
         (
-            {"weights": {"rules": [{"pattern": "*", "format": "int8", "method": "gptq"}], "version": 1}},
+            {"weights": {"rules": [{"pattern": "*", "format": "int8", "method": "awq"}], "version": 1}},
             "rules.0..method",
         ),
         ({"kv_cache": {"format": "int4", "version": 1}}, r"^plan\.kv_cache\.format: 'int4' is not one of"),

@@ -15,6 +15,7 @@ from halve.data.prompt_parts import (
     Recurring,
     approximate_ids,
     block_names,
+    example_blocks,
     keys_of,
     lines_of,
     message_key,
@@ -153,6 +154,14 @@ def test_numbers_for_pieces():
 def test_trimming():
     line = "The same long line of a prompt."
     assert trimmed(f"\n{line}  \n\n\n\n{line}\nshort\nshort\n") == f"{line}\n\nshort\nshort"
+
+
+def test_examples_that_stand_in_a_text():
+    text = "Say the mood.\n\nExample 1: a\nglad\n\nExample 2: b\nsad\n\nExample 3: c\nsad\n"
+    assert example_blocks(text) == ["Example 1: a\nglad\n\n", "Example 2: b\nsad\n\n"]
+    assert example_blocks("Q: a\nA: b\nQ: c\nA:") == []  # two are no pattern
+    assert len(example_blocks("例1:あ\n例2:い\n例3:う")) == 2
+    assert example_blocks("") == []
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_tools_calls_and_images(tmp_path):
         ({"messages": [{"content": "x"}]}, "messages[0]: has no role; it needs role and content"),
         ({"messages": [{"role": "user", "content": 4}]}, "messages[0]: content 4 must be a text or a list of parts"),
         ({"messages": [{"role": "user", "content": ""}]}, "the request holds no text"),
+        ({**CHAT, "tools": True}, "tools: True must be a list of objects"),
         ({"prompt": [1, 2]}, "prompt: [1, 2] must be a text"),
         ({**CHAT, "timestamp": "soon"}, "timestamp: 'soon' is no time; give seconds since 1970 or ISO 8601"),
     ],

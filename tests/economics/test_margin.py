@@ -8,20 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halve.core.errors import ConfigError
-from halve.economics.margin import (
-    after_api_cut,
-    compressed,
-    demand_curve,
-    demand_response,
-    months_ahead,
-    most_requests_per_seat,
-    payback_months,
-    scenario_rows,
-    statement,
-    tornado,
-)
+from halve.economics.margin import after_api_cut, compressed, most_requests_per_seat, scenario_rows, statement
 from halve.economics.margin_tables import margin_tables, rounded
-from halve.economics.product import Machines, TokenPrices, Traffic, read_product
+from halve.economics.outlook import demand_curve, demand_response, months_ahead, payback_months
+from halve.economics.product import Machines, TokenPrices, Traffic
+from halve.economics.product_file import read_product
+from halve.economics.sensitivity import tornado
 
 D = Decimal
 
@@ -295,11 +287,24 @@ def test_rows_of_tables_recompute():
         assert row["gross_margin"] == pytest.approx(row["gross_profit_usd"] / row["revenue_usd"], abs=1e-8)
         assert row["token_usd"] == pytest.approx(row["usd_per_mtok"] * row["tokens"] / 1e6, abs=1e-3)
         assert row["revenue_usd"] == row["seats"] * row["usd_per_seat"]
+        fresh = (row["prompt_tokens"] - row["cached_tokens"]) * row["input_usd_per_mtok"]
+        answers = row["answer_tokens"] * row["output_usd_per_mtok"]
+        cached = row["cached_tokens"] * row["cached_input_usd_per_mtok"]
+        assert row["token_usd"] == pytest.approx((fresh + cached + answers) / 1e6, abs=1e-5)
+        assert row["usd_per_hour"] is None
     for row in tables.demand:
         steps = row["saved_usd"] + row["more_tokens_usd"] + row["lower_price_usd"] + row["more_seats_usd"]
         assert row["kept_usd"] == pytest.approx(steps, abs=1e-5)
     assert len(tables.months) == 2 * 13
     assert tables.tenants == tables.models == []
+
+
+def test_rows_of_machines_recompute():
+    one = product(source={"machines": {**MACHINES, "operator_usd_per_month": 500}})
+    for row in margin_tables(scenario_rows(one), tornado(one), [], months_ahead(one)).scenarios:
+        paid = row["machines"] * 730 * row["usd_per_hour"] + row["operator_usd_per_month"]
+        assert row["token_usd"] == pytest.approx(paid)
+        assert row["input_usd_per_mtok"] is None
 
 
 def test_numbers_keep_their_digits():

@@ -1,6 +1,7 @@
 """A product's file: what is refused, and in what words."""
 
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +9,7 @@ from halve.core.errors import ConfigError
 from halve.economics import ApiPrice
 from halve.economics.currency import USD, Currency, find_currency, read_currency, read_rates
 from halve.economics.fields import read_decimal, read_share
-from halve.economics.product import read_product
+from halve.economics.product_file import read_product
 
 from .test_margin import API, MACHINES, OWN, raw
 
@@ -90,6 +91,18 @@ def test_an_api_is_priced_by_its_name():
     assert (one.source.name, one.source.input_usd_per_mtok, one.source.origin) == ("OpenAI X", 1, "list 1")
     assert one.source.cached_input_usd_per_mtok == D("0.1")
     assert one.api_cut.reference == one.source
+
+
+def test_a_list_that_knows_the_price_of_cached_input():
+    known = SimpleNamespace(
+        name="X", input_usd_per_mtok=D(1), output_usd_per_mtok=D(4), cached_usd_per_mtok=D("0.2"), source="list 1"
+    )
+    one = read_product(raw(source={"api": {"model": "a/b"}}), price_of=lambda provider, model: known)
+    assert one.source.cached_input_usd_per_mtok == D("0.2")
+    stated = {"api": {"model": "a/b", "cached_input_usd_per_mtok": "0.3"}}
+    assert read_product(
+        raw(source=stated), price_of=lambda provider, model: known
+    ).source.cached_input_usd_per_mtok == D("0.3")
 
 
 def test_customers_pay_in_their_currency():

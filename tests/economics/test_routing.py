@@ -93,6 +93,22 @@ def test_an_oracle_takes_what_gains_most_for_a_dollar_first():
     assert Curve(two).oracle(accuracy=0.5).usd_per_million == D("0.5")
 
 
+def test_two_scores_of_the_same_questions():
+    good, blind = drawn(skill=1.0), drawn(skill=0.0)
+    blind = Outcomes(score=blind.score, right=good.right, pico_usd=good.pico_usd)
+    first, second = Curve(good), Curve(blind)
+    more = first.recovers_more(second)
+    assert more.low > 0
+    assert second.recovers_more(first).high < 0
+    assert first.recovers_more(first).value == 0
+    assert more.value == pytest.approx(first.recovered("dollars").value - second.recovered("dollars").value)
+    target = first.at(first.thresholds()[60]).accuracy.value
+    assert first.as_good(target, "x").usd_per_million < second.as_good(target, "x").usd_per_million
+    assert first.as_good(2.0, "x") is None
+    assert Curve(FOUR).as_good(0.5, "x").dear_share == 0
+    assert Curve(FOUR).as_good(0.75, "x").dear_share == 0.25
+
+
 def test_ties_go_together():
     curve = Curve(outcomes([1, 1, 1, 2], [0] * 4, [1] * 4))
     assert curve.at(1.0).dear_share == 1

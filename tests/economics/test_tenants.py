@@ -5,7 +5,8 @@ from decimal import Decimal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halve.economics.product import SECONDS_PER_MONTH, read_product
+from halve.economics.product import SECONDS_PER_MONTH
+from halve.economics.product_file import read_product
 from halve.economics.tenants import Use, keep_books, spread
 
 from .test_margin import OWN, raw

@@ -59,6 +59,17 @@ def test_without_a_limit_the_figures_are_measured():
     assert answer(RECORDED, None) == "measured"
 
 
+def test_one_figure_alone_can_be_asked_for():
+    kl_only = replace(with_ratio(1.4, 1.6), kl_mean=measured(0.001))
+    ppl_only = replace(with_ratio(1.0, 1.001), kl_mean=measured(0.5))
+    for quality_, good, bad in ((kl_only, "kl", "ppl"), (ppl_only, "ppl", "kl")):
+        assert passes(quality_, 0.01, good)
+        assert not fails(quality_, 0.01, good)
+        for by in (bad, "both"):
+            assert not passes(quality_, 0.01, by)
+            assert fails(quality_, 0.01, by)
+
+
 def test_nan_never_passes():
     assert not passes(with_ratio(float("nan"), float("nan")), 0.5)
     assert answer(with_ratio(float("nan"), float("nan")), 0.5) == "inconclusive"

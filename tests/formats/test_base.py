@@ -151,7 +151,8 @@ def test_a_plan_that_fits_is_accepted():
     [
         (plan({"pattern": "*", "format": "int9"}), r"rules\[0\] \('\*'\): unknown format 'int9'; known formats"),
         (plan({"pattern": "*", "format": "bf16", "method": "rtn"}), "bf16 is stored as it is and takes no method"),
-        (plan({"pattern": "*", "format": "int8"}), "int8 needs a method: rtn or clip"),
+        (plan({"pattern": "*", "format": "int8"}), "int8 needs a method: rtn, clip or gptq"),
+        (plan({"pattern": "*", "format": "fp8", "method": "gptq"}), "format fp8: gptq rounds to integers"),
         (
             plan({"pattern": "model.embed_tokens", "format": "int8", "method": "rtn"}, portable=True),
             "embeddings in 16 bits; set portable to false",

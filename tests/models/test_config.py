@@ -324,5 +324,5 @@ def test_a_cache_format_is_set_in_every_layer():
 
 
 def test_layers_are_values_that_can_be_compared():
-    assert LayerSpec(experts=Experts(num_experts=8, top_k=2)) != LayerSpec()
+    assert LayerSpec(experts=Experts(num_experts=8, top_k=2, intermediate_size=64, renormalize=True)) != LayerSpec()
     assert LayerSpec(window=4) == LayerSpec(window=4)

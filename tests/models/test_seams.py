@@ -9,14 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from halve.core.errors import ConfigError
 from halve.formats import FORMATS, Weight
 from halve.formats.activations import int8_rows
 from halve.kernels import native, native_library
 from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
 from halve.models import Decoder, LayerSpec, ModelConfig
-from halve.models.config import Experts, Rope
+from halve.models.config import Rope
 from halve.models.names import modules, vectors
 from halve.models.rope import inverse_frequencies
 from tests.tools import ops_under_test
@@ -310,11 +309,3 @@ def test_what_a_hook_returns_is_what_the_model_goes_on_with(ops):
     decoder.layers[1].projections["o"].hook = lambda group, x, outputs: [outputs[0] * 0]
     changed = {**tensors, "model.layers.1.self_attn.o_proj.weight": np.zeros((32, 32), np.float32)}
     np.testing.assert_allclose(whole(decoder), expected_logits(config, changed, TOKENS), atol=1e-4)
-
-
-def test_a_sparse_layer_is_refused_by_number(ops):
-    config, tensors = make((FP32, replace(FP32, experts=Experts(num_experts=8, top_k=2))))
-    with pytest.raises(
-        ConfigError, match=r"layer 1: sparse feed-forward Experts\(num_experts=8, top_k=2\) can't be run"
-    ):
-        Decoder(config, ops, Arrays(tensors))

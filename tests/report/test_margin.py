@@ -8,11 +8,14 @@ from xml.etree import ElementTree
 import pytest
 
 from halve.economics.currency import USD, read_currency
-from halve.economics.margin import demand_curve, demand_response, months_ahead, scenario_rows, tornado
-from halve.economics.product import read_product
+from halve.economics.margin import scenario_rows
+from halve.economics.outlook import demand_curve, demand_response, months_ahead
+from halve.economics.product_file import read_product
+from halve.economics.sensitivity import tornado
 from halve.economics.tenants import Use, keep_books
 from halve.report.languages import Both, same, switch
-from halve.report.margin import count, origin_words, render_margin, share
+from halve.report.margin import render_margin
+from halve.report.margin_words import count, origin_words, share
 
 D = Decimal
 

@@ -144,7 +144,7 @@ def test_formats_are_explained_and_unknown_ones_keep_their_name() -> None:
     assert words.format_words("bf16") == "16-bit floats"
     assert words.format_words("gguf Q4_K") == "gguf Q4_K"
     assert words.method_words(None) == "as it is"
-    assert words.method_words("gptq") == "gptq"
+    assert words.method_words("awq") == "awq"
 
 
 def test_a_plan_is_said_in_sentences() -> None:

@@ -155,6 +155,28 @@ def test_a_budget_holds_under_100_requests_at_once(url, opened):
     assert (sums["requests"], sums["usage_micro_usd"], sums["prompt_tokens"]) == (33, 231, 330)
 
 
+def test_uses_of_a_stretch_of_time(url, opened):
+    store = opened(url)
+    key, _ = store.add_key("a")
+    for i, (key_id, model, money) in enumerate([(key.id, "base", 7), (key.id, "base", None), (None, "adapter", 5)]):
+        line = LedgerEntry(
+            kind="request", at=100.0 + i, model=model, key_id=key_id, request_id=f"r{i}", prompt_tokens=6,
+            completion_tokens=4, decode_us=500_000, micro_usd=money,
+        )  # fmt: skip
+        store.settle(None, line)
+    store.settle(None, LedgerEntry(kind="idle", at=160.0, model="base", decode_us=1_000_000, micro_usd=11))
+    found = store.uses()
+    assert (found.start, found.end, found.idle_micro_usd) == (99.5, 160.0, 11)
+    by = {use.model: use for use in found.uses}
+    assert (by["base"].name, by["base"].requests, by["base"].micro_usd, by["base"].unpriced) == ("a", 2, 7, 1)
+    assert (by["adapter"].key, by["adapter"].name, by["adapter"].prompt_tokens) == (None, None, 6)
+    part = store.uses(101.0, 102.0)
+    assert (part.start, part.end, part.idle_micro_usd) == (101.0, 102.0, 0)
+    assert [use.requests for use in part.uses] == [1]
+    nothing = store.uses(1000.0)
+    assert (nothing.uses, nothing.end) == ((), None)
+
+
 def test_what_a_dead_server_had_reserved_is_free_again(url, opened):
     dead, store = opened(url), opened(url)
     key, _ = store.add_key("a")

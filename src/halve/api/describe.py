@@ -1,5 +1,6 @@
 """The verbs that only look: `inspect` a model, `doctor` a machine."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +18,8 @@ from halve.kernels import ceilings, native_library, native_rows
 from halve.kernels.ceilings import Ceilings
 from halve.kernels.cuda import rows as cuda_rows
 from halve.models import load_config, stored_formats
-from halve.models.names import EMBEDDING, groups, modules, num_parameters, vectors
-
-KIND_PATTERNS: Mapping[str, str] = {
-    "qkv": "model.layers.*.self_attn.[qkv]_proj",
-    "o": "model.layers.*.self_attn.o_proj",
-    "gate_up": "model.layers.*.mlp.{gate,up}_proj",
-    "down": "model.layers.*.mlp.down_proj",
-    "lm_head": "lm_head",
-}
+from halve.models.names import group_pattern, groups, modules, num_active_parameters, num_parameters, vectors
+from halve.search import plain_bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +40,8 @@ class ModelFacts:
     architecture: str
     parameters: int
     active_parameters: int  # that one token runs through
+    bytes_per_token: int  # of weights, that one decoded token reads
+    experts: tuple[int, int] | None  # of a sparse layer, and how many of them a token runs through
     bytes: int  # of the weight files
     num_layers: int
     hidden_size: int
@@ -123,7 +119,9 @@ def inspect(model: str | Path) -> ModelFacts:
             path=str(checkpoint.path),
             architecture=config.architecture,
             parameters=parameters,
-            active_parameters=parameters,
+            active_parameters=num_active_parameters(config),
+            bytes_per_token=plain_bytes_per_token(config, stored_formats(checkpoint, config)),
+            experts=next(((e.num_experts, e.top_k) for layer in config.layers if (e := layer.experts)), None),
             bytes=checkpoint.weight_bytes,
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
@@ -148,7 +146,7 @@ def _verdict(checkpoint: Checkpoint) -> str | None:
 def _group_facts(checkpoint: Checkpoint) -> list[GroupFacts]:
     config = load_config(checkpoint)
     stored = stored_formats(checkpoint, config)
-    kind_of = {m.name: g.kind for g in groups(config) for m in g.members}
+    group_of = {m.name: g for g in groups(config) for m in g.members}
     totals: dict[tuple[str, str], tuple[int, int]] = {}
 
     def add(pattern: str, format_name: str, parameters: int, size: int) -> None:
@@ -159,11 +157,15 @@ def _group_facts(checkpoint: Checkpoint) -> list[GroupFacts]:
     sizes = _module_bytes(checkpoint, {name for name, _ in vector_shapes})
     for module in modules(config):
         fmt = stored[module.name]
-        pattern = EMBEDDING if module.name == EMBEDDING else KIND_PATTERNS[kind_of[module.name]]
-        add(pattern, fmt.name, module.shape[0] * module.shape[1], sizes[module.name])
+        group = group_of.get(module.name)
+        pattern = module.name
+        if group is not None and group.layer is not None:
+            pattern = group_pattern(config, group.layer, group.kind).format("*")
+        add(pattern, fmt.name, math.prod(module.shape), sizes[module.name])
     for name, shape in vector_shapes:
         info = checkpoint.reader.info(name)
-        add("norms and biases", info.dtype.lower(), shape[0], shape[0] * int(info.dtype[-2:]) // 8)
+        what = "routers" if len(shape) == 2 else "norms and biases"
+        add(what, info.dtype.lower(), math.prod(shape), math.prod(shape) * int(info.dtype[-2:]) // 8)
     return [
         GroupFacts(pattern=pattern, format=name, parameters=parameters, bytes=size)
         for (pattern, name), (parameters, size) in totals.items()

@@ -16,20 +16,19 @@ from halve.core.record import to_dict
 from halve.economics import api_price
 from halve.economics.currency import Currency
 from halve.economics.fields import nearest, read_share
-from halve.economics.margin import (
-    Bar,
+from halve.economics.margin import ScenarioRow, scenario_rows
+from halve.economics.margin_tables import Tables, margin_tables, rounded
+from halve.economics.outlook import (
     DemandResponse,
     Month,
-    ScenarioRow,
     demand_curve,
     demand_response,
     months_ahead,
     payback_months,
-    scenario_rows,
-    tornado,
 )
-from halve.economics.margin_tables import Tables, margin_tables, rounded
-from halve.economics.product import PriceOf, Product, read_product
+from halve.economics.product import Product
+from halve.economics.product_file import PriceOf, read_product
+from halve.economics.sensitivity import Bar, tornado
 from halve.economics.tenants import Books, keep_books
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class Margin:
     @property
     def sentence(self) -> str:
         """What it comes to."""
-        from halve.report.margin import margin_sentence
+        from halve.report.margin_words import margin_sentence
 
         return margin_sentence(self.rows, self.demand).en
 

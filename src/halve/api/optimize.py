@@ -7,25 +7,28 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-from halve.api.bundle import CERTIFICATE_FILE, REPORT_FILE, SEALED_FILE, SEEN_FILE
+from halve.api.bundle import CERTIFICATE_FILE, FRONT_FILE, REPORT_FILE, SEALED_FILE, SEEN_FILE
 from halve.api.certify import plan_sha256
 from halve.api.facts import environment, versions
 from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
-from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
+from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, front_of, reload, run
+from halve.api.plans import Purpose
 from halve.api.progress import SILENT, Progress
 from halve.api.questions import judge_tasks, read_tasks
 from halve.api.roofline import judged, rooflines
+from halve.api.study import Question
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
+from halve.api.workloads import level_of, price_of, seconds_of, workload_of
 from halve.api.workspace import Workspace, refuse_existing, write_atomic
 from halve.checkpoint import open_checkpoint, resolve
-from halve.compress import ActivationChoice, KVChoice
+from halve.compress import ActivationChoice, KVChoice, rounded_format
 from halve.compress import resolve as resolve_plan
-from halve.core.certificate import Certificate, Cost, Inputs, SealedText, Size, TaskResult
-from halve.core.errors import FormatError, OutputError, PlanError
+from halve.core.certificate import Certificate, Cost, Inputs, JudgedBy, SealedText, Size, TaskResult
+from halve.core.errors import ConfigError, FormatError, OutputError, PlanError
 from halve.core.plan import ActivationFormat, KVFormat
 from halve.core.record import to_json
 from halve.core.units import parse_percent
@@ -34,7 +37,8 @@ from halve.formats import Format, format_named
 from halve.models import ModelConfig, load_config, stored_formats
 from halve.models.names import num_parameters
 from halve.report import render
-from halve.search import Candidate, bytes_per_token, candidates, method_for, plain_bytes_per_token, plan_for
+from halve.search import Candidate, bytes_per_token, method_for, plain_bytes_per_token, plan_for
+from halve.search.uniform import MethodChoice
 from halve.text import Tokenizer
 
 log = logging.getLogger("halve")
@@ -42,7 +46,8 @@ log = logging.getLogger("halve")
 NUM_SAMPLES = 2  # answers of both models that the report shows
 DEFAULT_FORMAT = "int8"  # without a limit there is nothing to search for: the format that hardly loses anything
 
-Method = Literal["auto", "rtn", "clip"]
+DEFAULT_WORKLOAD = "chat"
+FIGURES = ("ppl", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +65,18 @@ def optimize(
     *,
     max_quality_loss: float | str | None = None,
     format: str = "auto",
-    method: Method = "auto",
+    method: MethodChoice = "auto",
     activations: ActivationChoice = "auto",
     kv_cache: KVChoice = "auto",
     portable: bool = False,
     calibration: str | Path | None = None,
     quality: Sequence[str] = (),
     task_margin: float | str | None = None,
+    workload: str | Path = DEFAULT_WORKLOAD,
+    slo: str | None = None,
+    price_per_hour: str | float | None = None,
+    time: str | None = None,
+    pick: int | None = None,
     keep_text: bool = True,
     force: bool = False,
     resume: bool = False,
@@ -76,8 +86,11 @@ def optimize(
     """Make a smaller model that loses at most `max_quality_loss`, certify it, write it to `out`.
 
     max_quality_loss: perplexity ratio - 1, as `"1%"` or 0.01; without it the bundle is made and measured.
-    format: `auto` for the cheapest uniform format that passes, or a format's name. method: `rtn` rounds to nearest,
-    `clip` weighs each input by its energy on the calibration text, `auto` takes clip for integers and rtn for fp8.
+    format: `auto` for the cheapest plan that passes, each fused group in a format of its own; or the name of one format
+    for all. method: `rtn` rounds to nearest,
+    `clip` weighs each input by its energy on the calibration text, `gptq` makes later weights up for the error of
+    earlier ones; `auto` takes, in a search, gptq below 8 bits and clip above (in models of 200 million parameters and
+    more clip alone), and with a format's name clip for integers and rtn for fp8.
     activations, kv_cache: formats that the inputs of products, and keys and values, are rounded to where the smaller
     model runs and where it is judged; `auto` takes int8 activations with integer weights and a bf16 cache, and fp32 for
     both in a portable bundle.
@@ -86,8 +99,13 @@ def optimize(
     calibration, selection, and sealed text that only the certificate sees. keep_text: the bundle keeps the sealed
     text, so that anyone can verify it; else its hash and path only.
     quality: `tasks=FILE`, any number of them: questions that both models answer beside the text
-    (`halve.evaluate.tasks`). task_margin: the most that accuracy may have fallen, at 95 %; without it it is measured.
-    device: where the model is calibrated and scored, any torch device.
+    (`halve.evaluate.tasks`); `ppl` or `kl`: the limit holds for that figure alone, not for both. task_margin: the most
+    that accuracy may have fallen, at 95 %; without it it is measured.
+    workload: what cost is counted on: `chat`, `code`, `batch` or a trace (`halve.data.read_trace`). slo: what every
+    plan must keep on it, as `ttft=2s,tpot=100ms`. price_per_hour: of the machine, in dollars, for $ a million tokens.
+    time: that the search may take, as `30m`: swaps are then measured as far as they fit, and the cheapest plan that has
+    passed by then is certified. pick: the plan of this number of the front (`halve/front.json`) instead of the cheapest
+    within the limit. device: where the model is calibrated and scored, any torch device.
 
     Raises UserError's kinds: CheckpointError, ConfigError, FormatError, DataError, QualityError when nothing meets
     the limit, OutputError; nothing is left behind then.
@@ -95,8 +113,13 @@ def optimize(
     limit = None if max_quality_loss is None else parse_percent(max_quality_loss, "max_quality_loss")
     _check_choice("activations", activations, get_args(ActivationFormat))
     _check_choice("kv_cache", kv_cache, get_args(KVFormat))
+    price, time_s = price_of(price_per_hour), None if time is None else seconds_of(time, "time")
+    searched = format == "auto" and (limit is not None or pick is not None)
+    _check_search(searched, activations, workload=workload, slo=slo, time=time, pick=pick)
     margin = None if task_margin is None else parse_percent(task_margin, "task_margin")
-    tasks = read_tasks(quality, margin)
+    figures = [word for word in quality if word in FIGURES]
+    tasks = read_tasks([word for word in quality if word not in FIGURES], margin)
+    judged_by: JudgedBy = "both" if len(set(figures)) != 1 else "ppl" if figures[0] == "ppl" else "kl"
     text_path = None if calibration is None else Path(calibration)
     with open_checkpoint(resolve(str(model))) as checkpoint:
         if Path(out).resolve() == checkpoint.path.resolve():
@@ -107,19 +130,12 @@ def optimize(
         check_served(served, *("fp32" if chosen == "auto" else chosen for chosen in (activations, kv_cache)))
         config = load_config(checkpoint).with_kv_format("fp32")
         source = stored_formats(checkpoint, config)
-        listed = _list_candidates(
-            config,
-            source,
-            format,
-            method,
-            portable=portable,
-            limit=limit,
-            activations=activations,
-            kv_cache=kv_cache,
-        )
-        ranked = tuple(c for c in listed if c.plan is not None)
+        named = _named(config, source, format, method, activations, kv_cache, portable=portable, search=searched)
+        rounded = rounded_format(portable, activations, kv_cache)
+        context = config.context
+        purpose = Purpose(workload=workload_of(str(workload), context, level_of(slo)), usd_per_hour=price)
         tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
-        texts = prepare_texts(text_path, tokenizer, config, selected=len(ranked) > 1)
+        texts = prepare_texts(text_path, tokenizer, config, selected=searched)
         command = _command(
             model,
             out,
@@ -132,6 +148,11 @@ def optimize(
             calibration=calibration,
             quality=quality,
             task_margin=task_margin,
+            workload=workload,
+            slo=slo,
+            price_per_hour=price_per_hour,
+            time=time,
+            pick=pick,
             keep_text=keep_text,
             device=device,
         )
@@ -141,7 +162,10 @@ def optimize(
             "model": model_sha256,
             "text": texts.calibration_sha256 + texts.selection_sha256 + texts.sealed_sha256,
             "limit": limit,
-            "formats": [f"{c.format} {c.method}" for c in ranked],
+            "formats": ["searched", method] if named is None else [named.format, named.method],
+            "workload": [purpose.workload.name, slo],
+            "pick": pick,
+            "judged by": judged_by,
             "activations": activations,
             "kv_cache": kv_cache,
             "portable": portable,
@@ -153,8 +177,24 @@ def optimize(
                 checkpoint=checkpoint,
                 config=config,
                 source=source,
-                ranked=ranked,
+                named=named,
+                question=Question(
+                    checkpoint=checkpoint,
+                    config=config,
+                    source=source,
+                    method=method,
+                    portable=portable,
+                    activations=rounded[0],
+                    kv_cache=rounded[1],
+                    device=device,
+                    texts=texts,
+                    model_sha256=model_sha256,
+                ),
+                purpose=purpose,
+                pick=pick,
+                time_s=time_s,
                 limit=limit,
+                judged_by=judged_by,
                 device=device,
                 texts=texts,
                 workspace=workspace,
@@ -176,13 +216,13 @@ def optimize(
                 calibration_sha256=texts.calibration_sha256,
                 sealed_sha256=texts.sealed_sha256,
                 device=environment(device),
-                workload=None,
-                price=None,
+                workload=purpose.workload.name if searched else None,
+                price=None if price is None else str(price),
                 versions=versions(),
                 command=command,
             )
             certificate = _certificate(job, outcome, inputs, trial, asked, keep_text=keep_text)
-            _finish(job, outcome, trial, certificate, listed, keep_text=keep_text)
+            _finish(job, outcome, trial, certificate, keep_text=keep_text)
             workspace.publish(outcome.directory)
     path = Path(out)
     return Optimized(path=path, certificate=certificate, report=path / REPORT_FILE)
@@ -193,46 +233,45 @@ def _check_choice(name: str, value: str, formats: Sequence[str]) -> None:
         raise PlanError(f"{name}: {value!r} is not one of auto, {', '.join(formats)}")
 
 
-def _list_candidates(
+def _check_search(
+    searched: bool, activations: str, *, workload: str | Path, slo: str | None, time: str | None, pick: int | None
+) -> None:
+    """Refuse what only a search understands where there is none, and what no search can find."""
+    given = {"workload": workload != DEFAULT_WORKLOAD, "slo": slo is not None, "time": time is not None}
+    given["pick"] = pick is not None
+    if not searched and (without := [name for name, there in given.items() if there]):
+        raise ConfigError(
+            f"{', '.join(without)}: only a search for plans takes this; leave out --format, and give --max-quality-loss"
+        )
+    if searched and activations == "fp8":
+        raise PlanError(
+            "activations fp8: they meet fp8 weights only, and the search stores integers; take int8, or --format fp8"
+        )
+
+
+def _named(
     config: ModelConfig,
     source: Mapping[str, Format],
     format: str,
-    method: Method,
-    *,
-    portable: bool,
-    limit: float | None,
+    method: MethodChoice,
     activations: ActivationChoice,
     kv_cache: KVChoice,
-) -> list[Candidate]:
-    """Every format for `auto` under a limit; else the one that was named (or the default), or FormatError."""
-    stored = dict(source)
-    if format == "auto" and limit is not None:
-        listed = candidates(
-            config, method, portable=portable, source=stored, activations=activations, kv_cache=kv_cache
-        )
-        _log_skipped(listed)
-        return listed
+    *,
+    portable: bool,
+    search: bool,
+) -> Candidate | None:
+    """The plan of the format that was named, or of the default; None where plans are searched. Raises FormatError."""
+    if search:
+        return None
     if format == "auto":
         log.info("no --max-quality-loss, so nothing to search for: taking %s", DEFAULT_FORMAT)
     fmt = format_named(DEFAULT_FORMAT if format == "auto" else format)
     if not fmt.scaled:
         raise FormatError(f"format {fmt.name} stores floats as they are and makes nothing smaller; take int8 or below")
-    chosen = method_for(fmt, method)
+    stored, chosen = dict(source), method_for(fmt, method)
     plan = plan_for(config, fmt, chosen, portable=portable, source=stored, activations=activations, kv_cache=kv_cache)
     size = bytes_per_token(config, resolve_plan(plan, config), stored)
-    return [Candidate(format=fmt.name, method=chosen, plan=plan, bytes_per_token=size)]
-
-
-def _log_skipped(listed: list[Candidate]) -> None:
-    """One line for each way in which formats do not fit, with the reason of the first."""
-    alike: dict[str, list[Candidate]] = {}
-    for candidate in listed:
-        if candidate.refusal:
-            fmt = format_named(candidate.format)
-            kind = candidate.refusal.replace(fmt.name, "").replace(f"group_size {fmt.group_size}", "")
-            alike.setdefault(kind, []).append(candidate)
-    for skipped in alike.values():
-        log.info("skipped %s: %s", ", ".join(c.format for c in skipped), skipped[0].refusal)
+    return Candidate(format=fmt.name, method=chosen, plan=plan, bytes_per_token=size, choices={})
 
 
 def _certificate(
@@ -244,7 +283,6 @@ def _certificate(
         found = [judged(name, checkpoint, job.config, speed) for name, checkpoint, speed in pairs]
     limits = rooflines([one for one in found if one is not None]) if job.device == "cpu" else ()
     float32 = 4 * num_parameters(job.config)
-    assert outcome.candidate.bytes_per_token is not None
     original_bytes_per_token = plain_bytes_per_token(job.config, dict(job.source))
     return Certificate(
         verdict="measured" if job.limit is None else "pass",
@@ -275,21 +313,22 @@ def _certificate(
         tasks=asked,
         speed_ratios=trial.ratios,
         rooflines=limits,
+        judged_by=job.judged_by,
+        workload_cost=None if outcome.plans is None else outcome.plans.cost(outcome.candidate),
     )
 
 
-def _finish(
-    job: Job, outcome: Outcome, trial: Trial, certificate: Certificate, listed: list[Candidate], *, keep_text: bool
-) -> None:
+def _finish(job: Job, outcome: Outcome, trial: Trial, certificate: Certificate, *, keep_text: bool) -> None:
     """Add what makes a model directory a bundle: certificate, sealed text, report."""
     directory = outcome.directory
     if keep_text:
         write_documents(directory / SEALED_FILE, job.texts.sealed_documents)
+    if outcome.plans is not None:
+        write_atomic(directory / FRONT_FILE, to_json(front_of(outcome)))
     write_atomic(directory / SEEN_FILE, job.texts.seen.to_json())
     write_atomic(directory / CERTIFICATE_FILE, to_json(certificate))
     created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    assert outcome.candidate.plan is not None
-    page = report_page(job, outcome, outcome.candidate.plan, trial, certificate, listed, created)
+    page = report_page(job, outcome, trial, certificate, created)
     write_atomic(directory / REPORT_FILE, render(page))
 
 
@@ -306,6 +345,11 @@ def _command(
     calibration: str | Path | None,
     quality: Sequence[str],
     task_margin: float | str | None,
+    workload: str | Path,
+    slo: str | None,
+    price_per_hour: str | float | None,
+    time: str | None,
+    pick: int | None,
     keep_text: bool,
     device: str,
 ) -> str:
@@ -322,6 +366,11 @@ def _command(
         words += ["--quality", word]
     if task_margin is not None:
         words += ["--task-margin", str(task_margin)]
+    if str(workload) != DEFAULT_WORKLOAD:
+        words += ["--workload", str(workload)]
+    searching = {"--slo": slo, "--price-per-hour": price_per_hour, "--time": time, "--pick": pick}
+    for flag, value in searching.items():
+        words += [] if value is None else [flag, str(value)]
     if not keep_text:
         words.append("--no-keep-text")
     if device != "cpu":

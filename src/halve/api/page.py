@@ -6,12 +6,11 @@ from halve.api.pipeline import Job, Outcome, label
 from halve.api.trial import Trial
 from halve.compress import ModuleReport
 from halve.core.certificate import Certificate
-from halve.core.plan import Plan
 from halve.models.names import EMBEDDING, groups
 from halve.report import Candidate, GroupSize, LayerError, ReportPage, Sample
-from halve.search import Candidate as Ranked
-from halve.search import Judged
+from halve.search import Judged, in_words
 
+TOLD_MOVES = 8  # that were rejected; all of them are in halve/front.json
 KIND_WORDS = {
     "qkv": "attention q/k/v",
     "o": "attention out",
@@ -20,23 +19,15 @@ KIND_WORDS = {
 }
 
 
-def report_page(
-    job: Job,
-    outcome: Outcome,
-    plan: Plan,
-    trial: Trial,
-    certificate: Certificate,
-    listed: list[Ranked],
-    created: str,
-) -> ReportPage:
-    """Fill the page. listed: every candidate, also those that were skipped and why."""
+def report_page(job: Job, outcome: Outcome, trial: Trial, certificate: Certificate, created: str) -> ReportPage:
+    """Fill the page."""
     kinds = {m.name: (g.kind, g.layer) for g in groups(job.config) for m in g.members}
     name = job.checkpoint.path.name
     return ReportPage(
         title=f"{name}, made smaller",
         model_name=name,
         certificate=certificate,
-        plan=plan,
+        plan=outcome.candidate.plan,
         architecture=job.checkpoint.config["architectures"][0],
         licence=job.checkpoint.licence(),
         groups=_group_sizes(outcome.modules, kinds, tied=job.config.tied),
@@ -51,9 +42,9 @@ def report_page(
             )
             for m in outcome.modules
         ),
-        candidates=_candidates(listed, outcome),
+        candidates=_candidates(outcome),
         samples=tuple(Sample(prompt=a.prompt, original=a.original, smaller=a.smaller) for a in trial.answers),
-        notes=_notes(job, trial, listed),
+        notes=_notes(job, outcome, trial),
         created=created,
     )
 
@@ -86,14 +77,12 @@ def _group_sizes(
     )
 
 
-def _candidates(listed: list[Ranked], outcome: Outcome) -> tuple[Candidate, ...]:
+def _candidates(outcome: Outcome) -> tuple[Candidate, ...]:
     judged: dict[str, Judged] = {label(j): j for j in outcome.judged}
     chosen = label(outcome.candidate)
     failed_sealed = {a.plan for a in outcome.attempts if a.passed is False}
     rows = []
-    for candidate in listed:
-        if candidate.bytes_per_token is None:
-            continue
+    for candidate in outcome.ranked:
         name = label(candidate)
         verdict = judged.get(name)
         if name == chosen:
@@ -101,10 +90,10 @@ def _candidates(listed: list[Ranked], outcome: Outcome) -> tuple[Candidate, ...]
         elif name in failed_sealed:
             words = "passed on the selection text but not on the sealed text"
         elif verdict is None:
-            larger = candidate.bytes_per_token > (outcome.candidate.bytes_per_token or 0)
-            words = "not judged: larger than the chosen one" if larger else "not judged: a larger one already failed"
+            dearer = (candidate.cost or 0.0) > (outcome.candidate.cost or 0.0)
+            words = "not judged: dearer than the chosen one" if dearer else "not judged: a dearer one already failed"
         else:
-            words = "within the limit, but larger than the chosen one" if verdict.passed else "beyond the limit"
+            words = "within the limit, but dearer than the chosen one" if verdict.passed else "beyond the limit"
         rows.append(
             Candidate(
                 format=candidate.format,
@@ -118,13 +107,28 @@ def _candidates(listed: list[Ranked], outcome: Outcome) -> tuple[Candidate, ...]
     return tuple(rows)
 
 
-def _notes(job: Job, trial: Trial, listed: list[Ranked]) -> tuple[str, ...]:
+def _notes(job: Job, outcome: Outcome, trial: Trial) -> tuple[str, ...]:
     notes = [
         f"The kernels that serve this model here ({', '.join(sorted(set(trial.kernels.values())))}) differ from the "
         f"reference kernels that the certificate was measured with by a KL divergence of {trial.agreement:.1e} nats.",
         f"Text: {job.texts.source}; {len(job.texts.calibration)} documents to calibrate, {len(job.texts.selection)} to "
         f"select, {len(job.texts.sealed)} sealed, scored in windows of at most {job.texts.window_tokens} tokens.",
-        "Formats are ranked by the bytes of weights that one decoded token reads at batch 1; the cache is left out.",
     ]
-    notes += [f"{c.format} was skipped: {c.refusal}" for c in listed if c.refusal]
+    plans = outcome.plans
+    if plans is None:
+        return tuple(notes)
+    unit = "s of the workload" if plans.basis == "seconds" else "bytes a token"
+    if plans.basis == "seconds":
+        notes.append(
+            f"Plans are ranked by the seconds that the steps of workload {plans.purpose.workload.name} take in their "
+            "products, measured for every shape and format on this device."
+        )
+    else:
+        notes.append("Plans are ranked by the bytes of weights that one decoded token reads at batch 1.")
+    notes += [f"Stored as {line}." for line in in_words(outcome.candidate.choices)]
+    for move in outcome.moves()[:TOLD_MOVES]:
+        notes.append(
+            f"Not done: {move.part} in {move.rejected} instead of {move.chosen}: it saves {-move.cost:.3g} {unit} and "
+            f"{move.why} ({move.loss:.2g} nats per token more)."
+        )
     return tuple(notes)

@@ -2,30 +2,35 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import expm1
+from math import expm1, log1p
 from pathlib import Path
+from typing import Literal
 
 from halve.api.bundle import read_plan
 from halve.api.certify import score
 from halve.api.model import torch_ops
+from halve.api.plans import Plans, Purpose, find_plans
 from halve.api.progress import Advance, Progress
+from halve.api.study import Question, statistics_of, study
 from halve.api.texts import Texts
 from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
-from halve.compress import Energies, ModuleReport, apply_plan, calibrate
-from halve.core.certificate import Attempt, Measured, Quality
-from halve.core.errors import QualityError
+from halve.compress import ModuleReport, Statistics, apply_plan
+from halve.core.certificate import Attempt, JudgedBy, Measured, Quality
+from halve.core.errors import ConfigError, QualityError
 from halve.core.record import from_dict, to_dict
 from halve.data.overlap import require_unseen
 from halve.evaluate import PairedScores, compare, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
 from halve.kernels.ops import Array, Ops
-from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder
+from halve.models import Decoder, ModelConfig, load_config, load_decoder
 from halve.models.names import num_parameters
-from halve.search import Candidate, Judged, cheapest_passing
+from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start, uniform_candidates
+from halve.search import in_words as in_words_of
 
 log = logging.getLogger("halve")
 
@@ -35,6 +40,7 @@ CONFIDENCE = 0.95
 EARLY_SHARES = (0.125, 0.25, 0.5, 1)
 EARLY_DOCUMENTS = 20  # below this a bootstrap interval is not to be trusted
 EARLY_CONFIDENCE = 0.999
+EXPECTED_SHARE = 0.8  # of the limit: where the search looks first, since intervals must keep it, not values
 KEEP_BYTES = 1 << 30  # of the original's final states, kept while candidates are judged on the same text
 WIDEN_BYTES = 1 << 30  # a model no larger than this in float32 is scored from float32 weights
 
@@ -46,8 +52,13 @@ class Job:
     checkpoint: Checkpoint
     config: ModelConfig  # of the original, with its cache in fp32: the reference that quality is measured against
     source: Mapping[str, Format]
-    ranked: tuple[Candidate, ...]  # that can be made, cheapest first; one when the format was named
+    named: Candidate | None  # when the format was named
+    question: Question
+    purpose: Purpose
+    pick: int | None  # of the plans that a search finds, from 1; None for the cheapest within the limit
+    time_s: float | None
     limit: float | None
+    judged_by: JudgedBy
     device: str
     texts: Texts
     workspace: Workspace
@@ -55,8 +66,8 @@ class Job:
 
     @property
     def searched(self) -> bool:
-        """Whether formats are searched, so that the sealed text may be opened more than once."""
-        return len(self.ranked) > 1
+        """Whether plans are searched, so that the sealed text may be opened more than once."""
+        return self.named is None and self.pick is None
 
     @property
     def confidence(self) -> float:
@@ -74,6 +85,16 @@ class Outcome:
     quality: Quality
     attempts: tuple[Attempt, ...]
     judged: tuple[Judged, ...]
+    ranked: tuple[Candidate, ...]
+    plans: Plans | None  # None when the format was named
+
+    def moves(self) -> list[Move]:
+        """What the chosen plan left undone, best first; it had room up to the next cheaper plan that failed."""
+        assert self.plans is not None
+        failed = {label(j) for j in self.judged if not j.passed} | {a.plan for a in self.attempts if a.passed is False}
+        own = self.candidate.predicted_kl or 0.0
+        beyond = [c.predicted_kl or 0.0 for c in self.ranked if label(c) in failed]
+        return self.plans.moves(self.candidate, min((x for x in beyond if x > own), default=own))
 
 
 def run(job: Job) -> Outcome:
@@ -81,16 +102,27 @@ def run(job: Job) -> Outcome:
 
     Raises QualityError, naming the best that was reached, when nothing passes within the attempts.
     """
-    energies = _calibrate(job)
+    started = time.monotonic()
     original = original_scorer(job.checkpoint, job.config, job.device)
-    first, judged = _search(job, original, energies)
+    plans: Plans | None = None
+    ranked: tuple[Candidate, ...]
+    if job.named is not None:
+        statistics, ranked = _calibrate(job, job.named), (job.named,)
+    elif job.config.sparse:
+        ranked = _uniform_candidates(job)
+        statistics = _calibrate(job, ranked[-1])
+    else:
+        studied = study(job.question, original, job.workspace.path, job.progress, time_s=job.time_s)
+        plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress)
+        statistics, ranked = studied.statistics, plans.candidates
+    first, judged = _search(job, original, statistics, ranked, started)
     attempts: list[Attempt] = []
-    last = min(first + (MAX_ATTEMPTS if job.searched else 1), len(job.ranked))
+    last = min(first + (MAX_ATTEMPTS if job.searched else 1), len(ranked))
     for index in range(first, last):
-        candidate = job.ranked[index]
-        directory, modules = _make(job, candidate, energies)
+        candidate = ranked[index]
+        directory, modules = _make(job, candidate, statistics)
         measured = _certify(job, original, candidate, directory)
-        passed = None if job.limit is None else passes(measured, job.limit)
+        passed = None if job.limit is None else passes(measured, job.limit, job.judged_by)
         attempts.append(
             Attempt(plan=label(candidate), ppl_ratio=measured.ppl_ratio, kl_mean=measured.kl_mean, passed=passed)
         )
@@ -102,12 +134,92 @@ def run(job: Job) -> Outcome:
                 quality=measured,
                 attempts=tuple(attempts),
                 judged=tuple(judged),
+                ranked=ranked,
+                plans=plans,
             )
         log.info(
             "%s with %s does not hold on the sealed text: %s", label(candidate), _rounded(candidate), in_words(measured)
         )
     best = min(attempts, key=lambda a: a.kl_mean.value)
-    raise QualityError(_nothing_passed(job, f"{best.plan} on the sealed text", best))
+    raise QualityError(_nothing_passed(job, ranked[-1], f"{best.plan} on the sealed text", best))
+
+
+def _uniform_candidates(job: Job) -> tuple[Candidate, ...]:
+    """One format for all of a sparse model, cheapest first by the bytes that a token reads.
+
+    What single groups lose is not told apart there yet, nor what their products take. Raises ConfigError for a service
+    level, which asks for times.
+    """
+    level = job.purpose.workload.service_level
+    if level.ttft_s is not None or level.time_per_token_s is not None:
+        raise ConfigError("slo: plans of a sparse model are ranked by bytes, not by times; leave it out")
+    question = job.question
+    return uniform_candidates(
+        job.config,
+        job.source,
+        portable=question.portable,
+        activations=question.activations,
+        kv_cache=question.kv_cache,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A plan of the front. number: for --pick. cost_ratio: of the search's own unit, over the dearest plan's here.
+
+    predicted_kl: nats per token by the sensitivities. kl, ppl_ratio: measured, or null.
+    """
+
+    number: int
+    name: str
+    bytes_per_token: int
+    cost_ratio: float
+    predicted_kl: float
+    kl: Measured | None
+    ppl_ratio: Measured | None
+    chosen: bool
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Front:
+    """What a search found, cheapest first, and what the chosen plan left undone. basis: of cost."""
+
+    basis: Literal["seconds", "bytes"]
+    workload: str
+    points: tuple[Point, ...]
+    rejected_moves: tuple[Move, ...]
+    version: int = 1
+
+
+def front_of(outcome: Outcome) -> Front:
+    """The front with what was measured of it."""
+    plans = outcome.plans
+    assert plans is not None
+    judged = {label(j): j for j in outcome.judged}
+    most = max(c.cost or 0.0 for c in outcome.ranked) or 1.0
+    points = []
+    for i, candidate in enumerate(outcome.ranked):
+        found, chosen = judged.get(label(candidate)), candidate is outcome.candidate
+        points.append(
+            Point(
+                number=i + 1,
+                name=label(candidate),
+                bytes_per_token=candidate.bytes_per_token,
+                cost_ratio=(candidate.cost or 0.0) / most,
+                predicted_kl=candidate.predicted_kl or 0.0,
+                kl=outcome.quality.kl_mean if chosen else found.kl_mean if found else None,
+                ppl_ratio=outcome.quality.ppl_ratio if chosen else found.ppl_ratio if found else None,
+                chosen=chosen,
+                layers=tuple(in_words_of(candidate.choices)),
+            )
+        )
+    return Front(
+        basis=plans.basis,
+        workload=plans.purpose.workload.name,
+        points=tuple(points),
+        rejected_moves=tuple(outcome.moves()),
+    )
 
 
 def label(candidate: Candidate | Judged) -> str:
@@ -118,7 +230,6 @@ def label(candidate: Candidate | Judged) -> str:
 def _rounded(candidate: Candidate) -> str:
     """What a plan rounds beside the weights, for the log: `int8 activations and a bf16 cache`."""
     plan = candidate.plan
-    assert plan is not None, "candidates that are judged can be made"
     return f"{plan.activations.format} activations and a {plan.kv_cache.format} cache"
 
 
@@ -136,40 +247,45 @@ def original_scorer(checkpoint: Checkpoint, config: ModelConfig, device: str) ->
     return DecoderScorer(load_decoder(checkpoint, config, _reference_ops(config, device)), keep_bytes=KEEP_BYTES)
 
 
-def _calibrate(job: Job) -> Energies | None:
-    """Input energies, where any candidate needs them."""
-    if all(candidate.method == "rtn" for candidate in job.ranked):
-        return None
-    path = job.workspace.path / "energies.npz"
-    if path.exists():
-        return Energies.load(path)
-    with job.progress.task("Calibrating", "layers") as advance:
-        energies = calibrate(
-            job.config,
-            CheckpointSource(job.checkpoint),
-            job.texts.calibration,
-            window_tokens=job.texts.window_tokens,
-            device=job.device,
-            progress=advance,
-        )
-    temporary = path.with_suffix(".new.npz")
-    energies.save(temporary)
-    temporary.replace(path)
-    return energies
+def _calibrate(job: Job, candidate: Candidate) -> Statistics:
+    """What a named format's method needs to know of inputs."""
+    if candidate.method == "rtn":
+        return Statistics()
+    folder = job.workspace.path
+    return statistics_of(
+        job.checkpoint,
+        job.config,
+        job.texts,
+        job.device,
+        folder,
+        folder,
+        job.progress,
+        hessians=candidate.method == "gptq",
+    )
 
 
-def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tuple[int, list[Judged]]:
-    """Index of the cheapest candidate that passes on the selection text. A named format is not judged there."""
+def _search(
+    job: Job, original: DecoderScorer, statistics: Statistics, ranked: Sequence[Candidate], started: float
+) -> tuple[int, list[Judged]]:
+    """Index of the cheapest candidate that passes on the selection text. What was named or picked is not judged there.
+
+    When the time is over, or at Ctrl-C, the cheapest that has passed by then is taken, if there is one.
+    """
     if not job.searched:
-        return 0, []
-    assert job.limit is not None, "formats are searched only under a limit"
+        return _picked(job.pick, len(ranked)), []
+    assert job.limit is not None, "plans are searched only under a limit"
     limit = job.limit
+    passed_so_far: list[int] = []
+    found: dict[int, Judged] = {}
 
     def judge(candidate: Candidate) -> Judged:
         stored = job.workspace.state.setdefault("judged", {})
         if label(candidate) in stored:
-            return from_dict(Judged, stored[label(candidate)])
-        directory, _ = _make(job, candidate, energies)
+            return noted(candidate, from_dict(Judged, stored[label(candidate)]))
+        if passed_so_far and job.time_s is not None and time.monotonic() - started > job.time_s:
+            log.info("the time is over: going on with the best so far")
+            raise _OverError
+        directory, _ = _make(job, candidate, statistics)
         with job.progress.task(f"Judging {label(candidate)}", "tokens") as advance, open_checkpoint(directory) as made:
             measured, passed = judge_early(
                 original,
@@ -179,8 +295,8 @@ def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tup
                 limit,
                 job.confidence,
                 advance,
+                job.judged_by,
             )
-        assert candidate.bytes_per_token is not None
         result = Judged(
             format=candidate.format,
             method=candidate.method,
@@ -198,20 +314,46 @@ def _search(job: Job, original: DecoderScorer, energies: Energies | None) -> tup
         )
         stored[label(candidate)] = to_dict(result)
         job.workspace.save_state()
+        return noted(candidate, result)
+
+    def noted(candidate: Candidate, result: Judged) -> Judged:
+        index = ranked.index(candidate)
+        found[index] = result
+        if result.passed:
+            passed_so_far.append(index)
         return result
 
-    index, judged = cheapest_passing(job.ranked, judge)
+    try:
+        index, _ = cheapest_passing(ranked, judge, start=likely_start(ranked, EXPECTED_SHARE * log1p(limit)))
+    except (_OverError, KeyboardInterrupt):
+        if not passed_so_far:
+            raise
+        log.info("stopped: going on with %s, the best so far", label(ranked[min(passed_so_far)]))
+        index = min(passed_so_far)
     if index is None:
-        best = min(judged.values(), key=lambda j: j.kl_mean.value)
-        raise QualityError(_nothing_passed(job, label(best), best))
-    return index, [judged[i] for i in sorted(judged)]
+        best = min(found.values(), key=lambda j: j.kl_mean.value)
+        raise QualityError(_nothing_passed(job, ranked[-1], label(best), best))
+    return index, [found[i] for i in sorted(found)]
 
 
-def _nothing_passed(job: Job, what: str, best: Attempt | Judged) -> str:
+class _OverError(Exception):
+    """The time that was given is over."""
+
+
+def _picked(pick: int | None, num_plans: int) -> int:
+    """Index of the plan that was asked for by its number."""
+    if pick is None:
+        return 0
+    if not 1 <= pick <= num_plans:
+        raise ConfigError(f"pick: there is no plan {pick}; this model has plans 1 to {num_plans}")
+    return pick - 1
+
+
+def _nothing_passed(job: Job, dearest: Candidate, what: str, best: Attempt | Judged) -> str:
     advice = "allow more, give more text (--calibration), or leave out --max-quality-loss to have it made and measured"
-    if flags := _exact_flags(job.ranked[-1]):
+    if flags := _exact_flags(dearest):
         advice = f"round less ({flags}), {advice}"
-    subject = "no format meets" if job.searched else "this format does not meet"
+    subject = "no plan meets" if job.searched else "this format does not meet"
     return (
         f"{subject} a quality loss of {job.limit:.3%}; best reached: {what} with {in_words(best)}. "
         f"Nothing written; {advice}"
@@ -221,12 +363,11 @@ def _nothing_passed(job: Job, what: str, best: Attempt | Judged) -> str:
 def _exact_flags(candidate: Candidate) -> str:
     """The flags that leave unrounded what the candidate rounds beside its weights; empty when it rounds nothing."""
     plan = candidate.plan
-    assert plan is not None, "candidates that are judged can be made"
     rounded = {"--activations": plan.activations.format, "--kv-cache": plan.kv_cache.format}
     return " ".join(f"{flag} fp32" for flag, chosen in rounded.items() if chosen != "fp32")
 
 
-def _make(job: Job, candidate: Candidate, energies: Energies | None) -> tuple[Path, tuple[ModuleReport, ...]]:
+def _make(job: Job, candidate: Candidate, statistics: Statistics) -> tuple[Path, tuple[ModuleReport, ...]]:
     """Write a candidate's model into the workspace; only the newest is kept on disk."""
     name = f"model-{candidate.format}-{candidate.method}"
     directory = job.workspace.path / name
@@ -236,9 +377,16 @@ def _make(job: Job, candidate: Candidate, energies: Energies | None) -> tuple[Pa
     for old in job.workspace.path.glob("model-*"):
         shutil.rmtree(old)
     directory = job.workspace.fresh_directory(name)
-    assert candidate.plan is not None
     with job.progress.task(f"Writing {label(candidate)}", "matrices") as advance:
-        modules = apply_plan(job.checkpoint, job.config, candidate.plan, directory, energies=energies, progress=advance)
+        modules = apply_plan(
+            job.checkpoint,
+            job.config,
+            candidate.plan,
+            directory,
+            energies=statistics.energies,
+            hessians=statistics.hessians,
+            progress=advance,
+        )
     job.workspace.state["made"] = {"name": name, "modules": [to_dict(m) for m in modules]}
     job.workspace.save_state()
     return directory, modules
@@ -269,6 +417,7 @@ def judge_early(
     limit: float,
     confidence: float,
     progress: Advance,
+    by: JudgedBy = "both",
 ) -> tuple[Quality, bool]:
     """Measure on a growing part of the selection text until it is clear on which side of the limit a model is.
 
@@ -290,11 +439,11 @@ def judge_early(
         start = end
         if end < len(documents):
             wide = quality(scores, confidence=EARLY_CONFIDENCE, num_resamples=20_000)
-            if passes(wide, limit) or fails(wide, limit):
+            if passes(wide, limit, by) or fails(wide, limit, by):
                 break
     assert scores is not None, "the selection text holds its minimum of documents"
     measured = quality(scores, confidence=confidence)
-    return measured, passes(measured, limit)
+    return measured, passes(measured, limit, by)
 
 
 def reload(checkpoint: Checkpoint, device: str) -> Decoder:

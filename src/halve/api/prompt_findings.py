@@ -64,7 +64,7 @@ def _examples(found: Reading, prices: PromptPrices, scaled: Scaled) -> Iterable[
         tokens=tokens,
         usd=trim_usd(tokens, True, prices),
         keeps_answers=False,
-        change=f"{len(examples)} messages recur as examples: leave out those without which answers stay right, or tune "
+        change=f"{len(examples)} examples recur: leave out those without which answers stay right, or tune "
         "a model on them",
         evidence=tuple(
             f"line {one.line}: {one.text!r}, {one.tokens} tokens, {one.count} times" for one in examples[:5]

@@ -12,8 +12,10 @@ from halve.data.prompt_parts import (
     PrefixHits,
     Recurring,
     block_names,
+    example_blocks,
     key_of,
     keys_of,
+    lines_of,
     message_key,
     reordered,
     reordered_text,
@@ -201,31 +203,43 @@ class LogReader:
 
     def _roles(self, request: LoggedRequest, total: int) -> None:
         """Tokens by what they are; what is counted of its own first, the rest by characters."""
-        found, sizes, messages = self.found, Counter[str](), request.messages
+        sizes, messages = Counter[str](), request.messages
         if request.tools:
             sizes["tools"] = self._size("\n".join(request.tools))
         chars: Counter[str] = Counter()
         seen: set[int] = set()
         for i, message in enumerate(messages):
-            key, is_last = message_key(message), i == len(messages) - 1
+            is_last = i == len(messages) - 1
+            if not is_last and i > 0 and self._is_example(message):
+                sizes["examples"] += self._example(message, request.line, seen)
+                continue
+            inside = 0
+            for block in self._blocks(message):
+                inside += len(block.text)
+                sizes["examples"] += self._example(block, request.line, seen)
             if message.role == "system":
-                sizes["system"] += self._system(request.line, message)
-            elif not is_last and i > 0 and len(message.text) >= 20 and self.recurring.level(key) < 2:
-                size = self._size(message.text)
-                sizes["examples"] += size
-                self._example(key, size, message, request.line)
-                if key in seen and message.role != "assistant":
-                    found.repeated += size
-                    if len(found.repeated_lines) < 5:
-                        found.repeated_lines.append(request.line)
-                seen.add(key)
+                size = self._system(request.line, message)
+                sizes["system"] += size * (len(message.text) - inside) // max(1, len(message.text))
             else:
-                chars["question" if is_last else "history"] += len(message.text) + 8
+                chars["question" if is_last else "history"] += len(message.text) - inside + 8
         rest = max(0, total - sum(sizes.values()))
         if chars.total():
             for role, number in chars.items():
                 sizes[role] += rest * number // chars.total()
-        found.roles.update(sizes)
+        self.found.roles.update(sizes)
+
+    def _is_example(self, message: LoggedMessage) -> bool:
+        """Whether a message between the first and the last one recurs in a tenth of the requests."""
+        return message.role != "system" and len(message.text) >= 20 and self.recurring.level(message_key(message)) < 2
+
+    def _blocks(self, message: LoggedMessage) -> list[LoggedMessage]:
+        """Examples inside a message whose first lines recur as often."""
+        blocks = []
+        for text in example_blocks(message.text):
+            line = lines_of(text)[0]
+            if self.recurring.level(key_of("line", message.role, line)) < 2:
+                blocks.append(LoggedMessage(role="example", text=text))
+        return blocks
 
     def _system(self, line: int, message: LoggedMessage) -> int:
         size = self._size(message.text)
@@ -241,12 +255,20 @@ class LogReader:
             self.found.systems[key] = SystemPrompt(1, size, message.text[:80], line, saved)
         return size
 
-    def _example(self, key: int, size: int, message: LoggedMessage, line: int) -> None:
-        known = self.found.examples.get(key)
+    def _example(self, message: LoggedMessage, line: int, seen: set[int]) -> int:
+        """Tokens of an example, which is noted, and again where the prompt has it already."""
+        key, size, found = message_key(message), self._size(message.text), self.found
+        known = found.examples.get(key)
         if known is not None:
             known.count += 1
-        elif len(self.found.examples) < MAX_KINDS:
-            self.found.examples[key] = Example(1, size, message.text[:80], line)
+        elif len(found.examples) < MAX_KINDS:
+            found.examples[key] = Example(1, size, message.text[:80], line)
+        if key in seen and message.role != "assistant":  # answers such as "yes" may well be the same
+            found.repeated += size
+            if len(found.repeated_lines) < 5:
+                found.repeated_lines.append(line)
+        seen.add(key)
+        return size
 
     def _answer(self, request: LoggedRequest) -> int:
         """Tokens of the answer; 0 where nothing is known of it."""

@@ -17,7 +17,7 @@ from halve.data.request_logs import LoggedMessage
 from halve.economics import api_price
 from halve.economics.fields import read_number
 from halve.economics.margin_tables import rounded
-from halve.economics.product import MOST_USD_PER_MTOK
+from halve.economics.product_file import MOST_USD_PER_MTOK, listed_cached_price
 from halve.economics.prompts import (
     Finding,
     PromptPrices,
@@ -145,7 +145,7 @@ def read_prices(
         )
     return PromptPrices(
         input_usd_per_mtok=known.input_usd_per_mtok,
-        cached_input_usd_per_mtok=stated[1],
+        cached_input_usd_per_mtok=stated[1] if stated[1] is not None else listed_cached_price(known),
         output_usd_per_mtok=known.output_usd_per_mtok,
         origin=f"{known.name}, {known.source}",
     )

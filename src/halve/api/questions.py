@@ -20,7 +20,7 @@ def read_tasks(quality: Sequence[str], margin: float | None) -> tuple[Task, ...]
     for word in quality:
         kind, _, path = word.partition("=")
         if kind != "tasks" or not path:
-            raise ConfigError(f"quality: {word!r:.80} is not known; give tasks=FILE (text is always judged)")
+            raise ConfigError(f"quality: {word!r:.80} is not known; give ppl, kl or tasks=FILE")
         tasks.append(read_task(path))
         require_questions(tasks[-1], margin)
     if margin is not None and not tasks:

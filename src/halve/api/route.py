@@ -1,47 +1,42 @@
 """`halve route`: what routing between a cheap and a dear model costs and keeps, on questions with known answers."""
 
-import gzip
-import json
-import lzma
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from halve.core.errors import ConfigError, DataError, OutputError
-from halve.core.record import parse_json, shown, to_dict
+from halve.api.questions_routed import Questions, read_questions
+from halve.api.saved_router import SavedRouter, extra_usd
+from halve.core.errors import ConfigError, OutputError
+from halve.core.record import to_dict
 from halve.core.units import parse_percent
-from halve.data.prompt_parts import approximate_ids
 from halve.economics import api_price
 from halve.economics.fields import read_number
 from halve.economics.margin_tables import rounded
-from halve.economics.product import MOST_USD_PER_MTOK
+from halve.economics.product_file import MOST_USD_PER_MTOK
 from halve.economics.routing import Curve, Interval, Outcomes, Prices, Strategy, Verdict, certify, choose
-from halve.evaluate.router import NUM_FEATURES, Router, features_of, fit, gains_of_unseen
+from halve.evaluate.router import Router, features_of, fit, gains_of_unseen
 
 if TYPE_CHECKING:
     from halve.report.routing import RoutingPage
 
-MIN_QUESTIONS = 40
 LEARNED = "learned from words of the prompt, on the half that the threshold is chosen on"
 POWERS = (0.0, 0.5, 1.0)  # of what a request costs more, by which its gain is divided
-CHARS_PER_TOKEN = 4  # of English answers whose length is known in characters alone
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routed:
-    """What `route` found. curve, coin and oracle: strategies at shares of the dear model, on the unseen half.
+    """What `route` found. curve, oracle and short: strategies at shares of the dear model, on the unseen half.
 
-    recovered, apgr: of the gap between the models, the mean over budgets of dollars and of calls; 0.5 is a coin, and
-    better_than_coin is whether the interval of dollars lies above. coin_as_good: the coin that is right as
-    often as the router; requests_per_month: for the money of a month.
+    recovered, apgr: of the gap between the models, the mean over budgets of dollars and of calls; 0.5 is a coin.
+    more_than_short: of dollars, how much more than the rule that sends the shortest prompts to the dear model.
+    short_as_good, coin_as_good, oracle_as_good: those that are right as often as the router; None where none is.
+    requests_per_month: for the money of a month.
     """
 
     path: str
@@ -54,26 +49,29 @@ class Routed:
     always_dear: Strategy
     coin_as_good: Strategy | None
     oracle_as_good: Strategy
+    short_as_good: Strategy | None
     recovered: Interval | None
+    more_than_short: Interval | None
     apgr: Interval | None
     calls_for_half: float | None
     calls_for_80_percent: float | None
     curve: tuple[Strategy, ...]
     oracle: tuple[Strategy, ...]
+    short: tuple[Strategy, ...]
     requests_per_month: int | None
     notes: tuple[str, ...]
     version: int = 1
 
     @property
-    def better_than_coin(self) -> bool:
-        """Whether the interval of what is recovered lies above a coin's 0.5."""
-        return self.recovered is not None and self.recovered.low > 0.5
+    def is_better(self) -> bool:
+        """Whether it is shown to be better than the rule of the shortest prompts."""
+        return self.more_than_short is not None and self.more_than_short.low > 0
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """The router and its frames, for a table."""
-        coin = (self.coin_as_good,) if self.coin_as_good else ()
-        return (self.always_cheap, self.verdict.strategy, *coin, self.oracle_as_good, self.always_dear)
+        frames = (self.short_as_good, self.coin_as_good, self.oracle_as_good)
+        return (self.always_cheap, self.verdict.strategy, *(one for one in frames if one), self.always_dear)
 
     @property
     def saved_share(self) -> Decimal:
@@ -99,9 +97,11 @@ class Routed:
             verdict=self.verdict,
             saved_share=self.saved_share,
             recovered=self.recovered,
+            more_than_short=self.more_than_short,
             strategies=self.strategies,
             curve=self.curve,
             oracle=self.oracle,
+            short=self.short,
             requests_per_month=self.requests_per_month,
             notes=(f"{self.scores}; {self.num_questions:,} questions of {Path(self.path).name}", *self.notes),
         )
@@ -130,12 +130,14 @@ class Routed:
             "saved_share": rounded(self.saved_share, 9),
             "recovered": to_dict(self.recovered),
             "apgr": to_dict(self.apgr),
-            "better_than_coin": self.better_than_coin,
+            "more_than_short": to_dict(self.more_than_short),
+            "is_better": self.is_better,
             "calls_for_half": self.calls_for_half,
             "calls_for_80_percent": self.calls_for_80_percent,
             "strategies": [self._plain(one) for one in self.strategies],
             "curve": [self._plain(one) for one in self.curve],
             "oracle": [self._plain(one) for one in self.oracle],
+            "short": [self._plain(one) for one in self.short],
             "requests_per_month": self.requests_per_month,
             "notes": list(self.notes),
             "version": self.version,
@@ -197,16 +199,6 @@ def read_model(text: str, flag: str) -> tuple[str, str, Prices]:
     )
 
 
-@dataclass(slots=True)
-class _Questions:
-    prompts: list[str]
-    right: Array
-    prompt_tokens: Array
-    answer_tokens: Array
-    scores: Array | None
-    notes: list[str]
-
-
 def route(
     path: Path | str,
     *,
@@ -243,7 +235,7 @@ def route(
     if plot is not None and plot.suffix not in (".svg", ".html"):
         raise ConfigError(f"--plot {plot}: ends in neither .svg nor .html")
     columns = ((first, first_length), (second, second_length))
-    found = _read(Path(path), columns, score, answer_tokens)
+    found = read_questions(Path(path), columns, score, answer_tokens)
     costs = np.stack(
         [p.pico_usd(found.prompt_tokens, found.answer_tokens[i]) for i, p in enumerate((cheap_prices, dear_prices))]
     )
@@ -264,7 +256,10 @@ def route(
     first_half, threshold, power = min(tried, key=lambda one: one[0].cost_at(one[1]))
     second_half = curve(power, parts[1])
     verdict = certify(first_half, second_half, limit, threshold)
-    result = _result(Path(path), found, second_half, verdict, (cheap_prices, dear_prices), score, requests_per_month)
+    short = Curve(Outcomes(score=1 / extra, right=found.right, pico_usd=costs).rows(parts[1]), seed=seed)
+    result = _result(
+        Path(path), found, (second_half, short), verdict, (cheap_prices, dear_prices), score, requests_per_month
+    )
     if save is not None and router is not None:
         SavedRouter(
             router=router,
@@ -279,17 +274,7 @@ def route(
     return result
 
 
-def extra_usd(prompt_tokens: Array, answer_tokens: Array, cheap: Prices, dear: Prices) -> Array:
-    """What a request costs more at the dear model, as far as is known before it is answered; above 0.
-
-    Of its own prompt and of answers of the usual length [2], the cheap and the dear model's, in dollars of a million.
-    """
-    inputs = float(dear.input_usd_per_mtok - cheap.input_usd_per_mtok)
-    answers = [answer_tokens[i] * float(p.output_usd_per_mtok) for i, p in enumerate((cheap, dear))]
-    return np.asarray(np.maximum(prompt_tokens * inputs + answers[1] - answers[0], 1e-6), np.float64)
-
-
-def _gains(found: _Questions, chosen_on: Array, unseen: Array, seed: int) -> tuple[Array, Router | None]:
+def _gains(found: Questions, chosen_on: Array, unseen: Array, seed: int) -> tuple[Array, Router | None]:
     """How much each question gains by the dear model: the file's own score, or that of a router that is learned."""
     if found.scores is not None:
         return found.scores, None
@@ -306,13 +291,14 @@ def _gains(found: _Questions, chosen_on: Array, unseen: Array, seed: int) -> tup
 
 def _result(
     path: Path,
-    found: _Questions,
-    curve: Curve,
+    found: Questions,
+    curves: tuple[Curve, Curve],
     verdict: Verdict,
     prices: tuple[Prices, Prices],
     score: str | None,
     requests_per_month: int | None,
 ) -> Routed:
+    curve, short = curves
     cheap, dear = curve.always("cheap"), curve.always("dear")
     accuracy = verdict.strategy.accuracy.value
     gaining = curve.oracle()
@@ -321,11 +307,11 @@ def _result(
     notes = list(found.notes)
     recovered = curve.recovered("dollars")
     if recovered is None:
-        notes.append(
-            f"{prices[1].name} is not right more often than {prices[0].name} here: always ask {prices[0].name}"
-        )
-    elif recovered.low <= 0.5:
-        notes.append("the router is not shown to be better than a coin on these questions")
+        better, worse = prices[0].name, prices[1].name
+        notes.append(f"{worse} is not right more often than {better} here: always ask {better}")
+    more = curve.recovers_more(short)
+    if more is not None and more.low <= 0:
+        notes.append("the router is not shown to be better than sending the shortest prompts to the dear model")
     return Routed(
         path=str(path),
         num_questions=len(found.prompts),
@@ -340,11 +326,14 @@ def _result(
         coin_as_good=curve.coin_as_good(accuracy),
         oracle_as_good=curve.oracle(accuracy),
         recovered=recovered,
+        more_than_short=more,
+        short_as_good=short.as_good(accuracy, "short"),
         apgr=curve.recovered("calls"),
         calls_for_half=curve.calls_for(0.5),
         calls_for_80_percent=curve.calls_for(0.8),
         curve=tuple(curve.points()),
         oracle=tuple(oracle),
+        short=tuple(short.points(11)),
         requests_per_month=requests_per_month,
         notes=tuple(notes),
     )
@@ -353,162 +342,7 @@ def _result(
 # The file
 
 
-def _read(
-    path: Path, columns: tuple[tuple[str, str], tuple[str, str]], score: str | None, answer_tokens: int | None
-) -> _Questions:
-    prompts: list[str] = []
-    right: list[list[float]] = [[], []]
-    sizes: list[list[int]] = [[], []]
-    scores: list[float] = []
-    by_chars = assumed = False
-    for number, row in _rows(path):
-        where = f"{path}:{number}"
-        prompts.append(_column(row, "prompt", where, _text))
-        for i, (name, length) in enumerate(columns):
-            right[i].append(_column(row, name, where, _share))
-            usual = (f"{name}_{unit}" for unit in ("tokens", "chars") if f"{name}_{unit}" in row)
-            column = length or next(usual, "")
-            if column:
-                size, is_chars = _column(row, column, where, _whole), column.endswith("_chars")
-                by_chars |= is_chars
-                sizes[i].append(-(-size // CHARS_PER_TOKEN) if is_chars else size)
-            elif answer_tokens is not None:
-                assumed = True
-                sizes[i].append(answer_tokens)
-            else:
-                raise DataError(
-                    f"{where}: how long the answers of {name} are is not told; give a column {name}_tokens or "
-                    f"{name}_chars, name another as {name}:COLUMN, or give --answer-tokens"
-                )
-        if score is not None:
-            scores.append(_column(row, score, where, _number))
-    if len(prompts) < MIN_QUESTIONS:
-        raise DataError(
-            f"{path}: {len(prompts)} questions; half of them choose and half certify, so give {MIN_QUESTIONS}"
-        )
-    notes = ["tokens of prompts are counted by pieces of words"]
-    if by_chars:
-        notes.append(f"tokens of answers are their characters over {CHARS_PER_TOKEN}")
-    if assumed:
-        notes.append(f"answers are taken to have {answer_tokens} tokens")
-    return _Questions(
-        prompts=prompts,
-        right=np.array(right),
-        prompt_tokens=np.array([max(1, len(approximate_ids(prompt))) for prompt in prompts], np.int64),
-        answer_tokens=np.array(sizes, np.int64),
-        scores=np.array(scores) if score is not None else None,
-        notes=notes,
-    )
-
-
-def _rows(path: Path) -> Any:
-    name = path.name.lower()
-    plain = name.removesuffix(".gz").removesuffix(".xz")
-    if not plain.endswith(".jsonl"):
-        raise DataError(f"{path}: questions are a .jsonl file, also with .gz or .xz behind it")
-    opened: Callable[..., Any] = gzip.open if name.endswith(".gz") else lzma.open if name.endswith(".xz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = parse_json(line, f"{path}:{number}")
-                    if not isinstance(row, dict):
-                        raise DataError(f"{path}:{number}: each line is an object, this is {shown(row)}")
-                    yield number, row
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise DataError(f"{path}: can't be read: {error}; give a .jsonl file of questions") from error
-    except ConfigError as error:
-        raise DataError(str(error)) from error
-
-
-def _column(row: dict[str, Any], name: str, where: str, read: Callable[[Any, str], Any]) -> Any:
-    if name not in row:
-        from halve.economics.fields import nearest
-
-        raise DataError(f"{where}: has no column {name!r}{nearest(name, row) or ';'} it has {', '.join(sorted(row))}")
-    return read(row[name], f"{where}: {name}")
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {shown(value)} must be a text")
-    return value
-
-
-def _share(value: Any, where: str) -> float:
-    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
-        raise DataError(f"{where}: {shown(value)} must be true or false, or from 0 to 1")
-    return float(value)
-
-
-def _whole(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10**8:
-        raise DataError(f"{where}: {shown(value)} must be a whole number from 0 to {10**8}")
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: {shown(value)} must be a number")
-    return float(value)
-
-
 # The router, kept
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SavedRouter:
-    """A certified router: `SavedRouter.load(path).choose(prompt)` names the model to ask.
-
-    power: of what a request costs more, by which its gain is divided. answer_tokens float64 [2]: the usual ones.
-    """
-
-    router: Router
-    threshold: float
-    power: float
-    cheap: Prices
-    dear: Prices
-    answer_tokens: Array
-
-    def choose(self, prompt: str) -> str:
-        """The model's column: the dear one where its gain, for what it costs more, is at least the threshold."""
-        gain = float(self.router.gain(features_of([prompt]))[0])
-        tokens = np.array([max(1, len(approximate_ids(prompt)))])
-        extra = float(extra_usd(tokens, self.answer_tokens, self.cheap, self.dear)[0])
-        return (self.dear if gain / extra**self.power >= self.threshold else self.cheap).name
-
-    def save(self, path: Path) -> None:
-        """Write an .npz file. Raises OutputError."""
-        prices = [[p.name, str(p.input_usd_per_mtok), str(p.output_usd_per_mtok), p.origin] for p in self._models]
-        known = {"threshold": repr(self.threshold), "power": self.power, "models": prices, "version": 1}
-        facts = np.array(json.dumps(known))
-        try:
-            with path.open("wb") as file:
-                np.savez_compressed(file, weights=self.router.weights, answer_tokens=self.answer_tokens, facts=facts)
-        except OSError as error:
-            raise OutputError(f"{path}: can't be written: {error.strerror}; give --save a file in a folder") from error
-
-    @property
-    def _models(self) -> tuple[Prices, Prices]:
-        return self.cheap, self.dear
-
-    @classmethod
-    def load(cls, path: Path | str) -> "SavedRouter":
-        """Read what `save` wrote. Raises ConfigError for anything else."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                weights, answers, facts = file["weights"], file["answer_tokens"], json.loads(str(file["facts"]))
-            if facts["version"] != 1 or weights.shape != (2, NUM_FEATURES):
-                raise ValueError(f"version {facts['version']}, weights {weights.shape}")
-            cheap, dear = (
-                Prices(name=name, input_usd_per_mtok=Decimal(first), output_usd_per_mtok=Decimal(second), origin=origin)
-                for name, first, second, origin in facts["models"]
-            )
-            threshold, power = float(facts["threshold"]), float(facts["power"])
-        except (OSError, ValueError, KeyError, TypeError, EOFError, ArithmeticError, BadZipFile) as error:
-            raise ConfigError(f"{path}: is no router of `halve route --save`: {error}") from error
-        router = Router(weights=weights)
-        return cls(router=router, threshold=threshold, power=power, cheap=cheap, dear=dear, answer_tokens=answers)
 
 
 def _plot(path: Path, result: Routed) -> None:

@@ -129,7 +129,7 @@ def _recorded_wrongly(recorded: Certificate, again: Certificate) -> list[str]:
     if recorded.cost.ratio != again.cost.ratio:
         found.append(f"cost.ratio: recorded {recorded.cost.ratio}, now {again.cost.ratio}")
     limit = recorded.max_quality_loss
-    verdict = "measured" if limit is None else "pass" if passes(recorded.quality, limit) else "fail"
+    verdict = "measured" if limit is None else "pass" if passes(recorded.quality, limit, recorded.judged_by) else "fail"
     if recorded.verdict != verdict:
         found.append(f"verdict: recorded {recorded.verdict}; by the recorded figures and limit it is {verdict}")
     return found

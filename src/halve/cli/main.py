@@ -15,6 +15,7 @@ from halve.cli import price as cli_price
 from halve.cli import prompts as cli_prompts
 from halve.cli import route as cli_route
 from halve.cli import serve as cli_serve
+from halve.cli import sparse as cli_sparse
 from halve.cli.screen import ShellProgress, error_console, print_json, talks_to_terminal
 from halve.core.errors import ConfigError, HalveError, RequestError, TextError
 
@@ -47,6 +48,7 @@ class Method(StrEnum):
     auto = "auto"
     rtn = "rtn"
     clip = "clip"
+    gptq = "gptq"
 
 
 class InputFormat(StrEnum):
@@ -97,7 +99,9 @@ def optimize(
     format: Annotated[
         str, typer.Option(help="auto, or a format such as int8, int4-g32 (`halve doctor` lists them).")
     ] = "auto",
-    method: Annotated[Method, typer.Option(help="Rounding: rtn (to nearest), clip (calibrated), auto.")] = Method.auto,
+    method: Annotated[
+        Method, typer.Option(help="Rounding: rtn (to nearest), clip, gptq (calibrated), auto.")
+    ] = Method.auto,
     activations: Annotated[
         InputFormat, typer.Option(help="Inputs of products are rounded to this; auto: int8 with integer weights.")
     ] = InputFormat.auto,
@@ -110,10 +114,28 @@ def optimize(
     ] = None,
     quality: Annotated[
         list[str] | None,
-        typer.Option(metavar="tasks=FILE", help="Questions that both models answer, beside the text; may be repeated."),
+        typer.Option(
+            metavar="ppl|kl|tasks=FILE", help="Figure that the limit is for (both); questions. May be repeated."
+        ),
     ] = None,
     task_margin: Annotated[
         str | None, typer.Option(metavar="PERCENT", help="Most that accuracy may have fallen; without it: measured.")
+    ] = None,
+    workload: Annotated[
+        str,
+        typer.Option(metavar="chat|code|batch|TRACE", help="What a plan's cost is counted on: a kind of use, a trace."),
+    ] = "chat",
+    slo: Annotated[
+        str | None, typer.Option(metavar="ttft=2s,tpot=100ms", help="How soon answers must come, either or both.")
+    ] = None,
+    price_per_hour: Annotated[
+        str | None, typer.Option(metavar="USD", help="Price of this machine. Without it nothing is priced.")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="30m", help="Time for the search; the best plan by then is certified.")
+    ] = None,
+    pick: Annotated[
+        int | None, typer.Option(metavar="N", help="Take plan N of the front (halve/front.json) instead.")
     ] = None,
     keep_text: Annotated[
         bool, typer.Option("--keep-text/--no-keep-text", help="Keep the sealed text in the bundle, or only its hash.")
@@ -140,6 +162,11 @@ def optimize(
             calibration=calibration,
             quality=quality or (),
             task_margin=task_margin,
+            workload=workload,
+            slo=slo,
+            price_per_hour=price_per_hour,
+            time=time,
+            pick=pick,
             keep_text=keep_text,
             force=force,
             resume=resume,
@@ -431,6 +458,7 @@ def doctor(
         show_machine(facts)
 
 
+app.command()(cli_sparse.upcycle)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.usage)
 app.command()(cli_price.price)

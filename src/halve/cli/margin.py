@@ -100,7 +100,7 @@ def show_margin(found: "Margin") -> None:
     from rich.markup import escape
     from rich.table import Table as Grid
 
-    from halve.report.margin import DRIVERS, case_words, count, quality_words, share
+    from halve.report.margin_words import DRIVERS, case_words, count, quality_words, share
 
     money = found.currency.say
     if found.currency.as_of is not None:
@@ -140,7 +140,7 @@ def show_margin(found: "Margin") -> None:
 
 
 def _driver(found: "Margin", driver: str, value: Decimal) -> str:
-    from halve.report.margin import driver_words
+    from halve.report.margin_words import driver_words
 
     return driver_words(driver, value, found.currency)
 
@@ -149,7 +149,7 @@ def _show_books(found: "Margin") -> None:
     from rich.markup import escape
     from rich.table import Table as Grid
 
-    from halve.report.margin import share, span_words
+    from halve.report.margin_words import share, span_words
 
     if found.books is None:
         return

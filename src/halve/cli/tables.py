@@ -63,10 +63,34 @@ def show_certificate(certificate: Certificate) -> None:
     show_quality(certificate)
     if certificate.tasks:
         _show_tasks(certificate)
-    typer.echo("cost not priced: formats are ranked by the bytes that one token reads")
+    _show_cost(certificate)
     limit = certificate.max_quality_loss
     against = "no limit was set" if limit is None else f"limit {limit:.3%}"
     typer.echo(f"verdict {certificate.verdict} ({against})")
+
+
+def _show_cost(certificate: Certificate) -> None:
+    """What the workload takes, and what of it costs."""
+    cost = certificate.workload_cost
+    if cost is None:
+        typer.echo("cost not priced: no workload was replayed; the bytes that one token reads stand for it")
+        return
+    table = Table()
+    table.add_column(f"workload {escape(cost.workload)}, simulated")
+    for column in ("original", "smaller", "smaller / original"):
+        table.add_column(column, justify="right")
+    before, after = cost.original_output_tok_s, cost.output_tok_s
+    table.add_row("tokens/s of answers", _rounded(before), _rounded(after), f"{after / before:.2f}x")
+    if cost.usd_per_mtok is not None and cost.original_usd_per_mtok is not None:
+        ratio = f"{cost.usd_per_mtok / cost.original_usd_per_mtok:.2f}x" if cost.original_usd_per_mtok else ""
+        priced = (f"${value:.3g}" for value in (cost.original_usd_per_mtok, cost.usd_per_mtok))
+        table.add_row(f"a million of them, at ${escape(cost.usd_per_hour or '')} an hour", *priced, ratio)
+    for words, low, high in (
+        ("first token after", cost.ttft_p50_s, cost.ttft_p99_s),
+        ("time per token", cost.time_per_token_p50_s, cost.time_per_token_p99_s),
+    ):
+        table.add_row(f"{words}, median and 99th percentile", "", f"{1e3 * low:.3g} ms, {1e3 * high:.3g} ms", "")
+    console().print(table)
 
 
 def _show_tasks(certificate: Certificate) -> None:
@@ -130,8 +154,14 @@ def show_model(facts: "ModelFacts") -> None:
         f"hidden {facts.hidden_size}, {facts.num_heads} heads over {facts.num_kv_heads} of size {facts.head_dim}, "
         f"vocabulary {facts.vocab_size:,}{' (tied)' if facts.tied else ''}, context {facts.context:,}"
     )
+    if facts.experts is not None:
+        typer.echo(
+            f"sparse: {facts.experts[0]} experts, {facts.experts[1]} for a token; {facts.active_parameters:,} "
+            f"parameters are active, {facts.active_parameters / facts.parameters:.0%} of all"
+        )
     typer.echo(
-        f"weight files {format_bytes(facts.bytes)}; cache {facts.kv_cache_bytes_per_token:,} bytes per token; "
+        f"weight files {format_bytes(facts.bytes)}, of which a token reads {format_bytes(facts.bytes_per_token)}; "
+        f"cache {facts.kv_cache_bytes_per_token:,} bytes per token; "
         f"licence {facts.licence or 'not stated'}"
     )
     table = Table()

@@ -1,8 +1,14 @@
-"""The energy of every projection's input, E[x_j^2], from one pass of text through the original model.
+"""The energy of every projection's input, E[x_j^2], and its second moments E[x x^T], from one pass of text.
 
-Streamed: all calibration tokens go through one layer at a time, whose weights are the only ones in memory.
+Of a sparse layer each expert's inputs are measured over the tokens that come to it; one that gets few is shown those
+that it would like best, too (`models.moe.show_experts`), and is told of.
+
+Streamed: all calibration tokens go through one layer of the original at a time, whose weights and moments are the only
+ones in memory; moments are written as the layer ends.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +23,14 @@ from halve.kernels.reference import TorchOps
 from halve.kernels.rough import rough_ops
 from halve.models.config import ModelConfig
 from halve.models.decoder import DecoderLayer, WeightSource
-from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, num_parameters
+from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, groups, num_parameters
 from halve.models.rope import RopeTable
 
+log = logging.getLogger("halve")
+
 # A mean of squares needs two digits, and small models take no time anyway.
+FORCED_ROWS = 32  # tokens of each batch that every expert sees at least
+FEW_TOKENS = 64  # routed to an expert in all: fewer, and its statistics are of tokens that were not its own
 ROUGH_PARAMETERS = 200_000_000
 BATCH_TOKENS = 2048  # tokens of one flat batch
 
@@ -45,6 +55,42 @@ class Energies:
             return cls(by_group=by_group, num_tokens=int(stored["__num_tokens__"]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hessians:
+    """E[x x^T] of each input, by fused group: float32 [in, in], a file each in `folder`, read when asked for."""
+
+    folder: Path
+
+    def of(self, group: str) -> Array:
+        """Of one group. Raises CheckpointError where it was not measured."""
+        try:
+            return np.load(self._file(group), mmap_mode="r")  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._file(group)}: holds no second moments ({error}); calibrate again") from error
+
+    def write(self, group: str, moments: Array) -> None:
+        """Keep those of one group, whole or not at all."""
+        temporary = self.folder / f"{group}.new.npy"
+        np.save(temporary, moments)
+        temporary.replace(self._file(group))
+
+    def _file(self, group: str) -> Path:
+        return self.folder / f"{group}.npy"
+
+    @staticmethod
+    def size_bytes(config: ModelConfig) -> int:
+        """What they take on disk."""
+        return sum(4 * group.members[0].shape[1] ** 2 for group in groups(config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What methods know of a model's inputs: None where it was not measured."""
+
+    energies: Energies | None = None
+    hessians: Hessians | None = None
+
+
 def calibrate(
     config: ModelConfig,
     source: WeightSource,
@@ -52,11 +98,13 @@ def calibrate(
     *,
     window_tokens: int,
     device: str = "cpu",
+    hessians: Hessians | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Energies:
     """Run documents (int32 token ids each) through the original model and average each input's square.
 
-    A document longer than window_tokens is cut into windows. Raises CheckpointError naming the layer when the
+    hessians: where second moments go too; they take twice a layer's products, and [in, in] floats of one layer in
+    memory. A document longer than window_tokens is cut into windows. Raises CheckpointError naming the layer when the
     original model itself makes NaN or infinity, DataError when there are no tokens. progress: layers done, in all.
     """
     ops = rough_ops(device) if num_parameters(config) >= ROUGH_PARAMETERS else TorchOps(device)
@@ -65,11 +113,27 @@ def calibrate(
     if num_tokens == 0:
         raise DataError("the calibration text holds no tokens; give documents that are not empty")
     sums: dict[str, torch.Tensor] = {}
+    counts: Counter[str] = Counter()
+    moments: dict[str, torch.Tensor] = {}
+
+    def look(name: str, x: Buffer, *, of_all: bool = True) -> None:
+        squares = x.square().sum(0).double()  # float32 over one batch, float64 over all
+        sums[name] = sums.get(name, 0) + squares
+        counts[name] += len(x)
+        if hessians is not None and of_all:
+            if name not in moments:
+                moments[name] = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
+            moments[name].addmm_(x.t(), x)
 
     def tap(group: FusedGroup, x: Buffer, outputs: list[Buffer]) -> list[Buffer]:
-        squares = x.square().sum(0).double()  # float32 over one batch, float64 over all
-        sums[group.name] = sums.get(group.name, 0) + squares
+        look(group.name, x, of_all=group.members[0].expert is None)
         return outputs
+
+    def write_moments() -> None:
+        while moments:
+            name, total = moments.popitem()
+            assert hessians is not None
+            hessians.write(name, total.div_(num_tokens).cpu().numpy())
 
     with torch.inference_mode():
         table = ops.table(source.weight(EMBEDDING, (config.vocab_size, config.hidden_size)))
@@ -81,19 +145,36 @@ def calibrate(
             layer = DecoderLayer(config, index, ops, source, rope)
             for projection in layer.projections.values():
                 projection.hook = tap
+            layer.forced_rows = FORCED_ROWS
             for i, batch in enumerate(batches):
                 streams[i] = layer(streams[i], batch)
             _require_finite(streams, f"layer {index}")
+            _tell_coverage(index, layer)
             source.forget()
+            write_moments()
             if progress:
                 progress(index + 1, config.num_layers)
         gain = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
         for stream in streams:
-            normed = ops.rms_norm(stream, gain, config.rms_norm_eps)
-            sums["lm_head"] = sums.get("lm_head", 0) + normed.square().sum(0).double()
+            look("lm_head", ops.rms_norm(stream, gain, config.rms_norm_eps))
+        write_moments()
     return Energies(
-        by_group={name: (total / num_tokens).cpu().numpy() for name, total in sums.items()}, num_tokens=num_tokens
+        by_group={name: (total / counts[name]).cpu().numpy() for name, total in sums.items()}, num_tokens=num_tokens
     )
+
+
+def _tell_coverage(index: int, layer: DecoderLayer) -> None:
+    """Name experts that the text hardly reaches."""
+    if layer.router is None:
+        return
+    tokens = layer.router.counts.tokens
+    few = np.flatnonzero(tokens < FEW_TOKENS)
+    if len(few):
+        named = ", ".join(f"{e} ({tokens[e]})" for e in few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
+        log.warning(
+            "layer %d: %d of %d experts got fewer than %d tokens of the calibration text, by number (tokens): %s; they "
+            "are rounded by tokens that they would like best", index, len(few), len(tokens), FEW_TOKENS, named
+        )  # fmt: skip
 
 
 def _require_finite(streams: list[Buffer], where: str) -> None:

@@ -1,14 +1,16 @@
 """A plan's patterns to one assignment a module, with every rule of the target checked before any work."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from halve.core.errors import FormatError, PlanError
-from halve.core.plan import ActivationFormat, Activations, KVCache, KVFormat, Plan, WeightRule, Weights
+from halve.core.plan import ActivationFormat, Activations, KVCache, KVFormat, Plan, RoundingMethod, WeightRule, Weights
 from halve.formats import FORMATS, Format, check
 from halve.formats.base import formats_that_divide
 from halve.models.config import ModelConfig
-from halve.models.names import EMBEDDING, Module, groups, modules
+from halve.models.names import EMBEDDING, LM_HEAD, Module, group_pattern, groups, layer_groups, modules
 
 ActivationChoice = ActivationFormat | Literal["auto"]
 KVChoice = KVFormat | Literal["auto"]
@@ -19,9 +21,14 @@ class Assignment:
     """What becomes of one module; format None: it stays as the checkpoint has it."""
 
     module: Module
-    group: str  # its fused group, the name of its input's energy; "embedding" for an untied table
+    group: str  # its fused group; "embedding" for an untied table
     format: Format | None
-    method: Literal["rtn", "clip"] | None
+    method: RoundingMethod | None
+
+    @property
+    def inputs(self) -> str:
+        """The name of its input's energy: its group's, which for an expert are those of its own tokens."""
+        return self.group if self.module.expert is None else f"{self.group}.{self.module.expert}"
 
 
 def resolve(plan: Plan, config: ModelConfig) -> tuple[Assignment, ...]:
@@ -89,10 +96,79 @@ def _check_portable(plan: Plan, assignments: list[Assignment], config: ModelConf
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Choice:
+    """What a group is stored in. method: None where the format is stored as it is."""
+
+    format: str
+    method: RoundingMethod | None
+
+    def __str__(self) -> str:
+        return f"{self.format} ({self.method})" if self.method else self.format
+
+
+def grouped_plan(
+    config: ModelConfig,
+    choices: Mapping[str, Choice],
+    *,
+    portable: bool,
+    activations: ActivationFormat,
+    kv_cache: KVFormat,
+) -> Plan:
+    """The plan that stores each fused group, by its name, as chosen; and `embedding`, the table of an untied model.
+
+    What has no choice stays as the checkpoint has it. Rules are few: what most layers have is said once, last. Raises
+    PlanError for a name that is no group of this model.
+    """
+    known = {group.name: group for group in groups(config)}
+    if unknown := sorted(choices.keys() - known.keys() - ({"embedding"} if not config.tied else set())):
+        raise PlanError(f"choices: {unknown} are no groups of this model; they are {', '.join(known)}")
+    rules: list[WeightRule] = []
+    common: list[WeightRule] = []
+    by_pattern: dict[str, dict[int, Choice | None]] = {}
+    for layer in range(config.num_layers):
+        for kind, group in layer_groups(config, layer).items():
+            by_pattern.setdefault(group_pattern(config, layer, kind), {})[layer] = choices.get(group.name)
+    for pattern, chosen in by_pattern.items():
+        counts = Counter(chosen.values())
+        most = None if None in counts else counts.most_common(1)[0][0]
+        rules += [_rule(pattern.format(i), c) for i, c in chosen.items() if c is not None and c != most]
+        if most is not None:
+            common.append(_rule(pattern.format("*"), most))
+    if len(common) == len(by_pattern) and len({(r.format, r.method) for r in common}) == 1:
+        common = [WeightRule(pattern="model.layers.*", format=common[0].format, method=common[0].method)]
+    tables = {"lm_head": EMBEDDING if config.tied else LM_HEAD, "embedding": EMBEDDING}
+    whole = [_rule(module, choices[name]) for name, module in tables.items() if name in choices]
+    return Plan(
+        portable=portable,
+        weights=Weights(rules=(*rules, *common, *whole)),
+        activations=Activations(format=activations),
+        kv_cache=KVCache(format=kv_cache),
+    )
+
+
+def _rule(pattern: str, choice: Choice) -> WeightRule:
+    return WeightRule(pattern=pattern, format=choice.format, method=choice.method)
+
+
+def rounded_format(
+    portable: bool, activations: ActivationChoice, kv_cache: KVChoice, kind: Literal["int", "float"] = "int"
+) -> tuple[ActivationFormat, KVFormat]:
+    """What auto stands for: int8 activations where integer weights meet them and a bf16 cache, in portable plans fp32.
+
+    Portable: computed here as other engines compute it in float32, so that their logits and ours can be compared.
+    """
+    if activations == "auto":
+        activations = "int8" if kind == "int" and not portable else "fp32"
+    if kv_cache == "auto":
+        kv_cache = "fp32" if portable else "bf16"
+    return activations, kv_cache
+
+
 def uniform_plan(
     config: ModelConfig,
     fmt: Format,
-    method: Literal["rtn", "clip"],
+    method: RoundingMethod,
     *,
     portable: bool,
     source_bits: int,
@@ -112,11 +188,7 @@ def uniform_plan(
         rules.append(WeightRule(pattern=EMBEDDING, format=fmt.name, method=method))
     elif source_bits > 16:
         rules.append(WeightRule(pattern=EMBEDDING, format="bf16"))
-    # Portable: computed here as other engines compute it in float32, so that their logits and ours can be compared.
-    if activations == "auto":
-        activations = "int8" if fmt.kind == "int" and not portable else "fp32"
-    if kv_cache == "auto":
-        kv_cache = "fp32" if portable else "bf16"
+    activations, kv_cache = rounded_format(portable, activations, kv_cache, fmt.kind)
     return Plan(
         portable=portable,
         weights=Weights(rules=tuple(rules)),

@@ -4,9 +4,11 @@ R0 (`rtn`): scale = max|w| / ((2^b - 1) / 2), the minmax observer of compressed-
 R1 (`clip`): for each group minimise sum_j e_j (w_j - code_j * scale)^2, with e_j = E[x_j^2] of input j, over a grid of
 scales; then refit scale = sum(e w code) / sum(e code^2) and round again, kept where it helps. This is the diagonal of
 the layer's output error; see llama.cpp's importance matrix (PR 4861) and llm-compressor's `imatrix_mse` observer.
-Both round against the bf16 scale that is stored, so that a scale's own rounding costs nothing.
+Both round against the bf16 scale that is stored, so that a scale's own rounding costs nothing. R2 (`gptq`) begins with
+R1's scales and is told in `gptq.py`.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -14,10 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halve.compress.gptq import gptq
 from halve.core.errors import FormatError
 from halve.formats import Format, Weight, pack_codes
 from halve.formats.base import BF16, FP8
 from halve.kernels.ops import Array
+
+log = logging.getLogger("halve.compress")
 
 # Scales tried, as shares of R0's; above 1 because codes are one step longer on the negative side.
 GRID = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.875, 0.85, 0.825, 0.8, 0.77, 0.74, 0.7, 0.65, 0.6, 0.5, 1.03, 1.07)
@@ -30,20 +35,26 @@ ERROR_WEIGHTS = 1 << 22  # weights whose error is summed at a time
 CHUNK_WEIGHTS = 1 << 18  # weights rounded at a time: their float32 temporaries stay in the second-level cache
 
 
-def round_weight(weight: Array, fmt: Format, method: str | None, energy: Array | None = None) -> Weight:
+def round_weight(
+    weight: Array, fmt: Format, method: str | None, energy: Array | None = None, hessian: Array | None = None
+) -> Weight:
     """Store float32 [.., out, in] in `fmt`.
 
-    method: `rtn`, `clip` (needs energy float [in], E[x^2] of each input); None for plain floats.
+    method: `rtn`, `clip` (needs energy float [in], E[x^2] of each input), `gptq` (integers; needs hessian float
+    [in, in], E[x x^T], beside it); None for plain floats.
     Raises FormatError when the format does not fit the width or the values, or one of them is not finite.
     """
     if reason := fmt.refusal(weight.shape[-1]):
         raise FormatError(f"{fmt.name}: {reason}")
-    if method not in (("rtn", "clip") if fmt.scaled else (None,)):
-        raise FormatError(f"{fmt.name}: method {method!r}; it takes {'rtn or clip' if fmt.scaled else 'none'}")
+    if method not in (known := methods_of(fmt)):
+        words = "none" if not fmt.scaled else "rtn, clip or gptq" if "gptq" in known else "rtn or clip"
+        raise FormatError(f"{fmt.name}: method {method!r}; it takes {words}")
     matrix = torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).view(-1, weight.shape[-1])
     _check_values(matrix, fmt)
     if not fmt.scaled:
         return Weight(format=fmt, shape=weight.shape, codes=weight.astype(fmt.dtype))
+    if method == "gptq":
+        return _gptq(matrix, fmt, energy, hessian, weight.shape)
     if method == "clip":
         weights = _weights(energy, weight.shape[-1])
         choose = _fp8_rtn if fmt.kind == "float" else _clip
@@ -51,6 +62,27 @@ def round_weight(weight: Array, fmt: Format, method: str | None, energy: Array |
         weights = torch.ones(weight.shape[-1])
         choose = _fp8_rtn if fmt.kind == "float" else _rtn
     return _by_chunks(matrix, fmt, weights, choose, weight.shape)
+
+
+def methods_of(fmt: Format) -> tuple[str | None, ...]:
+    """The methods that round to a format."""
+    if not fmt.scaled:
+        return (None,)
+    return ("rtn", "clip", "gptq") if fmt.kind == "int" else ("rtn", "clip")
+
+
+def _gptq(matrix: Tensor, fmt: Format, energy: Array | None, hessian: Array | None, shape: tuple[int, ...]) -> Weight:
+    width = matrix.shape[1]
+    if hessian is None or hessian.shape != (width, width):
+        raise FormatError(f"method gptq needs the second moments of {width} inputs; calibrate with them, or use clip")
+    moments = torch.from_numpy(np.array(hessian, np.float32))
+    if not bool(torch.isfinite(moments).all()) or bool((moments.diagonal() < 0).any()):
+        raise FormatError("method gptq needs second moments that are finite, none negative; calibrate again")
+    codes, scales = _rounded(matrix, fmt, _weights(energy, width), _clip)
+    codes, found, damping = gptq(matrix, fmt, moments, codes, scales.float())
+    if damping is None:
+        log.warning("gptq: no damping made it better than clip for a matrix %s; clip's result is kept", list(shape))
+    return _stored(codes, found.to(torch.bfloat16), fmt, shape)
 
 
 def _check_values(matrix: Tensor, fmt: Format) -> None:
@@ -76,7 +108,14 @@ Rounder = Callable[[Tensor, Tensor, Format], tuple[Tensor, Tensor]]
 
 
 def _by_chunks(matrix: Tensor, fmt: Format, energy: Tensor, rounder: Rounder, shape: tuple[int, ...]) -> Weight:
-    """Round a few rows at a time; `rounder` sees [rows, groups, group] and energy [groups, group]."""
+    return _stored(*_rounded(matrix, fmt, energy, rounder), fmt, shape)
+
+
+def _rounded(matrix: Tensor, fmt: Format, energy: Tensor, rounder: Rounder) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] and bf16 scales [out, groups], a few rows at a time.
+
+    `rounder` sees [rows, groups, group] and energy [groups, group].
+    """
     rows, width = matrix.shape
     group = fmt.group_size or width
     codes_dtype = torch.float8_e4m3fn if fmt.kind == "float" else torch.int8
@@ -88,6 +127,10 @@ def _by_chunks(matrix: Tensor, fmt: Format, energy: Tensor, rounder: Rounder, sh
         part_codes, part_scales = rounder(part, energy.view(-1, group), fmt)
         codes[start : start + step] = part_codes.view(-1, width).to(codes_dtype)
         scales[start : start + step] = part_scales
+    return codes, scales
+
+
+def _stored(codes: Tensor, scales: Tensor, fmt: Format, shape: tuple[int, ...]) -> Weight:
     scale_shape = fmt.scale_shape(shape)
     return Weight(
         format=fmt,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Verdict = Literal["pass", "fail", "measured"]
+JudgedBy = Literal["both", "ppl", "kl"]
 Answer = Literal["holds", "inconclusive", "contradicted", "measured"]
 
 
@@ -58,6 +59,30 @@ class Cost:
     usd_per_mtok: Measured | None
     original_usd_per_mtok: Measured | None
     ratio: float  # of the basis: bytes read per token, smaller over original
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadCost:
+    """What a workload takes by the engine's own scheduler, over step times that were measured in parts on this device.
+
+    basis "simulated": no request was run. output_tok_s: tokens of answers a second, at the highest pace that keeps the
+    workload's service level (all requests at once where it has none). Times are in seconds, percentiles over requests.
+    level_met: whether the level is kept at all. usd_per_mtok: of a million tokens of answers; null without a price.
+    """
+
+    workload: str
+    num_requests: int
+    output_tok_s: float
+    original_output_tok_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    time_per_token_p50_s: float
+    time_per_token_p99_s: float
+    level_met: bool
+    usd_per_hour: str | None
+    usd_per_mtok: float | None
+    original_usd_per_mtok: float | None
+    basis: Literal["simulated"] = "simulated"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +236,8 @@ class Attempt:
 class Certificate:
     """verdict: `pass` or `fail` against max_quality_loss, `measured` when no limit was set.
 
+    judged_by: the figures that must keep the limit: the perplexity ratio, KL, or both.
+
     What an older Halve did not measure is null or empty.
     """
 
@@ -233,4 +260,6 @@ class Certificate:
     canary: Canary | None = None
     speed_ratios: tuple[SpeedRatio, ...] = ()
     rooflines: tuple[Roofline, ...] = ()
+    workload_cost: WorkloadCost | None = None
+    judged_by: JudgedBy = "both"
     version: int = 1

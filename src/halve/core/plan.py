@@ -16,6 +16,7 @@ from halve.core.record import from_dict, parse_json, shown, to_dict
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 ActivationFormat = Literal["fp32", "bf16", "int8", "fp8"]
 KVFormat = Literal["fp32", "bf16", "int8", "fp8"]
+RoundingMethod = Literal["rtn", "clip", "gptq"]
 SpeculationMethod = Literal["none", "ngram", "draft"]
 
 # MIGRATIONS[section][n] turns version n of that section into version n + 1; "plan" is the outer object.
@@ -36,7 +37,7 @@ class WeightRule:
 
     pattern: str
     format: str
-    method: Literal["rtn", "clip"] | None = None  # None: stored as it is (16 and 32 bits)
+    method: RoundingMethod | None = None  # None: stored as it is (16 and 32 bits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -179,6 +179,28 @@ def lines_of(text: str) -> list[str]:
         else:
             lines.append(line)
     return lines
+
+
+_EXAMPLE = re.compile(
+    r"^(?:#+ ?|\*\*)?(?:Example|Beispiel|Exemple|Ejemplo|Q|Question|Input|Text|Review|例|質問|入力)"
+    r"(?: ?\d+)?(?:\*\*)? ?[::]",
+    re.MULTILINE,
+)
+
+
+def example_blocks(text: str) -> list[str]:
+    """Examples that stand in a text: from a line such as `Example 2:` or `Q:` to the next of its kind.
+
+    The last one is left out, since nothing says where it ends (and in a prompt it is the question). Lines of one kind
+    must come three times or more.
+    """
+    starts: dict[str, list[int]] = {}
+    for found in _EXAMPLE.finditer(text):
+        starts.setdefault(re.sub(r"[\W\d]+", "", found[0]), []).append(found.start())
+    often = max(starts.values(), key=len, default=[])
+    if len(often) < 3:
+        return []
+    return [text[a:b] for a, b in pairwise(often)]
 
 
 def keys_of(request: LoggedRequest) -> list[tuple[int, str, int, str]]:

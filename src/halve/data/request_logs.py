@@ -126,9 +126,9 @@ def _request(raw: Any, number: int) -> LoggedRequest:
     limit = body.get("max_completion_tokens", body.get("max_tokens", body.get("max_output_tokens")))
     return LoggedRequest(
         line=number,
-        model=str(body.get("model") or response.get("model") or "")[:200],
+        model=_name(body.get("model") or response.get("model")),
         messages=tuple(messages),
-        tools=tuple(_canonical(tool) for tool in body.get("tools") or () if isinstance(tool, Mapping)),
+        tools=_tools(body.get("tools")),
         at=_time(raw, response),
         answer=answer,
         finish_reason=finish,
@@ -138,6 +138,19 @@ def _request(raw: Any, number: int) -> LoggedRequest:
         max_tokens=limit if isinstance(limit, int) and not isinstance(limit, bool) else None,
         num_other_parts=other,
     )
+
+
+def _name(value: Any) -> str:
+    """A model's name, such as can be printed."""
+    return value[:200].encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+
+
+def _tools(tools: Any) -> tuple[str, ...]:
+    if tools is None:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"tools: {shown(tools)} must be a list of objects")
+    return tuple(map(_canonical, tools))
 
 
 def _canonical(value: Any) -> str:

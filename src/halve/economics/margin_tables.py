@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Any
 
-from halve.economics.margin import Bar, DemandResponse, Month, ScenarioRow, Statement
+from halve.economics.margin import ScenarioRow, Statement
+from halve.economics.outlook import DemandResponse, Month
+from halve.economics.sensitivity import Bar
 from halve.economics.tenants import Account
 
 Row = dict[str, Any]
@@ -75,6 +77,7 @@ def margin_tables(
                 "usd_per_seat": rounded(row.usd_per_seat),
                 **statement_row(row.statement),
                 "most_requests_per_seat": row.most_requests_per_seat,
+                **_source_row(row),
             }
             for row in rows
         ],
@@ -117,6 +120,19 @@ def margin_tables(
         tenants=[_account("tenant", account) for account in tenants],
         models=[_account("model", account) for account in models],
     )
+
+
+def _source_row(row: ScenarioRow) -> Row:
+    """What a row's dollars of tokens recompute from: tokens of the month and prices; null where there is none."""
+    traffic, source = row.product.traffic, row.product.source
+    names = ("input_usd_per_mtok", "cached_input_usd_per_mtok", "output_usd_per_mtok", "usd_per_hour",
+             "operator_usd_per_month")  # fmt: skip
+    return {
+        "prompt_tokens": rounded(traffic.prompt),
+        "cached_tokens": rounded(traffic.cached),
+        "answer_tokens": rounded(traffic.answer),
+        **{name: rounded(getattr(source, name, None), 9) for name in names},
+    }
 
 
 def _account(kind: str, account: Account) -> Row:

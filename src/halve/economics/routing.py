@@ -2,8 +2,10 @@
 
 A request goes to the dear model where its score is at least a threshold. What that costs and how often it is right is
 counted on questions whose answers by both models are known; `loss` is the share of questions that are answered right by
-the dear model alone and no longer by the router, so 0.01 is one point of accuracy. Two frames tell what a curve is
-worth: a coin that sends the same share to the dear model, and an oracle that knows both answers.
+the dear model alone and no longer by the router, so 0.01 is one point of accuracy. Three frames tell what a curve is
+worth: a coin, an oracle that knows both answers, and the rule that knows nothing of either model and sends those there
+that cost least more, short prompts mostly. Where prompts differ in length that rule alone saves much, and a router that
+is no better has learned nothing.
 
 A threshold is chosen on one half of the questions and certified on the other: the half that it was chosen on flatters
 it. Intervals are percentile bootstraps over questions, both models' answers resampled together.
@@ -266,9 +268,25 @@ class Curve:
         of both. None where the dear model is not better. Of 4 questions with gains 1, 0, 0, 0 in the order of their
         scores: 0 at no calls, then 1 at 1/4, 2/4, 3/4 and 4/4: 0.8 over these five.
         """
+        value, resampled = self._recovered(of)
+        return None if value is None else interval(value, resampled[np.isfinite(resampled)])
+
+    def recovers_more(self, other: "Curve") -> Interval | None:
+        """Of the gap, over budgets of dollars, how much more than another score of the same questions.
+
+        Both are resampled together, so that what is hard about the questions cancels out.
+        """
+        mine, theirs = self._recovered("dollars"), other._recovered("dollars")
+        if mine[0] is None or theirs[0] is None:
+            return None
+        difference = mine[1] - theirs[1]
+        return interval(mine[0] - theirs[0], difference[np.isfinite(difference)])
+
+    def _recovered(self, of: Literal["calls", "dollars"]) -> tuple[float | None, Array]:
+        """The estimate, and its value in each resample: NaN in one whose dear model is not better."""
         total = float(self._gain.sum())
         if total <= 0:
-            return None
+            return None, np.empty(0)
         budgets = np.linspace(0, 1, 101)
         if of == "calls":
             cuts = np.unique((budgets * self.n).astype(int))
@@ -279,8 +297,17 @@ class Curve:
         value = float(np.concatenate([[0.0], np.cumsum(self._gain[self.order])])[cuts].mean() / total)
         gained = self._draws.sums_to(self._gain, self.order, cuts).mean(axis=1)
         gaps = (self._dear - self._cheap) * self.n
-        good = gaps > 0
-        return interval(value, gained[good] / gaps[good]) if good.any() else None
+        return value, np.divide(gained, gaps, out=np.full_like(gained, np.nan), where=gaps > 0)
+
+    def as_good(self, accuracy: float, name: str) -> Strategy | None:
+        """The least share of the dear model at which this score is right as often; None where none is."""
+        sums = np.concatenate([[0.0], np.cumsum(self._gain[self.order])]) / self.n
+        reached = sums >= accuracy - self.outcomes.right[0].mean() - 1e-12
+        if not reached.any():
+            return None
+        count = int(np.argmax(reached))
+        threshold = float("inf") if count == 0 else float(self.scores[count - 1])
+        return self.at(threshold, name)
 
     def calls_for(self, recovered: float) -> float | None:
         """CPT: the least share of calls to the dear model at which so much of the gap is recovered, such as 0.5."""

@@ -52,6 +52,9 @@ class EngineMetrics:
     num_draft_tokens: guesses that ran beside decodes (num_computed_tokens counts them too). num_accepted_tokens: of
     them, those that the model chose too. num_switched_off: answers for which guesses were tried and did not pay.
     busy_s: seconds of steps; what answers are charged adds up to it.
+    expert_tokens: of a sparse model, tokens that each expert got, by sparse layer. experts_per_step: experts of a layer
+    that a step reads, on average. expert_imbalance: tokens of the busiest expert over the mean expert's, averaged over
+    the layers. None for a dense model, and before the first step.
     """
 
     num_waiting: int = 0
@@ -71,3 +74,6 @@ class EngineMetrics:
     num_accepted_tokens: int = 0
     num_switched_off: int = 0
     busy_s: float = 0.0
+    expert_tokens: tuple[tuple[int, ...], ...] = ()
+    experts_per_step: float | None = None
+    expert_imbalance: float | None = None

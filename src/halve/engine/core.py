@@ -23,7 +23,7 @@ from halve.engine.config import EngineConfig, EngineMetrics
 from halve.engine.constrain import Constrainer, Matcher
 from halve.engine.draft_model import DraftModel
 from halve.engine.request import Candidate, FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
-from halve.engine.runner import AheadRunner, Handle, Runner
+from halve.engine.runner import AheadRunner, Handle, Runner, expert_metrics
 from halve.engine.scheduler import Scheduler, Step, Told
 from halve.engine.sequence import Sequence, Status
 from halve.engine.speculative import NgramProposer, Speculator
@@ -249,6 +249,7 @@ class EngineCore:
             num_accepted_tokens=counts.num_accepted_tokens,
             num_switched_off=self.speculator.num_switched_off if self.speculator else 0,
             busy_s=self._busy_s,
+            **expert_metrics(self.runner),
         )
 
     def check_invariants(self) -> None:

@@ -1,10 +1,14 @@
 """The model as the engine sees it: a flat batch in, tokens out. It owns the paged cache."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from halve.core.errors import RequestError
 from halve.kernels.ops import Array, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch
+from halve.models.moe import ExpertCounts
 
 
 class Runner(Protocol):
@@ -38,6 +42,26 @@ class Runner(Protocol):
 
     def copy_blocks(self, pairs: Array) -> None:
         """Copy blocks of the cache, every layer: pairs int32 [n, 2], (from, to); no block is both."""
+
+
+@runtime_checkable
+class SparseRunner(Protocol):
+    """A runner that may have experts to count."""
+
+    def expert_counts(self) -> Sequence[ExpertCounts]:
+        """Of each sparse layer; none for a dense model."""
+
+
+def expert_metrics(runner: object) -> dict[str, Any]:
+    """What `EngineMetrics` says of experts."""
+    counts = runner.expert_counts() if isinstance(runner, SparseRunner) else ()
+    if not counts or not all(one.steps for one in counts):
+        return {}
+    return {
+        "expert_tokens": tuple(tuple(int(n) for n in one.tokens) for one in counts),
+        "experts_per_step": sum(one.reads for one in counts) / sum(one.steps for one in counts),
+        "expert_imbalance": float(np.mean([one.tokens.max() / one.tokens.mean() for one in counts])),
+    }
 
 
 class Handle(Protocol):
@@ -109,6 +133,10 @@ class ModelRunner:
     def copy_blocks(self, pairs: Array) -> None:
         """As `Runner.copy_blocks`."""
         self.decoder.copy_blocks(self._cache, pairs)
+
+    def expert_counts(self) -> Sequence[ExpertCounts]:
+        """As `SparseRunner.expert_counts`."""
+        return getattr(self.decoder, "expert_counts", list)()
 
 
 class AheadDecoder(Decoder, Protocol):

@@ -47,7 +47,7 @@ def features_of(prompts: Sequence[str]) -> Features:
             word.lower() if not word.isdigit() else "0" * min(len(word), 4) for word in _WORD.findall(prompt[:8000])
         ]
         names = {*words, *(f"{a} {b}" for a, b in pairwise(words))}
-        found = {zlib.crc32(name.encode()) % (NUM_FEATURES - 16) for name in names}
+        found = {zlib.crc32(name.encode("utf-8", "surrogatepass")) % (NUM_FEATURES - 16) for name in names}
         size = 1 / max(1.0, len(found)) ** 0.5
         length = NUM_FEATURES - 16 + min(7, len(words).bit_length() - 1 if words else 0)
         row = [*sorted(found), length, NUM_FEATURES - 1]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from math import log1p
 
-from halve.core.certificate import Answer, Measured, Quality
+from halve.core.certificate import Answer, JudgedBy, Measured, Quality
 from halve.core.plan import ActivationFormat
 
 # How far a logit moves when float32 sums run in another order on another machine, by the format of the activations.
@@ -15,21 +15,23 @@ from halve.core.plan import ActivationFormat
 NOISE = {"fp32": 1e-3, "bf16": 1e-2, "int8": 6e-2, "fp8": 6e-2}  # nats
 
 
-def passes(quality: Quality, limit: float) -> bool:
+def passes(quality: Quality, limit: float, by: JudgedBy = "both") -> bool:
     """Whether a plan may be certified: the loss is within `limit` (0.01 is 1 %) at the worse end of two intervals.
 
     That of the perplexity ratio on the text given, and that of KL, since exp(KL) is the perplexity ratio on the text
     that the original itself would write. The second is needed because a ratio can be had for nothing on text foreign
     to the model: tiny-en at 2 bits has 0.12 of its original's perplexity on Japanese and code, while three in four of
-    its predictions differ and its stories are lost.
+    its predictions differ and its stories are lost. by: which of the two counts, where one alone was asked for.
     """
     # Not `high - 1 <= limit`: 1.01 - 1 is more than 0.01 in floating point.
-    return quality.ppl_ratio.high <= 1 + limit and quality.kl_mean.high <= log1p(limit)
+    ppl, kl = quality.ppl_ratio.high <= 1 + limit, quality.kl_mean.high <= log1p(limit)
+    return (ppl or by == "kl") and (kl or by == "ppl")
 
 
-def fails(quality: Quality, limit: float) -> bool:
-    """Whether all of either interval is beyond `limit`; what neither passes nor fails is still open."""
-    return quality.ppl_ratio.low > 1 + limit or quality.kl_mean.low > log1p(limit)
+def fails(quality: Quality, limit: float, by: JudgedBy = "both") -> bool:
+    """Whether all of an interval that counts is beyond `limit`; what neither passes nor fails is still open."""
+    ppl, kl = quality.ppl_ratio.low > 1 + limit, quality.kl_mean.low > log1p(limit)
+    return (ppl and by != "kl") or (kl and by != "ppl")
 
 
 def answer(quality: Quality, limit: float | None) -> Answer:

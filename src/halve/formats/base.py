@@ -181,6 +181,8 @@ def check(plan: Plan) -> None:
         if rule.method is not None and not FORMATS[rule.format].scaled:
             raise PlanError(f"{where}: format {rule.format} is stored as it is and takes no method")
         if rule.method is None and FORMATS[rule.format].scaled:
-            raise PlanError(f"{where}: format {rule.format} needs a method: rtn or clip")
+            raise PlanError(f"{where}: format {rule.format} needs a method: rtn, clip or gptq")
+        if rule.method == "gptq" and FORMATS[rule.format].kind != "int":
+            raise PlanError(f"{where}: format {rule.format}: gptq rounds to integers; take rtn or clip")
         if plan.portable and rule.pattern == "model.embed_tokens" and FORMATS[rule.format].bits < 16:
             raise PlanError(f"{where}: other engines read embeddings in 16 bits; set portable to false or use bf16")

@@ -21,41 +21,62 @@ from halve.kernels.products import (
 )
 
 
-def project_groups(ops: NativeOps, experts: Sequence[Linear], x: Array, offsets: Array) -> Array:
-    """y[r] = x[r] @ expert(r).weight.T + bias: expert e owns rows offsets[e]:offsets[e + 1].
+class GroupedLinears:
+    """The matrices of all experts that take the same input: gate and up of each, or down of each.
 
-    x: float32 [T, in]. offsets: int32 [experts + 1], rising from 0 to T. Returns float32 [T, out]. Every expert that
-    has rows reads its weights once; a row's result is the bits that `ops.project` gives. Raises KernelError for offsets
-    that do not fit, and for experts of different shapes or formats.
+    experts: for each its matrices, as many as the others', of one shape and format. Raises KernelError for others.
     """
-    if not experts or len({(e.layout, e.matrix.out_features) for e in experts}) != 1:
-        raise KernelError("experts of one product must be there and share shape and format; project them one by one")
-    layout, out_features = experts[0].layout, experts[0].matrix.out_features
-    x = floats("x", x, (None, layout.width))
-    offsets = int32("offsets", offsets, (len(experts) + 1,))
-    if offsets[0] != 0 or offsets[-1] != len(x) or (np.diff(offsets) < 0).any():
-        raise KernelError(f"offsets {offsets.tolist()} must rise from 0 to the {len(x)} rows of x")
-    inputs, arrays = layout.allocate(max(len(x), 1))
-    prepare = PrepareRecord(
-        x=x.ctypes.data, out=inputs, x_stride=layout.width, width=layout.width, rounding=ROUNDINGS[layout.rounding]
-    )
-    library().halve_prepare(ops.isa.number, ctypes.addressof(prepare), len(x), ops.num_threads)
-    y = np.empty((len(x), out_features), np.float32)
-    active = [e for e in range(len(experts)) if offsets[e] < offsets[e + 1]]
-    records = (ProductRecord * max(len(active), 1))()
-    for i, e in enumerate(active):
-        first, rows = int(offsets[e]), int(offsets[e + 1] - offsets[e])
-        records[i] = product_record(
-            _from_row(inputs, layout, first),
-            [experts[e].matrix],
-            [experts[e].bias],
-            [(y.ctypes.data + 4 * first * out_features, out_features)],
-            rounding=layout.rounding,
-            rows=rows,
+
+    def __init__(self, ops: NativeOps, experts: Sequence[Sequence[Linear]]) -> None:
+        linears = [linear for parts in experts for linear in parts]
+        alike = {(linear.layout, linear.matrix.out_features) for linear in linears}
+        if not linears or len(alike) != 1 or len({len(parts) for parts in experts}) != 1:
+            raise KernelError(
+                "experts of one product must be there and share shape and format; project them one by one"
+            )
+        ((self.layout, self.out_features),) = alike
+        self.ops, self.experts = ops, experts
+
+    def __call__(self, x: Array, offsets: Array) -> list[Array]:
+        """y[r] = x[r] @ expert(r).weight.T + bias for each matrix of an expert: e owns rows offsets[e]:offsets[e + 1].
+
+        x: float32 [T, in]. offsets: int32 [experts + 1], rising from 0 to T. Returns float32 [T, out] for each. Every
+        expert that has rows reads its weights once; a row's result is the bits that `ops.project` gives. Raises
+        KernelError for offsets that do not fit.
+        """
+        ops, layout, out_features = self.ops, self.layout, self.out_features
+        x = floats("x", x, (None, layout.width))
+        offsets = int32("offsets", offsets, (len(self.experts) + 1,))
+        if offsets[0] != 0 or offsets[-1] != len(x) or (np.diff(offsets) < 0).any():
+            raise KernelError(f"offsets {offsets.tolist()} must rise from 0 to the {len(x)} rows of x")
+        inputs, arrays = layout.allocate(max(len(x), 1))
+        prepare = PrepareRecord(
+            x=x.ctypes.data, out=inputs, x_stride=layout.width, width=layout.width, rounding=ROUNDINGS[layout.rounding]
         )
-    library().halve_grouped(ops.isa.number, ctypes.addressof(records), len(active), ops.num_threads)
-    del arrays  # lived until here
-    return y
+        library().halve_prepare(ops.isa.number, ctypes.addressof(prepare), len(x), ops.num_threads)
+        results = [np.empty((len(x), out_features), np.float32) for _ in self.experts[0]]
+        addresses = [y.ctypes.data for y in results]
+        active = np.flatnonzero(np.diff(offsets)).tolist()
+        records = (ProductRecord * max(len(active), 1))()
+        for i, e in enumerate(active):
+            first, rows = int(offsets[e]), int(offsets[e + 1] - offsets[e])
+            parts = self.experts[e]
+            records[i] = product_record(
+                _from_row(inputs, layout, first),
+                [linear.matrix for linear in parts],
+                [linear.bias for linear in parts],
+                [(address + 4 * first * out_features, out_features) for address in addresses],
+                rounding=layout.rounding,
+                rows=rows,
+            )
+        library().halve_grouped(ops.isa.number, ctypes.addressof(records), len(active), ops.num_threads)
+        del arrays  # lived until here
+        return results
+
+
+def project_groups(ops: NativeOps, experts: Sequence[Linear], x: Array, offsets: Array) -> Array:
+    """`GroupedLinears` of one matrix an expert, once."""
+    return GroupedLinears(ops, [[expert] for expert in experts])(x, offsets)[0]
 
 
 def _from_row(inputs: ActivationsRecord, layout: InputLayout, row: int) -> ActivationsRecord:

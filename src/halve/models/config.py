@@ -1,17 +1,16 @@
 """What a model computes, as data: `ModelConfig` from a Hugging Face config.json, strict about what it does not know.
 
 A key that this reader does not know is an error that names it, since a newer model run by an older formula gives
-wrong text without a sign. Sources: arXiv:2307.09288 (Llama 2), arXiv:2407.21783 (Llama 3), transformers' LlamaConfig.
+wrong text without a sign. Sources: arXiv:2307.09288 (Llama 2), arXiv:2407.21783 (Llama 3), arXiv:2401.04088 (Mixtral),
+arXiv:2407.10671 (Qwen2), arXiv:2505.09388 (Qwen3), arXiv:2409.02060 (OLMoE), and transformers' configurations of them.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from halve.core.errors import ConfigError
-
-ARCHITECTURES = ("LlamaForCausalLM",)
 
 # Keys that describe training, generation, files or bookkeeping, and change nothing in a forward pass.
 HARMLESS_KEYS = frozenset(
@@ -28,6 +27,8 @@ HARMLESS_KEYS = frozenset(
     auto_map unsloth_fixed unsloth_version
     """.split()
 )
+# Of routers: what training alone reads.
+ROUTER_HARMLESS = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
 # Keys that change the computation, with the only value that is computed here.
 FIXED_KEYS: Mapping[str, Any] = {
     "hidden_act": "silu",
@@ -39,6 +40,7 @@ FIXED_KEYS: Mapping[str, Any] = {
     "pruned_heads": {},
     "sliding_window": None,
     "use_sliding_window": False,
+    "clip_qkv": None,
 }
 MAX_LAYERS = 10_000  # far above any model, so that a damaged count takes no memory
 READ_KEYS = frozenset(
@@ -69,10 +71,20 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
-    """A sparse feed-forward: each token runs through `top_k` of `num_experts`."""
+    """A sparse feed-forward: each token runs through `top_k` of `num_experts`, gated units of `intermediate_size`.
+
+    Weights of a token's experts are the softmax over all experts' logits at the largest top_k of them, divided by their
+    sum where `renormalize` says so. shared_size: inner width of an expert that every token runs through, 0 for none;
+    its output is multiplied by the sigmoid of a logit of its own. names: how the checkpoint calls the parts,
+    `names.EXPERT_NAMES`.
+    """
 
     num_experts: int
     top_k: int
+    intermediate_size: int
+    renormalize: bool
+    shared_size: int = 0
+    names: Literal["mlp", "block_sparse_moe"] = "mlp"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,19 +92,25 @@ class LayerSpec:
     """What one layer computes; a family differs from another in these values, not in code.
 
     window: sliding-window attention over that many tokens, None for full. rope None: no positions in this layer.
-    sinks: one more softmax logit a head. experts None: a dense feed-forward.
+    sinks: one more softmax logit a head. experts None: a dense feed-forward. qk_norm: an RMS norm of queries and of
+    keys before positions, of each head or of all heads of a token together; None for none.
     """
 
     window: int | None = None
     rope: Rope | None = None
     sinks: bool = False
     experts: Experts | None = None
+    qk_norm: Literal["head", "row"] | None = None
     kv_format: str = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder: sizes, and one LayerSpec a layer."""
+    """A decoder: sizes, and one LayerSpec a layer.
+
+    attention_bias: of queries, keys and values; output_bias: of what attention gives, None for the same.
+    intermediate_size: of dense feed-forwards.
+    """
 
     architecture: str
     hidden_size: int
@@ -107,12 +125,18 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
     layers: tuple[LayerSpec, ...]
+    output_bias: bool | None = None
     version: int = 1
 
     @property
     def num_layers(self) -> int:
         """Layers of the decoder."""
         return len(self.layers)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether any layer sends its tokens to experts."""
+        return any(layer.experts is not None for layer in self.layers)
 
     @property
     def kv_cache_bytes_per_token(self) -> int:
@@ -125,6 +149,86 @@ class ModelConfig:
         return replace(self, layers=tuple(replace(layer, kv_format=kv_format) for layer in self.layers))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What a family's config.json has beside the keys of all.
+
+    keys: that are read. ignored: that say nothing here. attention_bias: the key of the bias of queries, keys and
+    values and its default; output_bias: whether the output has it, too. sparse: which layers have experts.
+    """
+
+    keys: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
+    attention_bias: tuple[str, bool] = ("attention_bias", False)
+    output_bias: bool = True
+    qk_norm: Literal["head", "row"] | None = None
+    experts: Callable[[Mapping[str, Any], int], Experts | None] = lambda raw, index: None
+
+
+def _mixtral(raw: Mapping[str, Any], index: int) -> Experts:
+    return Experts(
+        **_routed(raw, ("num_local_experts",)),
+        intermediate_size=_count(raw, "intermediate_size"),
+        renormalize=True,
+        names="block_sparse_moe",
+    )
+
+
+def _olmoe(raw: Mapping[str, Any], index: int) -> Experts:
+    return Experts(
+        **_routed(raw, ("num_experts", "num_local_experts")),
+        intermediate_size=_count(raw, "intermediate_size"),
+        renormalize=_flag(raw, "norm_topk_prob"),
+    )
+
+
+def _qwen(raw: Mapping[str, Any], index: int) -> Experts | None:
+    """Every decoder_sparse_step-th layer that is not in mlp_only_layers."""
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
+        raise ConfigError(f"config.json: mlp_only_layers is {dense!r}; expected a list of whole numbers")
+    if index in dense or (index + 1) % _count(raw, "decoder_sparse_step", 1):
+        return None
+    return Experts(
+        **_routed(raw, ("num_experts", "num_local_experts")),
+        intermediate_size=_count(raw, "moe_intermediate_size"),
+        renormalize=_flag(raw, "norm_topk_prob"),
+        shared_size=_count(raw, "shared_expert_intermediate_size") if "shared_expert_intermediate_size" in raw else 0,
+    )
+
+
+def _routed(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    found = [name for name in names if raw.get(name) is not None]
+    if not found:
+        raise ConfigError(f"config.json: {' or '.join(names)} is missing")
+    experts, top_k = _count(raw, found[0]), _count(raw, "num_experts_per_tok")
+    if top_k > experts:
+        raise ConfigError(
+            f"config.json: num_experts_per_tok {top_k} is above {found[0]} {experts}; a token can't go to more experts "
+            "than there are"
+        )
+    return {"num_experts": experts, "top_k": top_k}
+
+
+_EXPERT_KEYS = frozenset({"num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob"})
+_QWEN_KEYS = _EXPERT_KEYS | {"moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
+_QWEN_IGNORED = ROUTER_HARMLESS | {"max_window_layers", "layer_types"}
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(),
+    "MixtralForCausalLM": Family(keys=_EXPERT_KEYS, ignored=ROUTER_HARMLESS, experts=_mixtral),
+    "OlmoeForCausalLM": Family(keys=_EXPERT_KEYS, ignored=ROUTER_HARMLESS, qk_norm="row", experts=_olmoe),
+    "Qwen2MoeForCausalLM": Family(
+        keys=_QWEN_KEYS | {"shared_expert_intermediate_size", "qkv_bias"},
+        ignored=_QWEN_IGNORED,
+        attention_bias=("qkv_bias", True),
+        output_bias=False,
+        experts=_qwen,
+    ),
+    "Qwen3MoeForCausalLM": Family(keys=_QWEN_KEYS, ignored=_QWEN_IGNORED, qk_norm="head", experts=_qwen),
+}
+ARCHITECTURES = tuple(FAMILIES)
+
+
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face config.json. Raises ConfigError naming what is unknown, missing, of a wrong type or value."""
     architectures = raw.get("architectures")
@@ -132,28 +236,37 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(
             f"config.json: architectures {architectures!r} can't be run; this Halve runs {', '.join(ARCHITECTURES)}"
         )
-    unknown = sorted(
-        k
-        for k, v in raw.items()
-        if k not in READ_KEYS | HARMLESS_KEYS | FIXED_KEYS.keys() and v is not None and not k.startswith("_")
-    )
+    family = FAMILIES[architectures[0]]
+    known = READ_KEYS | HARMLESS_KEYS | FIXED_KEYS.keys() | family.keys | family.ignored
+    unknown = sorted(k for k, v in raw.items() if k not in known and v is not None and not k.startswith("_"))
     if unknown:
         raise ConfigError(
             f"config.json: unknown keys {unknown}: they may change what the model computes, so it is not run. "
             "If you know that they do not, remove them from a copy of config.json"
         )
     for key, value in FIXED_KEYS.items():
+        if key == "sliding_window" and raw.get("use_sliding_window") is False:
+            continue  # a size that is not used
         if raw.get(key) not in (None, value):
             raise ConfigError(f"config.json: {key} is {raw[key]!r}; only {value!r} is computed here")
+    layer_types = raw.get("layer_types")
+    if layer_types is not None and any(kind != "full_attention" for kind in layer_types):
+        raise ConfigError(f"config.json: layer_types {layer_types!r:.80}; only 'full_attention' is computed here")
     sizes = _read_sizes(raw)
-    layer = LayerSpec(rope=_read_rope(raw))
+    rope = _read_rope(raw)
+    bias, default = family.attention_bias
+    attention_bias = _flag(raw, bias) if raw.get(bias) is not None else default
     return ModelConfig(
         architecture=architectures[0],
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         tied=_flag(raw, "tie_word_embeddings"),
-        attention_bias=_flag(raw, "attention_bias"),
+        attention_bias=attention_bias,
+        output_bias=None if family.output_bias else False,
         mlp_bias=_flag(raw, "mlp_bias"),
-        layers=(layer,) * _read_num_layers(raw),
+        layers=tuple(
+            LayerSpec(rope=rope, experts=family.experts(raw, index), qk_norm=family.qk_norm)
+            for index in range(_read_num_layers(raw))
+        ),
         **sizes,
     )
 

@@ -8,21 +8,30 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from halve.core.errors import ConfigError, KernelError
+from halve.core.errors import KernelError
 from halve.formats import Weight
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import Array, AttentionSpec, Buffer, FusingOps, Ops, Packed, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models.compiled import CompiledSteps
 from halve.models.config import ModelConfig
-from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, head_group, layer_groups, layer_norms, sinks_name
+from halve.models.moe import ROUTED, ExpertCounts, ExpertProjection, Hook, Router, sparse_feed_forward
+from halve.models.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    FusedGroup,
+    Kind,
+    head_group,
+    layer_groups,
+    layer_norms,
+    qk_norm_sizes,
+    qk_norms,
+    sinks_name,
+)
 from halve.models.rope import RopeTable
 
 if TYPE_CHECKING:  # torch and triton load only where they compute
     from halve.models.captured import CapturedSteps, Flight
-
-# Sees a group's input and outputs and returns the outputs to use: calibration looks, an adapter adds to them.
-Hook = Callable[[FusedGroup, Buffer, list[Buffer]], list[Buffer]]
 
 
 class WeightSource(Protocol):
@@ -31,8 +40,8 @@ class WeightSource(Protocol):
     def weight(self, module: str, shape: tuple[int, int]) -> Weight | Packed:
         """The matrix of a module: as stored, or packed already for the Ops of the decoder."""
 
-    def vector(self, name: str, shape: tuple[int]) -> Array:
-        """A norm gain or a bias, float32."""
+    def vector(self, name: str, shape: tuple[int, ...]) -> Array:
+        """A norm gain, a bias or a router, float32."""
 
     def forget(self) -> None:
         """What was read will not be read again soon: free what holds it."""
@@ -71,8 +80,6 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, index: int, ops: Ops, source: WeightSource, rope: "RopeTable") -> None:
         spec = config.layers[index]
-        if spec.experts is not None:
-            raise ConfigError(f"layer {index}: sparse feed-forward {spec.experts} can't be run by this Halve")
         self.config, self.spec, self.ops, self.rope = config, spec, ops, rope
         self.attention_spec = AttentionSpec(
             num_heads=config.num_heads,
@@ -83,7 +90,16 @@ class DecoderLayer:
         )
         self.norms = [ops.vector(source.vector(name, (config.hidden_size,))) for name in layer_norms(index)]
         self.sinks = ops.vector(source.vector(sinks_name(index), (config.num_heads,))) if spec.sinks else None
-        self.projections = {kind: Projection(g, ops, source) for kind, g in layer_groups(config, index).items()}
+        self.qk_norms = None
+        if spec.qk_norm is not None:
+            sizes = zip(qk_norms(index), qk_norm_sizes(config, index), strict=True)
+            self.qk_norms = [ops.vector(source.vector(name, (size,))) for name, size in sizes]
+        self.projections: dict[Kind, Any] = {
+            kind: (ExpertProjection if kind in ROUTED and spec.experts else Projection)(g, ops, source)
+            for kind, g in layer_groups(config, index).items()
+        }
+        self.router = Router(config, index, ops, source) if spec.experts else None
+        self.forced_rows = 0  # of calibration, see `sparse_feed_forward`
 
     def __call__(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
         """[T, H] -> [T, H]."""
@@ -93,6 +109,8 @@ class DecoderLayer:
 
     def _attention(self, x: Buffer, batch: TokenBatch, cache: Any | None) -> Buffer:
         q, k, v = self.projections["qkv"](x)
+        if self.qk_norms is not None:
+            q, k = (self._normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
         if self.spec.rope is not None:
             cos, sin = self.rope.at(batch.positions, self.spec.rope)
             q = self.ops.rope(q, cos, sin, self.config.head_dim)
@@ -100,7 +118,14 @@ class DecoderLayer:
         (out,) = self.projections["o"](self.ops.attention(q, k, v, batch, self.attention_spec, cache, self.sinks))
         return out
 
+    def _normed(self, x: Buffer, gain: Buffer) -> Buffer:
+        """Queries or keys [T, heads * D] normed, each head by itself or all of a token's together."""
+        rows = x.reshape(-1, self.config.head_dim) if self.spec.qk_norm == "head" else x
+        return self.ops.rms_norm(rows, gain, self.config.rms_norm_eps).reshape(x.shape)
+
     def _feed_forward(self, x: Buffer) -> Buffer:
+        if self.router is not None:
+            return sparse_feed_forward(self.ops, self.router, self.projections, x, self.forced_rows)
         gate, up = self.projections["gate_up"](x)
         (out,) = self.projections["down"](self.ops.silu_mul(gate, up))
         return out
@@ -129,11 +154,15 @@ class Decoder:
         self._compiled: CompiledSteps | None = None
         self._captured: CapturedSteps | None = None
 
-    def projections(self) -> Iterator[Projection]:
+    def projections(self) -> Iterator[Projection | ExpertProjection]:
         """Every projection, in the order they run."""
         for layer in self.layers:
             yield from layer.projections.values()
         yield self.head
+
+    def expert_counts(self) -> list[ExpertCounts]:
+        """How often the experts of each sparse layer were asked since the model was made."""
+        return [layer.router.counts for layer in self.layers if layer.router is not None]
 
     def new_cache(self, num_blocks: int, block_size: int) -> list[Any]:
         """An empty paged cache, one entry a layer."""
@@ -159,7 +188,7 @@ class Decoder:
     @property
     def runs_ahead(self) -> bool:
         """Whether a step can be submitted before the tokens of the one before are known."""
-        return self.ops.name == "cuda"
+        return self.ops.name == "cuda" and not self.config.sparse
 
     def step(self, batch: TokenBatch, cache: Sequence[Any], rows: Array) -> Array:
         """Run one step over the cache and return float32 logits of the given rows of the batch, [R, vocab]."""
@@ -202,7 +231,7 @@ class Decoder:
 
     def _compiled_for(self, cache: Sequence[Any]) -> "CompiledSteps | None":
         """The step over this cache as one program, where the Ops run programs and no hook wants to look in."""
-        if not isinstance(self.ops, NativeOps) or any(p.hook for p in self.projections()):
+        if not isinstance(self.ops, NativeOps) or self.config.sparse or any(p.hook for p in self.projections()):
             return None
         if self._compiled is None or self._compiled.cache is not cache:
             self._compiled = CompiledSteps(self, self.ops, cache)

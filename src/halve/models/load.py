@@ -34,7 +34,7 @@ class CheckpointSource:
         """The stored matrix; CheckpointError when it is missing, of another shape, or holds NaN."""
         return self.checkpoint.read_weight(module, shape)
 
-    def vector(self, name: str, shape: tuple[int]) -> Array:
+    def vector(self, name: str, shape: tuple[int, ...]) -> Array:
         """The stored vector as float32; CheckpointError as above."""
         return self.checkpoint.read_vector(name, shape)
 

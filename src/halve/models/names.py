@@ -4,13 +4,14 @@ A fused group is what engines multiply in one product (q/k/v, gate/up), so its m
 engines want them in one format.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from halve.models.config import ModelConfig
 
-Kind = Literal["qkv", "o", "gate_up", "down", "lm_head"]
+Kind = Literal["qkv", "o", "gate_up", "down", "shared_gate_up", "shared_down", "lm_head"]
 EMBEDDING = "model.embed_tokens"
 LM_HEAD = "lm_head"
 FINAL_NORM = "model.norm.weight"
@@ -18,25 +19,41 @@ FINAL_NORM = "model.norm.weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Module:
-    """A matrix of the checkpoint: `name`.weight of `shape` [out, in], with `name`.bias [out] if `bias`."""
+    """A matrix of the checkpoint: `name`.weight of `shape` [out, in], with `name`.bias [out] if `bias`.
+
+    expert: of its layer, None for one that every token meets.
+    """
 
     name: str
     shape: tuple[int, int]
     bias: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedGroup:
-    """Matrices that share their input and run as one product."""
+    """Matrices that share their input and run as one product; or those of all experts of a layer, each with its rows.
+
+    All experts of a layer are one group, since they are stored alike; `of_expert` is one expert's.
+    """
 
     name: str  # "layers.0.qkv", "lm_head"
     kind: Kind
     layer: int | None
     members: tuple[Module, ...]
 
+    def of_expert(self, expert: int) -> "FusedGroup":
+        """The part of one expert, as it is multiplied; its name is the group's with the expert's number."""
+        members = tuple(m for m in self.members if m.expert == expert)
+        return replace(self, name=f"{self.name}.{expert}", members=members)
+
+
+# How checkpoints call the parts of a sparse feed-forward: its block, then gate, up and down.
+EXPERT_NAMES = {"mlp": ("gate_proj", "up_proj", "down_proj"), "block_sparse_moe": ("w1", "w3", "w2")}
+
 
 def layer_groups(config: ModelConfig, layer: int) -> dict[Kind, FusedGroup]:
-    """The four products of one dense layer, in the order they run."""
+    """The products of one layer, in the order they run: four, and two more for an expert that is shared."""
     prefix = f"model.layers.{layer}"
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -45,14 +62,48 @@ def layer_groups(config: ModelConfig, layer: int) -> dict[Kind, FusedGroup]:
         members = tuple(Module(name=f"{prefix}.{block}.{n}", shape=s, bias=bias) for n, s in shapes.items())
         return FusedGroup(name=f"layers.{layer}.{kind}", kind=kind, layer=layer, members=members)
 
-    attention = ("self_attn", config.attention_bias)
-    mlp = ("mlp", config.mlp_bias)
-    return {
-        "qkv": group("qkv", *attention, q_proj=(queries, hidden), k_proj=(keys, hidden), v_proj=(keys, hidden)),
-        "o": group("o", *attention, o_proj=(hidden, queries)),
-        "gate_up": group("gate_up", *mlp, gate_proj=(inner, hidden), up_proj=(inner, hidden)),
-        "down": group("down", *mlp, down_proj=(hidden, inner)),
+    qkv = group(
+        "qkv",
+        "self_attn",
+        config.attention_bias,
+        q_proj=(queries, hidden),
+        k_proj=(keys, hidden),
+        v_proj=(keys, hidden),
+    )
+    output_bias = config.attention_bias if config.output_bias is None else config.output_bias
+    attention: dict[Kind, FusedGroup] = {
+        "qkv": qkv,
+        "o": group("o", "self_attn", output_bias, o_proj=(hidden, queries)),
     }
+    experts = config.layers[layer].experts
+    if experts is None:
+        mlp = ("mlp", config.mlp_bias)
+        return {
+            **attention,
+            "gate_up": group("gate_up", *mlp, gate_proj=(inner, hidden), up_proj=(inner, hidden)),
+            "down": group("down", *mlp, down_proj=(hidden, inner)),
+        }
+    gate, up, down = EXPERT_NAMES[experts.names]
+
+    def of_experts(kind: Kind, shape: tuple[int, int], *parts: str) -> FusedGroup:
+        members = tuple(
+            Module(name=f"{prefix}.{experts.names}.experts.{e}.{part}", shape=shape, expert=e)
+            for e in range(experts.num_experts)
+            for part in parts
+        )
+        return FusedGroup(name=f"layers.{layer}.{kind}", kind=kind, layer=layer, members=members)
+
+    width = experts.intermediate_size
+    found: dict[Kind, FusedGroup] = {
+        **attention,
+        "gate_up": of_experts("gate_up", (width, hidden), gate, up),
+        "down": of_experts("down", (hidden, width), down),
+    }
+    if shared := experts.shared_size:
+        block = (f"{experts.names}.shared_expert", False)
+        found["shared_gate_up"] = group("shared_gate_up", *block, gate_proj=(shared, hidden), up_proj=(shared, hidden))
+        found["shared_down"] = group("shared_down", *block, down_proj=(hidden, shared))
+    return found
 
 
 def head_group(config: ModelConfig) -> FusedGroup:
@@ -77,6 +128,24 @@ def modules(config: ModelConfig) -> Iterator[Module]:
             yield from group.members
 
 
+def group_pattern(config: ModelConfig, layer: int, kind: Kind) -> str:
+    """Shell wildcards of the modules of a group, {} for the layer; alike for layers that are alike."""
+    if kind in ("qkv", "o"):
+        return "model.layers.{}.self_attn." + ("[qkv]_proj" if kind == "qkv" else "o_proj")
+    experts = config.layers[layer].experts
+    if kind.startswith("shared_"):
+        return "model.layers.{}.mlp.shared_expert." + ("[gu]*_proj" if kind == "shared_gate_up" else "down_proj")
+    if experts is None:
+        return "model.layers.{}.mlp." + ("[gu]*_proj" if kind == "gate_up" else "down_proj")
+    names = {"mlp": ("[gu]*_proj", "down_proj"), "block_sparse_moe": ("w[13]", "w2")}[experts.names]
+    return f"model.layers.{{}}.{experts.names}.experts.*." + names[kind == "down"]
+
+
+def layer_of(module: str) -> int:
+    """The layer of a module below `model.layers.`."""
+    return int(module.split(".")[2])
+
+
 def layer_norms(layer: int) -> tuple[str, str]:
     """Gains before attention and before the feed-forward."""
     return (
@@ -85,18 +154,50 @@ def layer_norms(layer: int) -> tuple[str, str]:
     )
 
 
+def qk_norms(layer: int) -> tuple[str, str]:
+    """Gains of queries and of keys."""
+    return f"model.layers.{layer}.self_attn.q_norm.weight", f"model.layers.{layer}.self_attn.k_norm.weight"
+
+
+def qk_norm_sizes(config: ModelConfig, layer: int) -> tuple[int, int]:
+    """Widths of both norms: a head's, or all heads'."""
+    if config.layers[layer].qk_norm == "head":
+        return config.head_dim, config.head_dim
+    return config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+
+def router_name(config: ModelConfig, layer: int) -> str:
+    """The router of a sparse layer, [experts, hidden]; it stays as it is stored."""
+    experts = config.layers[layer].experts
+    assert experts is not None
+    return f"model.layers.{layer}.{experts.names}.gate.weight"
+
+
+def shared_gate_name(layer: int) -> str:
+    """What weighs the shared expert of a sparse layer, [1, hidden]."""
+    return f"model.layers.{layer}.mlp.shared_expert_gate.weight"
+
+
 def sinks_name(layer: int) -> str:
     """Attention sinks, one logit a head."""
     return f"model.layers.{layer}.self_attn.sinks"
 
 
-def vectors(config: ModelConfig) -> Iterator[tuple[str, tuple[int]]]:
-    """Every float vector of the checkpoint, norm gains and biases, with its shape."""
+def vectors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every float tensor of the checkpoint that is never compressed, with its shape: gains, biases, routers."""
     for layer in range(config.num_layers):
         for name in layer_norms(layer):
             yield name, (config.hidden_size,)
-        if config.layers[layer].sinks:
+        spec = config.layers[layer]
+        if spec.sinks:
             yield sinks_name(layer), (config.num_heads,)
+        if spec.qk_norm is not None:
+            for name, size in zip(qk_norms(layer), qk_norm_sizes(config, layer), strict=True):
+                yield name, (size,)
+        if spec.experts is not None:
+            yield router_name(config, layer), (spec.experts.num_experts, config.hidden_size)
+            if spec.experts.shared_size:
+                yield shared_gate_name(layer), (1, config.hidden_size)
     yield FINAL_NORM, (config.hidden_size,)
     for module in modules(config):
         if module.bias:
@@ -105,4 +206,14 @@ def vectors(config: ModelConfig) -> Iterator[tuple[str, tuple[int]]]:
 
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the model; a tied table counts once."""
-    return sum(m.shape[0] * m.shape[1] for m in modules(config)) + sum(shape[0] for _, shape in vectors(config))
+    return sum(math.prod(m.shape) for m in modules(config)) + sum(math.prod(shape) for _, shape in vectors(config))
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token runs through: of each sparse layer's experts `top_k`."""
+    idle = 0
+    for layer in config.layers:
+        if (experts := layer.experts) is not None:
+            one = 3 * experts.intermediate_size * config.hidden_size
+            idle += (experts.num_experts - experts.top_k) * one
+    return num_parameters(config) - idle

@@ -85,7 +85,7 @@ class ShardSource:
         height = shape[0] * self.shard.size
         return cut_rows(self._stored(module, (height, shape[1])), self.shard.rows(height))
 
-    def vector(self, name: str, shape: tuple[int]) -> Array:
+    def vector(self, name: str, shape: tuple[int, ...]) -> Array:
         """A norm whole; biases and sinks with their rows; the bias of a sum on the first rank alone."""
         module, _, kind = name.rpartition(".")
         if kind == "bias" and module.endswith(SUMMED):

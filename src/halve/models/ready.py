@@ -106,7 +106,7 @@ class ReadySource:
         self.forget()
         return packed
 
-    def vector(self, name: str, shape: tuple[int]) -> Array:
+    def vector(self, name: str, shape: tuple[int, ...]) -> Array:
         """The stored vector as float32; CheckpointError as above."""
         return self.checkpoint.read_vector(name, shape)
 

@@ -20,6 +20,7 @@ from halve.report.words import number, printable
 NAMES = {
     "always cheap": Both("always the cheap one", "常に安価なモデル"),
     "router": Both("router", "ルーター"),
+    "short": Both("shortest prompts to it, as often right", "短い入力だけ高価なモデルへ"),
     "coin": Both("coin, as often right", "同じ正答率のコイン投げ"),
     "oracle": Both("oracle, as often right", "同じ正答率の全知の選択"),
     "always dear": Both("always the dear one", "常に高価なモデル"),
@@ -33,7 +34,7 @@ ANSWERS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingPage:
-    """What the page shows. coin: its two ends. created: a date as it should be shown."""
+    """What the page shows. short: the curve of the shortest prompts. created: a date as it should be shown."""
 
     title: str
     created: str
@@ -42,9 +43,11 @@ class RoutingPage:
     verdict: Verdict
     saved_share: Decimal
     recovered: Interval | None
+    more_than_short: Interval | None
     strategies: tuple[Strategy, ...]
     curve: tuple[Strategy, ...]
     oracle: tuple[Strategy, ...]
+    short: tuple[Strategy, ...]
     requests_per_month: int | None
     notes: tuple[str, ...]
 
@@ -69,6 +72,10 @@ def spread(one: Interval) -> str:
     return f"{percent(one.value)} [{percent(one.low)}, {percent(one.high)}]"
 
 
+def _plain(one: Interval) -> str:
+    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]".replace("-", "−")
+
+
 def sentence(page: RoutingPage) -> Both:
     """What it comes to."""
     one, limit = page.verdict.strategy, percent(page.verdict.limit)
@@ -82,14 +89,15 @@ def sentence(page: RoutingPage) -> Both:
         f"正答率の低下は {spread(one.loss)}、上限 {limit} に対し、選択に使っていない {page.verdict.certified_on:,} 問で"
         f"{ANSWERS[page.verdict.answer].ja}。",
     )
-    if page.recovered is not None:
-        good = page.recovered.low > 0.5
-        value = f"{page.recovered.value:.3f} [{page.recovered.low:.3f}, {page.recovered.high:.3f}]"
+    if page.recovered is not None and page.more_than_short is not None:
+        good = page.more_than_short.low > 0
         text += Both(
-            f" Over all budgets it recovers {value} of the gap between the models, where a coin recovers 0.5"
-            + (": better than a coin." if good else ": not shown to be better than a coin."),
-            f"全予算での平均回収率 (モデル間の差) は {value} (コイン投げは 0.5)、"
-            + ("コイン投げより優れています。" if good else "コイン投げより優れているとは示されていません。"),
+            f" Over all budgets it recovers {_plain(page.recovered)} of the gap between the models, where a coin "
+            f"recovers 0.5; that is {_plain(page.more_than_short)} more than sending the shortest prompts to the dear "
+            "model: " + ("better than that." if good else "not shown to be better than that."),
+            f"全予算での平均回収率 (モデル間の差) は {_plain(page.recovered)} (コイン投げは 0.5)。"
+            f"短い入力だけを高価なモデルに送る場合との差は {_plain(page.more_than_short)} で、"
+            + ("それより優れています。" if good else "それより優れているとは示されていません。"),
         )
     return text
 
@@ -114,13 +122,14 @@ def render_routing(page: RoutingPage, language: Language = "en") -> str:
 
 def draw_routing(page: RoutingPage, width: int = 860) -> str:
     """The chart as a drawing of its own, with its style in it."""
-    inner = chart(page, "en", width)
+    inner = str(chart(page, "en", width))
+    height = float(inner.split('viewBox="0 0 ')[1].split('"', maxsplit=1)[0].split()[1])
+    inner = inner.replace("<svg ", f'<svg width="{width}" height="{height:g}" overflow="visible" ', 1)
     css = files("halve.report").joinpath("templates/page.css").read_text(encoding="utf-8")
-    height = float(str(inner).split('viewBox="0 0 ')[1].split('"')[0].split()[1])
     paper = tag("rect", x=-12.0, y=-12.0, width=width + 24.0, height=height + 24, class_="paper")
     view = f"-12 -12 {width + 24:g} {height + 24:g}"
-    svg = tag("svg", tag("style", Markup(css)), paper, inner, xmlns="http://www.w3.org/2000/svg", viewBox=view,
-              width=width + 24)  # fmt: skip
+    parts = [tag("style", Markup(css)), paper, Markup(inner)]
+    svg = tag("svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=view, width=width + 24)
     return printable(f"{svg}\n")
 
 
@@ -147,21 +156,23 @@ def chart(page: RoutingPage, lang: Language, width: int) -> Markup:
     y = linear_axis(min(heights), max(heights), 6)
     left = max(text_width(percent(tick)) for tick in y.ticks) + 12
     height = 360.0
-    plot = Plot(left=left, right=width - 28, top=40, bottom=height - 48, x=x, y=y)
+    plot = Plot(left=left, right=width - 32, top=40, bottom=height - 48, x=x, y=y)
     x_title = Both("dollars of a million requests", "100 万リクエストあたりの費用 (ドル)").of(lang)
     y_title = Both("answered right", "正答率").of(lang)
     parts = [plot.frame(lambda v: f"${number(v)}", percent, x_title, y_title)]
     parts += _limit(plot, page, floor, lang)
     parts.append(_band(plot, page.curve))
     ends = (page.always_cheap, page.always_dear)
-    for series, kind in ((page.oracle, 2), (ends, 7), (page.curve, 0)):
+    for series, kind in ((page.oracle, 2), (ends, 7), (page.short, 3), (page.curve, 0)):
         parts.append(tag("polyline", points=_way(plot, series), class_=f"trace c{kind}"))
-    for one, kind in ((page.always_cheap, 7), (page.always_dear, 7), (page.oracle[-1], 2), (page.verdict.strategy, 5)):
+    ends_of = ((page.always_cheap, 7), (page.always_dear, 7), (page.oracle[-1], 2), (page.verdict.strategy, 5))
+    for one, kind in ends_of:
         tip = f"{NAMES[one.name].of(lang)}: {percent(one.accuracy.value)}, {USD.say(one.usd_per_million)}"
         parts.append(marker(kind, plot.px(float(one.usd_per_million)), plot.py(one.accuracy.value), tip, size=5.5))
     legend = (
         (0, Both("router, with its 95 % interval", "ルーター (95 % 区間)")),
         (5, Both("the threshold that was chosen", "選ばれたしきい値")),
+        (3, Both("shortest prompts to the dear one", "短い入力だけ高価なモデルへ")),
         (7, Both("coin, from cheap to dear", "コイン投げ")),
         (2, Both("oracle", "全知の選択")),
     )

@@ -19,6 +19,7 @@ SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 METHODS = {
     "rtn": "rounded to nearest",
+    "gptq": "rounded one input after the other, later ones making up for the error of earlier ones",
     "clip": "rounded to nearest within the range that changes the output least",
 }
 

@@ -1,23 +1,20 @@
 """The cheapest plan within a quality limit."""
 
-from halve.search.uniform import (
-    Candidate,
-    Judged,
-    bytes_per_token,
-    candidates,
-    cheapest_passing,
-    method_for,
-    plain_bytes_per_token,
-    plan_for,
-)
+from halve.search.front import Candidate, Judged, Move, candidates, cheapest_passing, in_words, likely_start
+from halve.search.uniform import bytes_per_token, method_for, plain_bytes_per_token, plan_for
+from halve.search.whole import uniform_candidates
 
 __all__ = [
     "Candidate",
     "Judged",
+    "Move",
     "bytes_per_token",
     "candidates",
     "cheapest_passing",
+    "in_words",
+    "likely_start",
     "method_for",
     "plain_bytes_per_token",
     "plan_for",
+    "uniform_candidates",
 ]

@@ -58,6 +58,28 @@ class _Engines(Collector):
     def __init__(self, registry: Registry) -> None:
         self._models = registry
 
+    def _experts(self) -> Iterator[Any]:
+        """Of sparse models."""
+        tokens = CounterMetricFamily(
+            "halve:expert_tokens", "Tokens that came to an expert.", labels=["model_name", "layer", "expert"]
+        )
+        read = GaugeMetricFamily(
+            "halve:experts_per_step", "Experts of a layer that a step reads.", labels=["model_name"]
+        )
+        skew = GaugeMetricFamily(
+            "halve:expert_imbalance", "Tokens of the busiest expert over the mean expert's.", labels=["model_name"]
+        )
+        for served in self._models:
+            found = served.engine.metrics()
+            if found.experts_per_step is None or found.expert_imbalance is None:
+                continue
+            read.add_metric([served.name], found.experts_per_step)
+            skew.add_metric([served.name], found.expert_imbalance)
+            for layer, counts in enumerate(found.expert_tokens):
+                for expert, count in enumerate(counts):
+                    tokens.add_metric([served.name, str(layer), str(expert)], count)
+        yield from (tokens, read, skew)
+
     def collect(self) -> Iterator[Any]:
         """Gauges as they are now."""
         gauges = {
@@ -87,6 +109,7 @@ class _Engines(Collector):
                 for served in self._models:
                     family.add_metric([served.name], float(value(served.engine.metrics())))
                 yield family
+        yield from self._experts()
         try:
             joules = int(_ENERGY.read_text()) / 1e6
         except (OSError, ValueError):

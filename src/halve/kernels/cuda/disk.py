@@ -3,27 +3,15 @@
 It is $HALVE_CACHE, else $XDG_CACHE_HOME/halve, else ~/.cache/halve, under `cuda`; HALVE_CACHE=off keeps nothing.
 """
 
-import os
 import tempfile
 from pathlib import Path
+
+from halve.core.cache import cache_folder
 
 
 def folder() -> Path | None:
     """Where it is; None where nothing is kept. It need not exist."""
-    named = os.environ.get("HALVE_CACHE", "")
-    if named.lower() == "off":
-        return None
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if named:
-        home = Path(named)
-    elif os.path.isabs(base):
-        home = Path(base) / "halve"
-    else:
-        try:
-            home = Path.home() / ".cache" / "halve"
-        except RuntimeError:  # a user without a home
-            return None
-    return home / "cuda"
+    return cache_folder("cuda")
 
 
 def write(path: Path, content: bytes) -> None:

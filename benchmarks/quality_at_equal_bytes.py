@@ -1,0 +1,117 @@
+"""How much closer is a mixed plan to the original than one format for all, at the same bytes read for a token?
+
+For each format, the whole model in it by rounding to nearest (rtn), by clip and by gptq; then the plan that the search
+makes within the bytes of that format. KL(original || smaller) in nats per token on sealed text, which neither
+calibration nor search saw; weights alone are rounded. A group that a format does not fit takes int8, in all of them.
+
+    python benchmarks/quality_at_equal_bytes.py MODEL [--formats int4-g32,int3-g32] [--text FILE] [--tokens 20000]
+
+Prints a table, and one JSON line last.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halve.api.progress import SILENT
+from halve.api.study import Question, study
+from halve.api.texts import prepare_texts
+from halve.checkpoint import open_checkpoint
+from halve.compress import Choice, apply_plan, grouped_plan, resolve
+from halve.evaluate import compare, quality
+from halve.evaluate.scorer import DecoderScorer
+from halve.formats import FORMATS
+from halve.kernels.reference import TorchOps
+from halve.models import load_config, load_decoder, stored_formats
+from halve.search import bytes_per_token
+from halve.search.front import bytes_cost, choices_of, tables
+from halve.search.solver import solve
+from halve.text import Tokenizer
+
+
+def main() -> None:
+    """Measure, print a table and the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--formats", default="int4-g32,int3-g32")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=20_000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rounded = {"activations": "fp32", "kv_cache": "fp32"}
+    with open_checkpoint(options.model) as checkpoint, tempfile.TemporaryDirectory() as folder:
+        config = load_config(checkpoint).with_kv_format("fp32")
+        source = stored_formats(checkpoint, config)
+        texts = prepare_texts(
+            options.text, Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size), config, selected=True
+        )
+        original = DecoderScorer(load_decoder(checkpoint, config, TorchOps(widened=True)), keep_bytes=1 << 29)
+        question = Question(
+            checkpoint=checkpoint,
+            config=config,
+            source=source,
+            method="auto",
+            portable=False,
+            device="cpu",
+            texts=texts,
+            model_sha256=checkpoint.sha256(lambda done, total: None),
+            **rounded,
+        )
+        started = time.perf_counter()
+        studied = study(question, original, Path(folder), SILENT)
+        study_s = time.perf_counter() - started
+        ends = np.cumsum([len(t) for t in texts.sealed])
+        sealed = texts.sealed[: int(np.searchsorted(ends, options.tokens)) + 1]
+
+        def kl(choices: dict[str, Choice]) -> tuple[float, float, float, int]:
+            plan = grouped_plan(config, choices, portable=False, **rounded)
+            with tempfile.TemporaryDirectory() as out:
+                statistics = studied.statistics
+                apply_plan(
+                    checkpoint, config, plan, Path(out), energies=statistics.energies, hessians=statistics.hessians
+                )
+                with open_checkpoint(out) as made:
+                    smaller = DecoderScorer(load_decoder(made, load_config(made, plan), TorchOps(widened=True)))
+                    scores = compare(original, smaller, sealed, window_tokens=texts.window_tokens)
+            found = quality(scores, num_resamples=1000).kl_mean
+            return found.value, found.low, found.high, bytes_per_token(config, resolve(plan, config), source)
+
+        results = {}
+        costs, losses = tables(studied.parts, studied.sensitivity, bytes_cost)
+        for name in options.formats.split(","):
+            rows = {}
+            for method in ("rtn", "clip", "gptq"):
+                choices = {
+                    p.name: Choice(
+                        format="int8" if FORMATS[name].refusal(p.modules[0].shape[1]) else name,
+                        method="clip" if p.name == "embedding" and method == "gptq" else method,
+                    )
+                    for p in studied.parts
+                }
+                rows[method] = kl(choices)
+            budget = sum(bytes_cost(p, FORMATS[choices[p.name].format]) for p in studied.parts)
+            plan = solve(losses, costs, budget)
+            rows["mixed"] = kl(choices_of(studied.parts, studied.sensitivity, plan))
+            results[name] = {m: {"kl": v, "low": a, "high": b, "bytes": size} for m, (v, a, b, size) in rows.items()}
+            for method, (value, low, high, size) in rows.items():
+                print(f"{name:10} {method:6} KL {value:.5f} [{low:.5f}, {high:.5f}]  {size} bytes a token", flush=True)
+    first = results[options.formats.split(",")[0]]
+    print(f"the study took {study_s:.0f} s")
+    record = {
+        "question": "quality_at_equal_bytes",
+        "value": first["mixed"]["kl"] / first["gptq"]["kl"],
+        "model": options.model.name,
+        "tokens": int(sum(map(len, sealed))),
+        "study_s": study_s,
+        "formats": results,
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

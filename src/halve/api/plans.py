@@ -1,0 +1,179 @@
+"""From what was learned of a model to the plans that are worth making, cheapest first, for one device and workload."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+from halve import __version__
+from halve.api.model import cache_blocks
+from halve.api.progress import Progress
+from halve.api.study import Question, Studied
+from halve.api.workloads import replay, workload_cost
+from halve.core.cache import cache_folder
+from halve.core.certificate import WorkloadCost
+from halve.core.errors import ConfigError, QualityError
+from halve.core.workload import Workload
+from halve.engine import EngineConfig, Simulation
+from halve.engine.scheduler import Step
+from halve.formats import FORMATS
+from halve.kernels import native, native_library
+from halve.models.names import groups
+from halve.search import Candidate, Move
+from halve.search.device_table import DeviceTable, PlannedTimes, device_table
+from halve.search.front import STORED_SHARE, CostOf, StepCounts, bytes_cost, candidates, rejected_moves
+
+log = logging.getLogger("halve")
+
+NUM_POINTS = 64
+TYPICAL = "int4-g64"  # what the steps of a workload are counted with; which they are hardly depends on it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purpose:
+    """What a model is for: a workload with its service level, and the price of the machine."""
+
+    workload: Workload
+    usd_per_hour: Decimal | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plans:
+    """candidates: cheapest first. basis: what cost is counted in; table: None where it is bytes."""
+
+    candidates: tuple[Candidate, ...]
+    basis: Literal["seconds", "bytes"]
+    cost_of: CostOf
+    studied: Studied
+    question: Question
+    purpose: Purpose
+    table: DeviceTable | None
+
+    def simulation(self, formats: Mapping[str, str]) -> Simulation:
+        """The workload on a model whose groups are stored so."""
+        assert self.table is not None, "only measured times can be replayed"
+        return _replayed(self.question, self.purpose.workload, PlannedTimes(self.table, formats).of_step)
+
+    def cost(self, candidate: Candidate) -> WorkloadCost | None:
+        """What the workload takes with a plan, beside the original; None where times were not measured."""
+        if self.table is None:
+            return None
+        smaller, original = (self.simulation(f) for f in (_formats(candidate), _original_formats(self.question)))
+        return workload_cost(self.purpose.workload, smaller, original, self.purpose.usd_per_hour)
+
+    def moves(self, candidate: Candidate, room: float) -> list[Move]:
+        """What the plan did not do, and why. room: nats per token that it may lose by the sensitivities."""
+        parts, sensitivity = self.studied.parts, self.studied.sensitivity
+        return rejected_moves(parts, sensitivity, self.cost_of, candidate.choices, room)
+
+
+def find_plans(question: Question, studied: Studied, purpose: Purpose, workspace: Path, progress: Progress) -> Plans:
+    """The Pareto front on this device.
+
+    workspace: for times that are not kept elsewhere. Raises QualityError for a service level that no plan keeps.
+    """
+    table = _table(question, studied, workspace, progress)
+    cost_of: CostOf = bytes_cost
+    if table is not None:
+        counts = StepCounts()
+        times = PlannedTimes(table, _uniform(question, TYPICAL))
+        _replayed(question, purpose.workload, counts.watching(times.of_step))
+        plain, part = counts.cost(table), next(p for p in studied.parts if p.group is not None)
+        byte_s = plain(part, FORMATS["int8"]) / bytes_cost(part, FORMATS["int8"])
+        cost_of = counts.cost(table, byte_s=STORED_SHARE * byte_s)
+    found = candidates(
+        question.config,
+        studied.parts,
+        studied.sensitivity,
+        cost_of,
+        question.source,
+        portable=question.portable,
+        activations=question.activations,
+        kv_cache=question.kv_cache,
+        num_points=NUM_POINTS,
+    )
+    if not found:
+        raise QualityError("no plan makes this model cheaper here; name a format by --format to have it made anyway")
+    plans = Plans(
+        candidates=tuple(found),
+        basis="bytes" if table is None else "seconds",
+        cost_of=cost_of,
+        studied=studied,
+        question=question,
+        purpose=purpose,
+        table=table,
+    )
+    return _within_level(plans)
+
+
+def _within_level(plans: Plans) -> Plans:
+    """The plans that keep the service level: a cheaper plan is a faster one, so that the first to fail ends it."""
+    level = plans.purpose.workload.service_level
+    if level.ttft_s is None and level.time_per_token_s is None:
+        return plans
+    if plans.table is None:
+        raise ConfigError(
+            "slo: step times can't be measured on this device yet, so no service level can be kept; leave it out"
+        )
+    fastest = plans.simulation(_formats(plans.candidates[0]))
+    if not fastest.level_met:
+        raise QualityError(
+            f"no plan keeps this service level: the fastest, {plans.candidates[0].format}, answers requests that come "
+            f"alone with a first token after {fastest.ttft_s.p99:.3g} s and {fastest.time_per_token_s.p99:.3g} s a "
+            f"token (99th percentiles); ask for no less (--slo ttft={fastest.ttft_s.p99 * 1.05:.2g}s,"
+            f"tpot={fastest.time_per_token_s.p99 * 1.05e3:.2g}ms)"
+        )
+    low, high = 0, len(plans.candidates)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if plans.simulation(_formats(plans.candidates[middle])).level_met:
+            low = middle
+        else:
+            high = middle
+    return replace(plans, candidates=plans.candidates[:high])
+
+
+def _table(question: Question, studied: Studied, workspace: Path, progress: Progress) -> DeviceTable | None:
+    """Times of every option on this device; None where our C++ does not run the plans."""
+    if question.device != "cpu":
+        log.info("step times are measured on the CPU only: plans are ranked by the bytes that a token reads")
+        return None
+    if reason := native_library.available():
+        log.info("plans are ranked by the bytes that a token reads: %s", reason)
+        return None
+    ops = native.NativeOps(activations=question.activations)
+    formats = {s.format for scores in studied.sensitivity.parts.values() for s in scores}
+    formats |= {f.name for f in question.source.values()} | {TYPICAL, "int8"}
+    with progress.task("Timing every product", "products") as advance:
+        return device_table(
+            question.config,
+            ops,
+            formats,
+            kv_format=question.kv_cache,
+            version=__version__,
+            folder=cache_folder("device") or workspace / "device",
+            progress=advance,
+        )
+
+
+def _replayed(question: Question, workload: Workload, seconds: Callable[[Step], float]) -> Simulation:
+    engine = EngineConfig()
+    config = question.config.with_kv_format(question.kv_cache)
+    return replay(
+        workload, seconds, engine=engine, num_blocks=cache_blocks(config, engine, None), context=config.context
+    )
+
+
+def _formats(candidate: Candidate) -> dict[str, str]:
+    return {name: choice.format for name, choice in candidate.choices.items() if name != "embedding"}
+
+
+def _original_formats(question: Question) -> dict[str, str]:
+    return {g.name: question.source[g.members[0].name].name for g in groups(question.config)}
+
+
+def _uniform(question: Question, name: str) -> dict[str, str]:
+    """A format for every group that it fits, int8 for the others."""
+    return {g.name: "int8" if FORMATS[name].refusal(g.members[0].shape[1]) else name for g in groups(question.config)}

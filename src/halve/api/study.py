@@ -1,0 +1,266 @@
+"""What a search learns of a model, kept in the user's cache for the next limit: statistics, scores of every option.
+
+It depends on the model, on the text it is shown, and on how the smaller model will compute, but not on the limit or
+the workload, so that another limit takes seconds. Files are written whole or not at all; what is broken is made again,
+and that alone.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halve import __version__
+from halve.api.progress import Progress
+from halve.api.texts import Texts
+from halve.api.workspace import write_atomic
+from halve.checkpoint import Checkpoint
+from halve.compress import Energies, Hessians, Statistics, calibrate
+from halve.core.cache import cache_folder
+from halve.core.errors import ConfigError
+from halve.core.plan import ActivationFormat, KVFormat, RoundingMethod
+from halve.core.record import from_dict, parse_json, to_dict
+from halve.evaluate import windows
+from halve.evaluate.scorer import DecoderScorer
+from halve.formats import Format
+from halve.kernels.ops import Array
+from halve.kernels.reference import TorchOps
+from halve.kernels.rough import rough_ops
+from halve.models import CheckpointSource, ModelConfig
+from halve.models.names import num_parameters
+from halve.search.fisher import fisher
+from halve.search.sensitivity import Part, Score, Screen, Sensitivity, analyse, options_of, parts_of
+from halve.search.swaps import Swaps
+from halve.search.uniform import MethodChoice
+
+log = logging.getLogger("halve")
+
+FISHER_TOKENS = 4096  # of calibration text that run backward; half of them in large models
+SWAP_TOKENS = 2048  # of selection text that swaps are measured on
+WINDOW = 128  # of both: many documents say more than long ones
+LARGE = 200_000_000  # parameters: from here on nothing is swapped, and gptq is only taken when it is asked for
+KEEP_HESSIANS_BYTES = 1 << 29  # beyond it they lie with the run and go with it
+KEEP_STUDIES = 8
+SWAP_SHARE = 0.4  # of the time given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studied:
+    """statistics: for methods. parts and sensitivity: what can be chosen, and what it loses."""
+
+    statistics: Statistics
+    parts: tuple[Part, ...]
+    sensitivity: Sensitivity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is studied."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig  # of the original, with its cache in fp32
+    source: Mapping[str, Format]
+    method: MethodChoice
+    portable: bool
+    activations: ActivationFormat
+    kv_cache: KVFormat
+    device: str
+    texts: Texts
+    model_sha256: str
+
+    def folder(self) -> Path | None:
+        """Where its answers are kept; None where nothing is."""
+        key = {
+            "model": self.model_sha256,
+            "calibration": self.texts.calibration_sha256,
+            "selection": self.texts.selection_sha256,
+            "window": self.texts.window_tokens,
+            "method": self.method,
+            "portable": self.portable,
+            "activations": self.activations,
+            "device": self.device,
+            "halve": __version__,
+        }
+        root = cache_folder("search")
+        return (
+            None if root is None else root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        )
+
+    def method_for(self, fmt: Format) -> RoundingMethod:
+        """How weights are rounded to a format: gptq below 8 bits, where the model is not large, unless told."""
+        if self.method != "auto":
+            return self.method
+        return "gptq" if fmt.bits < 8 and not self.large else "clip"
+
+    @property
+    def large(self) -> bool:
+        """Whether swaps and gptq would take more than the rest of the search."""
+        return num_parameters(self.config) >= LARGE
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether any option is rounded by gptq."""
+        return self.method == "gptq" or (self.method == "auto" and not self.large)
+
+
+def study(
+    question: Question, original: DecoderScorer, workspace: Path, progress: Progress, *, time_s: float | None = None
+) -> Studied:
+    """Calibrate, screen every option and measure the anchors, as far as it is not known already.
+
+    workspace: the run's own directory, for what is not kept. time_s: that the whole search may take.
+    """
+    folder = question.folder() or workspace / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    _forget_old(folder)
+    statistics = statistics_of(
+        question.checkpoint,
+        question.config,
+        question.texts,
+        question.device,
+        folder,
+        workspace,
+        progress,
+        hessians=question.needs_hessians,
+    )
+    parts = parts_of(question.config)
+    options = {
+        p.name: options_of(
+            p, question.source, question.method_for, portable=question.portable, allowed=lambda fmt: True
+        )
+        for p in parts
+    }
+    scores_path = folder / "scores.json"
+    known = _read_scores(scores_path, {name: {str(o) for o in found} for name, found in options.items()})
+    if known.keys() >= options.keys():
+        log.info("the sensitivities of this model are known: %s", scores_path)
+    sensitivity = _analyse(question, original, statistics, parts, options, known, scores_path, progress, time_s)
+    return Studied(statistics=statistics, parts=tuple(parts), sensitivity=sensitivity)
+
+
+def _analyse(
+    question: Question,
+    original: DecoderScorer,
+    statistics: Statistics,
+    parts: Sequence[Part],
+    options: Mapping[str, Sequence[Any]],
+    known: dict[str, list[Score]],
+    scores_path: Path,
+    progress: Progress,
+    time_s: float | None,
+) -> Sensitivity:
+    source = CheckpointSource(question.checkpoint)
+    large = question.large
+    swapped = [] if large else _tokens(question.texts.selection[::-1], SWAP_TOKENS)
+    screen: Screen | None = None
+    if not known.keys() >= options.keys():
+        ops = rough_ops(question.device) if large else TorchOps(question.device)
+        text = _tokens(question.texts.calibration, FISHER_TOKENS // (2 if large else 1))
+        with progress.task("Weighing outputs", "layers") as advance:
+            weighed = fisher(question.config, source, ops, text, progress=advance)
+        if large:
+            log.info("a large model: options are screened, and only whole plans are measured")
+        rounded = {"activations": question.activations, "device": question.device}
+        swaps = None if large else Swaps(original.decoder, source, swapped, **rounded)
+        screen = Screen(question.config, source, statistics, weighed, swaps)
+    kept = dict(known)
+
+    def keep(name: str, scores: list[Score]) -> None:
+        kept[name] = scores
+        write_atomic(scores_path, json.dumps({name: to_dict(scores) for name, scores in kept.items()}))
+
+    with progress.task("Scoring every option", "groups") as advance:
+        return analyse(
+            screen,
+            parts,
+            options,
+            num_tokens=sum(map(len, swapped)),
+            time_s=float("inf") if time_s is None else SWAP_SHARE * time_s,
+            known=known,
+            keep=keep,
+            progress=advance,
+        )
+
+
+def statistics_of(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    texts: Texts,
+    device: str,
+    folder: Path,
+    workspace: Path,
+    progress: Progress,
+    *,
+    hessians: bool,
+) -> Statistics:
+    """Energies, and second moments where asked, from disk or by calibration; the energies are written last."""
+    path = folder / "energies.npz"
+    size = Hessians.size_bytes(config)
+    found = Hessians(folder=(folder if size <= KEEP_HESSIANS_BYTES else workspace) / "hessians") if hessians else None
+    done = None if found is None else found.folder / "done"
+    if path.exists() and (done is None or done.exists()):
+        try:
+            return Statistics(energies=Energies.load(path), hessians=found)
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s can't be read and is made again: %s", path, error)
+    if found is not None:
+        shutil.rmtree(found.folder, ignore_errors=True)
+        found.folder.mkdir(parents=True)
+    with progress.task("Calibrating", "layers") as advance:
+        energies = calibrate(
+            config,
+            CheckpointSource(checkpoint),
+            texts.calibration,
+            window_tokens=texts.window_tokens,
+            device=device,
+            hessians=found,
+            progress=advance,
+        )
+    temporary = path.with_suffix(".new.npz")
+    energies.save(temporary)
+    temporary.replace(path)
+    if done is not None:
+        done.touch()
+    return Statistics(energies=energies, hessians=found)
+
+
+def _tokens(documents: Sequence[Array], most: int) -> list[Array]:
+    """Windows of documents, so many tokens in all: the first of each document, then the second, so that all speak."""
+    cut = [windows(document, WINDOW) for document in documents]
+    turns = (parts[turn] for turn in range(max(map(len, cut), default=0)) for parts in cut if turn < len(parts))
+    found: list[Array] = []
+    left = most
+    for window in turns:
+        if left < 2:
+            break
+        found.append(window[:left])
+        left -= len(found[-1])
+    return found
+
+
+def _read_scores(path: Path, expected: Mapping[str, set[str]]) -> dict[str, list[Score]]:
+    """Scores of the parts whose options are the same; none from a broken file, which is said."""
+    if not path.exists():
+        return {}
+    try:
+        raw = parse_json(path.read_text(encoding="utf-8"), str(path))
+        found = {name: [from_dict(Score, one) for one in scores] for name, scores in raw.items()}
+    except (ConfigError, OSError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        log.warning("%s can't be read and is made again: %s", path, error)
+        return {}
+    return {n: scores for n, scores in found.items() if {str(s.choice) for s in scores} == expected.get(n)}
+
+
+def _forget_old(folder: Path) -> None:
+    """Keep the newest studies of the cache."""
+    root = cache_folder("search")
+    if root is None or folder.parent != root:
+        return
+    folder.touch()
+    others = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    for old in others[KEEP_STUDIES:]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,217 @@
+"""Sparse feed-forwards: a router sends each token to a few of many experts, whose weighted outputs are summed.
+
+Tokens are sorted by expert, so that every expert that is asked reads its weights once a step, whatever the number of
+its tokens: by one grouped product on our C++ kernels (`kernels/grouped.py`), else expert by expert. Router variants are
+data (`config.Experts`). Sources: arXiv:1701.06538, arXiv:2401.04088 (Mixtral), arXiv:2401.06066 (shared experts).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from halve.core.errors import CheckpointError
+from halve.formats import FORMATS, Weight
+from halve.kernels.grouped import GroupedLinears
+from halve.kernels.native import NativeOps
+from halve.kernels.ops import Array, Buffer, Ops, Packed
+from halve.models.config import Experts, ModelConfig
+from halve.models.names import FusedGroup, Kind, Module, router_name, shared_gate_name
+
+ROUTED: tuple[Kind, ...] = ("gate_up", "down")  # groups of a sparse layer that hold all its experts
+
+# Sees a group's input and outputs and returns the outputs to use: calibration looks, an adapter adds to them.
+Hook = Callable[[FusedGroup, Buffer, list[Buffer]], list[Buffer]]
+
+
+class Source(Protocol):
+    """Where weights come from; `decoder.WeightSource`."""
+
+    def weight(self, module: str, shape: tuple[int, int]) -> Weight | Packed:
+        """A matrix."""
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> Array:
+        """A float tensor."""
+
+
+@dataclass(slots=True)
+class ExpertCounts:
+    """How often experts of one layer were asked. tokens: int64 [experts]. steps: calls; reads: experts read in them."""
+
+    tokens: Array
+    steps: int = 0
+    reads: int = 0
+
+    def add(self, counts: Array) -> None:
+        """One call's tokens of each expert."""
+        self.tokens += counts
+        self.steps += 1
+        self.reads += int(np.count_nonzero(counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Where tokens go: rows int32 [T * top_k] sorted by expert, their weights float32, and where each expert begins."""
+
+    rows: Array
+    weights: Array
+    offsets: Array
+
+
+class Router:
+    """The router of one layer, in float32 beside whatever the rest computes in."""
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops, source: Source) -> None:
+        experts = config.layers[layer].experts
+        assert experts is not None
+        self.experts: Experts = experts
+        self.ops = ops
+        shape = (experts.num_experts, config.hidden_size)
+        self.linear = ops.linear(_floats(source.vector(router_name(config, layer), shape)))
+        self.shared_gate = None
+        if experts.shared_size:
+            self.shared_gate = ops.linear(_floats(source.vector(shared_gate_name(layer), (1, config.hidden_size))))
+        self.layer = layer
+        self.counts = ExpertCounts(np.zeros(experts.num_experts, np.int64))
+
+    def logits(self, x: Buffer) -> Array:
+        """float32 [T, experts]. Raises CheckpointError for NaN, which would send tokens anywhere."""
+        logits = self.ops.to_host(self.ops.project(self.linear, x))
+        if np.isnan(logits).any():
+            raise CheckpointError(
+                f"layer {self.layer}: the router's logits hold NaN; the layers before it, or its weights, are broken"
+            )
+        return logits
+
+    def __call__(self, x: Buffer) -> Routing:
+        """Choose experts for tokens [T, H]."""
+        routing = route(self.logits(x), self.experts)
+        self.counts.add(np.diff(routing.offsets))
+        return routing
+
+
+def route(logits: Array, experts: Experts) -> Routing:
+    """Softmax over all experts, the largest top_k of it, divided by their sum where the family says so.
+
+    logits: float32 [T, experts]. Ties go to the lower expert.
+    """
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares = shifted / shifted.sum(axis=1, keepdims=True)
+    chosen = np.argsort(-logits, axis=1, kind="stable")[:, : experts.top_k]
+    weights = np.take_along_axis(shares, chosen, axis=1)
+    if experts.renormalize:
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    flat = chosen.ravel()
+    order = np.argsort(flat, kind="stable")  # by expert, then by token
+    offsets = np.zeros(experts.num_experts + 1, np.int32)
+    np.cumsum(np.bincount(flat, minlength=experts.num_experts), out=offsets[1:])
+    return Routing((order // experts.top_k).astype(np.int32), weights.ravel()[order].astype(np.float32), offsets)
+
+
+class ExpertProjection:
+    """One kind of product of all experts of a layer. hook: sees each expert's rows under `FusedGroup.of_expert`."""
+
+    def __init__(self, group: FusedGroup, ops: Ops, source: Source) -> None:
+        self.group, self.ops = group, ops
+        self.hook: Hook | None = None
+        self.after: Callable[[Buffer], Buffer] | None = None
+        num_experts = 1 + max(m.expert for m in group.members if m.expert is not None)
+        self.groups = [group.of_expert(e) for e in range(num_experts)]
+        self.parts = [[self._linear(m, source) for m in one.members] for one in self.groups]
+        self.grouped: GroupedLinears | None = None
+        if isinstance(ops, NativeOps) and len({(one.layout, one.matrix.out_features) for one in self.linears}) == 1:
+            self.grouped = GroupedLinears(ops, self.parts)
+
+    def _linear(self, module: Module, source: Source) -> Any:
+        return self.ops.linear(source.weight(module.name, module.shape))
+
+    @property
+    def linears(self) -> list[Any]:
+        """Every expert's matrices, one expert after the other."""
+        return [linear for parts in self.parts for linear in parts]
+
+    def __call__(self, x: Buffer, offsets: Array) -> list[Buffer]:
+        """Rows [N, in] sorted by expert -> one [N, out] for each matrix of an expert."""
+        if self.hook is None and self.grouped is not None:
+            return self.grouped(x, offsets)
+        asked = np.flatnonzero(np.diff(offsets)).tolist()
+        found = [self.of_expert(e, x[int(offsets[e]) : int(offsets[e + 1])]) for e in asked]
+        return [_joined(outputs) for outputs in zip(*found, strict=True)]
+
+    def of_expert(self, expert: int, x: Buffer) -> list[Buffer]:
+        """One expert's products."""
+        outputs = [self.ops.project(linear, x) for linear in self.parts[expert]]
+        return self.hook(self.groups[expert], x, outputs) if self.hook else outputs
+
+
+def sparse_feed_forward(
+    ops: Ops, router: Router, projections: Mapping[Kind, Any], x: Buffer, forced: int = 0
+) -> Buffer:
+    """[T, H] -> [T, H]: every token through its experts, weighted, and through the shared expert where there is one.
+
+    forced: for calibration, experts with fewer tokens than this are shown those they would like best, too; what they
+    make of them goes to hooks alone.
+    """
+    routing = router(x)
+    rows = ops.take_rows(x, routing.rows)
+    gate, up = projections["gate_up"](rows, routing.offsets)
+    (outputs,) = projections["down"](ops.silu_mul(gate, up), routing.offsets)
+    out = _weighted_sum(outputs, routing, len(x))
+    if router.shared_gate is not None:
+        gate, up = projections["shared_gate_up"](x)
+        (shared,) = projections["shared_down"](ops.silu_mul(gate, up))
+        share = 1 / (1 + np.exp(-ops.to_host(ops.project(router.shared_gate, x)).astype(np.float64)))
+        out = ops.add(out, shared * _like(share.astype(np.float32), shared))
+    if forced:
+        show_experts(ops, router, projections, x, routing, forced)
+    return out
+
+
+def show_experts(
+    ops: Ops, router: Router, projections: Mapping[Kind, Any], x: Buffer, routing: Routing, least: int
+) -> None:
+    """Run experts that got fewer than `least` tokens over those whose logits for them are largest, for hooks alone."""
+    counts = np.diff(routing.offsets)
+    few = np.flatnonzero(counts < min(least, len(x)))
+    if not len(few):
+        return
+    logits = router.logits(x)
+    for e in few:
+        own = routing.rows[routing.offsets[e] : routing.offsets[e + 1]]
+        liked = np.argsort(-logits[:, e], kind="stable")
+        others = liked[~np.isin(liked, own)][: least - len(own)].astype(np.int32)
+        gate, up = projections["gate_up"].of_expert(int(e), ops.take_rows(x, np.sort(others)))
+        projections["down"].of_expert(int(e), ops.silu_mul(gate, up))
+
+
+def _weighted_sum(outputs: Buffer, routing: Routing, num_tokens: int) -> Buffer:
+    """Sum of weight times output of each token's experts, in the order of the experts: [N, H] -> [T, H]."""
+    weighted = outputs * _like(routing.weights[:, None], outputs)
+    of_token = np.argsort(routing.rows, kind="stable").reshape(num_tokens, -1)
+    if isinstance(weighted, np.ndarray):
+        return weighted[of_token].sum(axis=1)
+    import torch
+
+    return weighted[torch.from_numpy(of_token).to(weighted.device)].sum(dim=1)
+
+
+def _joined(parts: tuple[Buffer, ...]) -> Buffer:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    import torch
+
+    return torch.cat(list(parts))
+
+
+def _like(values: Array, buffer: Buffer) -> Any:
+    """float32 values as the buffer's kind of array, on its device and of its type."""
+    if isinstance(buffer, np.ndarray):
+        return values
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values)).to(buffer.device, buffer.dtype)
+
+
+def _floats(values: Array) -> Weight:
+    return Weight(format=FORMATS["fp32"], shape=values.shape, codes=np.ascontiguousarray(values, np.float32))

@@ -1,0 +1,291 @@
+"""From scores and costs to plans: the Pareto front of a model, cheapest first, and why each plan is as it is.
+
+Everything that a decoded token costs is a sum over parts (`bytes`: what is read; `seconds`: what a workload's steps
+take by the device table), as losses are, so that the solver chooses among all of them at once. Uniform plans are among
+its choices; none is tried for its own sake.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from halve.compress import Choice, grouped_plan, resolve
+from halve.core.certificate import Measured
+from halve.core.plan import ActivationFormat, KVFormat, Plan, RoundingMethod
+from halve.engine.scheduler import Step
+from halve.formats import FORMATS, Format
+from halve.kernels.ops import Array
+from halve.models import ModelConfig
+from halve.search.device_table import DeviceTable
+from halve.search.sensitivity import Part, Score, Sensitivity
+from halve.search.solver import Solution, front
+from halve.search.uniform import bytes_per_token
+
+# What is never read while decoding still lies in a file and in memory: a hundredth of a byte that is read.
+STORED_SHARE = 0.01
+
+CostOf = Callable[[Part, Format], float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A plan that could be made.
+
+    format: `int4-g32`, or `mixed-3.52` by the bits of a weight that is read. method: of most of its weights.
+    predicted_kl: nats per token by the sensitivities; cost: in the unit that was searched in; both null for a named
+    format. choices: by part, empty for a named format.
+    """
+
+    format: str
+    method: RoundingMethod
+    plan: Plan
+    bytes_per_token: int
+    predicted_kl: float | None = None
+    cost: float | None = None
+    choices: Mapping[str, Choice]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A candidate's quality on the selection text, and whether it is within the limit."""
+
+    format: str
+    method: RoundingMethod
+    bytes_per_token: int
+    ppl_ratio: Measured
+    kl_mean: Measured
+    passed: bool
+    version: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Move:
+    """A change of one part that a plan did not make, and why. cost, loss: what it would have added."""
+
+    part: str
+    chosen: str
+    rejected: str
+    cost: float
+    loss: float
+    why: str
+
+
+def bytes_cost(part: Part, fmt: Format) -> float:
+    """Bytes that a decoded token reads at batch 1."""
+    size = sum(fmt.size_bytes(m.shape) for m in part.modules)
+    if part.group is None:  # a table is looked up: one row of it
+        return sum(fmt.size_bytes((1, m.shape[1])) for m in part.modules) + STORED_SHARE * size
+    return float(size)
+
+
+class StepCounts:
+    """Which steps a workload makes: how many of so many tokens, and of so many sampled rows."""
+
+    def __init__(self) -> None:
+        self.tokens: Counter[int] = Counter()
+        self.rows: Counter[int] = Counter()
+
+    def watching(self, seconds: Callable[[Step], float]) -> Callable[[Step], float]:
+        """Step times that are counted as they are asked for."""
+
+        def of(step: Step) -> float:
+            self.tokens[sum(c.num_tokens + len(c.draft) for c in step.chunks)] += 1
+            if step.num_sampled:
+                self.rows[step.num_sampled] += 1
+            return seconds(step)
+
+        return of
+
+    def cost(self, table: DeviceTable, *, byte_s: float = 0.0) -> CostOf:
+        """Seconds of all these steps in a part's products; byte_s: for each byte that is stored beside."""
+
+        def of(part: Part, fmt: Format) -> float:
+            stored = byte_s * sum(fmt.size_bytes(m.shape) for m in part.modules)
+            if part.group is None:
+                return stored
+            counts = self.rows if part.group.kind == "lm_head" else self.tokens
+            return stored + sum(n * table.group_s(part.group.kind, fmt.name, c) for c, n in counts.items())
+
+        return of
+
+
+def candidates(
+    config: ModelConfig,
+    parts: Sequence[Part],
+    sensitivity: Sensitivity,
+    cost_of: CostOf,
+    source: Mapping[str, Format],
+    *,
+    portable: bool,
+    activations: ActivationFormat,
+    kv_cache: KVFormat,
+    num_points: int = 40,
+) -> list[Candidate]:
+    """The front as plans, cheapest first; what costs as much as the original, or changes nothing, is left out."""
+    costs, losses = tables(parts, sensitivity, cost_of)
+    found: list[Candidate] = []
+    names: set[str] = set()
+    for point in front(costs, losses, num_points=num_points):
+        choices = choices_of(parts, sensitivity, point)
+        if all(choice.method is None for choice in choices.values()):
+            continue
+        plan = grouped_plan(config, choices, portable=portable, activations=activations, kv_cache=kv_cache)
+        size = bytes_per_token(config, resolve(plan, config), dict(source))
+        found.append(
+            Candidate(
+                format=_name(config, parts, choices, names),
+                method=_most(parts, choices),
+                plan=plan,
+                bytes_per_token=size,
+                predicted_kl=point.loss,
+                cost=point.cost,
+                choices=choices,
+            )
+        )
+    return found
+
+
+def tables(parts: Sequence[Part], sensitivity: Sensitivity, cost_of: CostOf) -> tuple[list[Array], list[Array]]:
+    """Costs and losses of each part's options, as the solver takes them."""
+    scores = [sensitivity.parts[p.name] for p in parts]
+    costs = [np.array([cost_of(p, FORMATS[s.format]) for s in one]) for p, one in zip(parts, scores, strict=True)]
+    return costs, [np.array([s.loss for s in one]) for one in scores]
+
+
+def choices_of(parts: Sequence[Part], sensitivity: Sensitivity, solution: Solution) -> dict[str, Choice]:
+    """A solution by part."""
+    return {p.name: sensitivity.parts[p.name][i].choice for p, i in zip(parts, solution.chosen, strict=True)}
+
+
+def _name(config: ModelConfig, parts: Sequence[Part], choices: Mapping[str, Choice], names: set[str]) -> str:
+    """By the bits of a weight that products read; a plan of one format is called after it."""
+    formats = {c.format for name, c in choices.items() if name != "embedding"}
+    if len(formats) == 1:
+        name = formats.pop()
+    else:
+        bits = weights = 0.0
+        for part in parts:
+            if part.group is None:
+                continue
+            size = sum(m.shape[0] * m.shape[1] for m in part.modules)
+            weights += size
+            bits += 8 * sum(FORMATS[choices[part.name].format].size_bytes(m.shape) for m in part.modules)
+        name = f"mixed-{bits / weights:.2f}"
+    unique, n = name, 1
+    while unique in names:
+        n += 1
+        unique = f"{name}-{n}"
+    names.add(unique)
+    return unique
+
+
+def _most(parts: Sequence[Part], choices: Mapping[str, Choice]) -> RoundingMethod:
+    counts: Counter[RoundingMethod] = Counter()
+    for part in parts:
+        method = choices[part.name].method
+        if method is not None:
+            counts[method] += sum(m.shape[0] * m.shape[1] for m in part.modules)
+    return counts.most_common(1)[0][0]
+
+
+def cheapest_passing(
+    ranked: Sequence[Candidate], judge: Callable[[Candidate], Judged], *, start: int | None = None
+) -> tuple[int | None, dict[int, Judged]]:
+    """Index of the cheapest candidate that passes, None when even the dearest fails, and all that was judged.
+
+    ranked: cheapest first. start: where to look first, and from there in growing steps; None for the middle. The
+    candidate just below the answer was judged and failed.
+    """
+    judged: dict[int, Judged] = {}
+    low, high = -1, len(ranked)  # below low all fail; from high on all pass
+    at, stride = start, 1
+    while high - low > 1:
+        middle = (low + high) // 2 if at is None else min(max(at, low + 1), high - 1)
+        judged[middle] = judge(ranked[middle])
+        if judged[middle].passed:
+            high = middle
+        else:
+            low = middle
+        bracketed = low >= 0 and high < len(ranked)
+        at = None if at is None or bracketed else (high - stride if judged[middle].passed else low + stride)
+        stride *= 2
+    return (high if high < len(ranked) else None), judged
+
+
+def likely_start(ranked: Sequence[Candidate], limit_kl: float) -> int:
+    """The cheapest candidate that the sensitivities expect to keep a limit of nats per token."""
+    for i, candidate in enumerate(ranked):
+        if candidate.predicted_kl is not None and candidate.predicted_kl <= limit_kl:
+            return i
+    return max(0, len(ranked) - 1)
+
+
+def rejected_moves(
+    parts: Sequence[Part], sensitivity: Sensitivity, cost_of: CostOf, choices: Mapping[str, Choice], limit: float
+) -> list[Move]:
+    """For each part, the best cheaper option that was not taken, and what speaks against it; the best moves first.
+
+    limit: nats per token that the plan may lose by the sensitivities. A move that loses more than what is left of it
+    lost to the limit; one that would fit must give up as much elsewhere.
+    """
+    left = limit - sum(_score(sensitivity, p.name, choices[p.name]).loss for p in parts)
+    moves: list[tuple[float, Move]] = []
+    for part in parts:
+        chosen = _score(sensitivity, part.name, choices[part.name])
+        now = cost_of(part, FORMATS[chosen.format])
+        best: tuple[float, Move] | None = None
+        for score in sensitivity.parts[part.name]:
+            saved, more = now - cost_of(part, FORMATS[score.format]), score.loss - chosen.loss
+            if saved <= 0 or more <= 0:
+                continue
+            why = "loses more than the limit leaves" if more > left else "saves less for its loss than what was taken"
+            move = Move(
+                part=part.name,
+                chosen=str(chosen.choice),
+                rejected=str(score.choice),
+                cost=-saved,
+                loss=more,
+                why=why,
+            )
+            if best is None or saved / more > best[0]:
+                best = saved / more, move
+        if best:
+            moves.append(best)
+    return [move for _, move in sorted(moves, key=lambda m: -m[0])]
+
+
+def _score(sensitivity: Sensitivity, part: str, choice: Choice) -> Score:
+    return next(s for s in sensitivity.parts[part] if s.choice == choice)
+
+
+def in_words(choices: Mapping[str, Choice]) -> list[str]:
+    """What is done to which layers: `int4-g32 (gptq): qkv of layers 0-3, 5; down of layers 1, 2`."""
+    by_choice: dict[Choice, dict[str, list[int]]] = {}
+    for name, choice in choices.items():
+        layer, _, kind = name.removeprefix("layers.").partition(".")
+        kinds = by_choice.setdefault(choice, {})
+        if name.startswith("layers."):
+            kinds.setdefault(kind, []).append(int(layer))
+        else:
+            kinds.setdefault("embedding table" if name == "embedding" else name, [])
+    lines = []
+    for choice, kinds in sorted(by_choice.items(), key=lambda item: -FORMATS[item[0].format].bits_per_weight):
+        said = [
+            f"{kind} of layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}" if layers else kind
+            for kind, layers in kinds.items()
+        ]
+        lines.append(f"{choice}: {'; '.join(said)}")
+    return lines
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 5`."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)

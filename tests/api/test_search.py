@@ -1,0 +1,183 @@
+"""The search as a verb: what it keeps, finds, tells and refuses."""
+
+import json
+import logging
+
+import pytest
+
+import halve
+from halve.api import pipeline, study
+from halve.core.errors import ConfigError, PlanError, QualityError
+from halve.core.plan import Plan
+from halve.kernels import native_library
+from tests.api.tiny import halve as command
+
+
+@pytest.fixture(scope="module", name="cache")
+def _cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HALVE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module", name="found")
+def _found(tiny, text, cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("found") / "out"
+    return halve.optimize(
+        tiny, out, max_quality_loss="5%", calibration=text, workload="batch", price_per_hour="0.5", time="10m"
+    )
+
+
+def front_of(result):
+    return json.loads((result.path / "halve/front.json").read_text())
+
+
+def test_the_front_lies_in_the_bundle_with_every_plan_in_words(found):
+    front = front_of(found)
+    points = front["points"]
+    assert [p["number"] for p in points] == list(range(1, len(points) + 1))
+    assert [p["predicted_kl"] for p in points] == sorted((p["predicted_kl"] for p in points), reverse=True)
+    assert len(points) > 10
+    (chosen,) = [p for p in points if p["chosen"]]
+    assert chosen["kl"]["value"] == found.certificate.quality.kl_mean.value
+    assert any("layer" in line for line in chosen["layers"])
+    assert front["workload"] == "batch"
+    moves = front["rejected_moves"]
+    assert moves
+    assert all(m["why"] and m["cost"] < 0 < m["loss"] for m in moves)
+
+
+def test_the_certificate_says_what_the_workload_costs_and_how_to_repeat_it(found):
+    certificate = found.certificate
+    assert (certificate.inputs.workload, certificate.inputs.price) == ("batch", "0.5")
+    for words in ("--workload batch", "--price-per-hour 0.5", "--time 10m", "--format auto"):
+        assert words in certificate.inputs.command
+    if native_library.available() is None:
+        cost = certificate.workload_cost
+        assert cost.workload == "batch"
+        assert cost.usd_per_mtok == pytest.approx(0.5 / (cost.output_tok_s * 3600 / 1e6))
+        assert front_of(found)["basis"] == "seconds"
+
+
+def test_the_report_tells_the_plan_in_words(found):
+    html = found.report.read_text()
+    assert "Not done:" in html
+    assert "Stored as" in html
+
+
+def test_another_limit_asks_nothing_of_the_model_again(found, tiny, text, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("studied again")
+
+    for name in ("fisher", "calibrate", "Swaps", "Screen"):
+        monkeypatch.setattr(study, name, refuse)
+    result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="20%", calibration=text, workload="batch")
+    assert result.certificate.verdict == "pass"
+    assert result.certificate.quality.kl_mean.value > found.certificate.quality.kl_mean.value
+
+
+def test_a_plan_of_the_front_can_be_picked_without_a_limit(found, tiny, text, tmp_path):
+    result = halve.optimize(tiny, tmp_path / "out", pick=2, calibration=text, workload="batch")
+    wanted = front_of(found)["points"][1]
+    assert result.certificate.verdict == "measured"
+    assert result.certificate.attempts[0].plan == wanted["name"]
+    assert [p["number"] for p in front_of(result)["points"] if p["chosen"]] == [2]
+    assert Plan.from_json((result.path / "halve/plan.json").read_text()).weights.rules
+
+
+def test_a_number_that_no_plan_has_is_refused_with_those_there_are(found, tiny, text, tmp_path):
+    most = len(front_of(found)["points"])
+    for pick in (0, 999):
+        with pytest.raises(ConfigError, match=f"pick: there is no plan {pick}; this model has plans 1 to {most}"):
+            halve.optimize(tiny, tmp_path / "out", pick=pick, calibration=text, workload="batch")
+
+
+def test_scores_that_are_broken_are_made_again_and_that_is_said(found, cache, tiny, text, tmp_path, caplog):
+    (scores,) = cache.glob("search/*/scores.json")
+    scores.write_text("{")
+    with caplog.at_level(logging.WARNING):
+        halve.optimize(tiny, tmp_path / "out", pick=1, calibration=text, workload="batch")
+    assert "scores.json can't be read and is made again" in caplog.text
+    assert json.loads(scores.read_text())
+
+
+@pytest.mark.skipif(native_library.available() is not None, reason="only measured times can be replayed")
+def test_a_service_level_that_no_plan_keeps_is_refused_with_one_that_can_be_kept(found, tiny, text, tmp_path):
+    with pytest.raises(
+        QualityError, match=r"no plan keeps this service level: .*ask for no less \(--slo ttft="
+    ) as told:
+        halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, slo="tpot=0.0001ms")
+    slo = str(told.value).partition("--slo ")[2].rstrip(")")
+    result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="20%", calibration=text, slo=slo)
+    assert result.certificate.workload_cost.level_met
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"format": "int8", "workload": "batch"}, "workload"),
+        ({"format": "int8", "slo": "ttft=1s", "max_quality_loss": "1%"}, "slo"),
+        ({"time": "5m"}, "time"),
+        ({"format": "int8", "pick": 3}, "pick"),
+    ],
+)
+def test_what_only_a_search_takes_is_refused_without_one(tiny, text, tmp_path, arguments, named):
+    with pytest.raises(ConfigError, match=f"{named}: only a search for plans takes this; leave out --format"):
+        halve.optimize(tiny, tmp_path / "out", calibration=text, **arguments)
+
+
+def test_activations_that_no_searched_format_meets_are_refused(tiny, text, tmp_path):
+    with pytest.raises(PlanError, match="activations fp8"):
+        halve.optimize(tiny, tmp_path / "out", max_quality_loss="1%", activations="fp8", calibration=text)
+
+
+@pytest.mark.parametrize("how", ["interrupt", "time"])
+def test_when_it_is_stopped_the_best_so_far_is_certified(found, tiny, text, tmp_path, monkeypatch, how):
+    real, calls = pipeline.judge_early, []
+
+    def judge(*args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt if how == "interrupt" else AssertionError("judged after the time was over")
+        return real(*args)[0], True
+
+    monkeypatch.setattr(pipeline, "judge_early", judge)
+    limit = {"time": "1ms"} if how == "time" else {}
+    result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="90%", calibration=text, workload="batch", **limit)
+    assert result.certificate.verdict == "pass"
+    assert len(calls) <= 2
+
+
+def test_a_portable_search_keeps_the_table_and_opens_elsewhere(tiny, text, cache, tmp_path):
+    result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="20%", calibration=text, portable=True)
+    formats = {m["pattern"]: m["format"] for m in halve_groups(result.path)}
+    assert result.certificate.verdict == "pass"
+    assert len(set(formats.values())) > 1
+    assert Plan.from_json((result.path / "halve/plan.json").read_text()).portable
+
+
+def halve_groups(path):
+    from halve.core.record import to_dict
+
+    return to_dict(halve.inspect(path))["groups"]
+
+
+def test_the_shell_shows_what_the_workload_costs(tiny, text, cache, tmp_path):
+    ran = command(
+        "optimize", tiny, "-o", tmp_path / "out", "--max-quality-loss", "20%", "--calibration", text,
+        "--workload", "batch", "--price-per-hour", "0.5",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    if native_library.available() is None:
+        assert "workload batch, simulated" in ran.out
+        assert "at $0.5 an hour" in ran.out
+    assert "best so far" not in ran.err
+
+
+def test_one_figure_alone_may_be_judged_and_that_is_recorded(tiny, text, cache, tmp_path):
+    result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, quality=["ppl"])
+    assert result.certificate.judged_by == "ppl"
+    assert result.certificate.quality.ppl_ratio.high <= 1.05
+    assert "--quality ppl" in result.certificate.inputs.command
+    assert halve.verify(result.path, against=tiny).differences == ()

@@ -1,0 +1,186 @@
+"""Sparse models through calibration, plans, files and back; and upcycling."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from halve.api.sparse import upcycle as verb
+from halve.checkpoint import open_checkpoint
+from halve.compress import apply_plan, calibrate, resolve, uniform_plan, upcycle
+from halve.compress.resolve import Choice, grouped_plan
+from halve.core.errors import ConfigError, OutputError
+from halve.core.plan import WeightRule, Weights
+from halve.formats import FORMATS
+from halve.kernels.native import NativeOps
+from halve.kernels.ops import TokenBatch
+from halve.kernels.reference import TorchOps
+from halve.models.embedded import embedded_model_path
+from halve.models.load import CheckpointSource, load_config, load_decoder
+from halve.models.names import groups
+from halve.search import bytes_per_token, uniform_candidates
+from halve.search.uniform import plain_bytes_per_token
+from tests.models.test_moe import FAMILIES, IDS, sparse_model
+
+TEXT = [np.random.default_rng(i).integers(3, 96, 40).astype(np.int32) for i in range(4)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    sparse_model(request.param).save_pretrained(path)
+    return path
+
+
+def opened(path):
+    checkpoint = open_checkpoint(path)
+    return checkpoint, load_config(checkpoint).with_kv_format("fp32")
+
+
+def logits(path, ops):
+    checkpoint, config = opened(path)
+    with checkpoint:
+        decoder = load_decoder(checkpoint, config, ops)
+    return ops.to_host(decoder.logits(decoder.hidden(TokenBatch.whole([IDS]))))
+
+
+def test_every_expert_has_energies_of_its_own(saved):
+    checkpoint, config = opened(saved)
+    with checkpoint:
+        energies = calibrate(config, CheckpointSource(checkpoint), TEXT, window_tokens=64)
+    expected = {a.inputs for a in resolve(plan_of(config), config)} - {"embedding"}
+    assert expected <= energies.by_group.keys()
+    for group in groups(config):
+        for module in group.members:
+            if module.expert is not None:
+                assert energies.by_group[f"{group.name}.{module.expert}"].shape == (module.shape[1],)
+
+
+def plan_of(config, fmt="int4-g32", method="clip"):
+    return uniform_plan(config, FORMATS[fmt], method, portable=False, source_bits=32)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4-g32"])
+def test_a_compressed_sparse_model_comes_back_near_the_original(saved, fmt, tmp_path):
+    checkpoint, config = opened(saved)
+    with checkpoint:
+        energies = calibrate(config, CheckpointSource(checkpoint), TEXT, window_tokens=64)
+        reports = apply_plan(checkpoint, config, plan_of(config, fmt), tmp_path / "made", energies=energies)
+    assert all(report.format_after == fmt for report in reports)
+    before, after = logits(saved, TorchOps("cpu")), logits(tmp_path / "made", TorchOps("cpu"))
+    error = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert error < {"int8": 0.1, "int4-g32": 0.7}[fmt]
+    native = logits(tmp_path / "made", NativeOps(activations="fp32"))
+    np.testing.assert_allclose(native, after, atol=1e-3 * np.abs(after).max())
+
+
+def test_experts_are_clipped_where_a_plan_says_gptq(saved, tmp_path):
+    from halve.compress import Hessians
+
+    checkpoint, config = opened(saved)
+    (tmp_path / "moments").mkdir()
+    hessians = Hessians(folder=tmp_path / "moments")
+    with checkpoint:
+        energies = calibrate(config, CheckpointSource(checkpoint), TEXT, window_tokens=64, hessians=hessians)
+        plan = plan_of(config, method="gptq")
+        reports = apply_plan(checkpoint, config, plan, tmp_path / "made", energies=energies, hessians=hessians)
+    methods = {("experts" in report.name): report.method for report in reports if "layers" in report.name}
+    assert methods == {True: "clip", False: "gptq"}
+
+
+def test_a_plan_by_groups_names_experts_in_few_rules(saved):
+    checkpoint, config = opened(saved)
+    checkpoint.close()
+    choices = {g.name: Choice(format="int8", method="rtn") for g in groups(config)}
+    sparse = next(g for g in groups(config) if g.kind == "down" and g.members[0].expert is not None)
+    choices[sparse.name] = Choice(format="int4-g32", method="clip")
+    plan = grouped_plan(config, choices, portable=False, activations="fp32", kv_cache="fp32")
+    assigned = {a.module.name: a.format.name for a in resolve(plan, config) if a.format}
+    for group in groups(config):
+        for module in group.members:
+            assert assigned[module.name] == ("int4-g32" if group.name == sparse.name else "int8")
+    assert len(plan.weights.rules) <= 10
+
+
+def test_a_token_reads_the_experts_that_it_runs_through(saved):
+    checkpoint, config = opened(saved)
+    checkpoint.close()
+    source = {m.name: FORMATS["bf16"] for g in groups(config) for m in g.members} | {
+        "model.embed_tokens": FORMATS["bf16"]
+    }
+    sparse = plain_bytes_per_token(config, source)
+    experts = sum(2 * m.shape[0] * m.shape[1] for g in groups(config) for m in g.members if m.expert is not None)
+    spec = next(layer.experts for layer in config.layers if layer.experts)
+    everyone = replace(
+        config,
+        layers=tuple(
+            replace(x, experts=x.experts and replace(x.experts, top_k=spec.num_experts)) for x in config.layers
+        ),
+    )
+    assert plain_bytes_per_token(everyone, source) - sparse == round(experts * (1 - spec.top_k / spec.num_experts))
+    found = uniform_candidates(config, source, portable=False, activations="int8", kv_cache="bf16")
+    sizes = [bytes_per_token(config, resolve(c.plan, config), source) for c in found]
+    assert sizes == sorted(sizes) == [c.bytes_per_token for c in found]
+
+
+def test_an_upcycled_model_is_the_dense_one_in_transformers_and_here(tmp_path):
+    dense = embedded_model_path()
+    made = verb(dense, tmp_path / "up", experts=4, active=2)
+    assert (made.experts, made.active) == (4, 2)
+    ids = torch.randint(3, 8000, (1, 40), generator=torch.Generator().manual_seed(0))
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (dense, tmp_path / "up")
+    ]
+    assert isinstance(models[1], transformers.MixtralForCausalLM)
+    with torch.no_grad():
+        first, second = (model(ids).logits for model in models)
+    np.testing.assert_allclose(second.numpy(), first.numpy(), atol=1e-4)
+    checkpoint, config = opened(tmp_path / "up")
+    with checkpoint:
+        decoder = load_decoder(checkpoint, config, TorchOps("cpu"))
+    ours = decoder.logits(decoder.hidden(TokenBatch.whole([ids[0].numpy().astype(np.int32)]))).numpy()
+    np.testing.assert_allclose(ours, first[0].numpy(), atol=1e-4)
+    assert made.parameters == sum(p.numel() for p in models[1].parameters())
+    assert (tmp_path / "up" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("experts", "active", "said"),
+    [(1, 1, "--experts 1: must be from 2"), (4, 5, "--active 5: must be from 1 to the 4"), (4, 0, "--active 0")],
+)
+def test_numbers_that_make_no_sparse_model_are_refused(experts, active, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        verb(embedded_model_path(), tmp_path / "up", experts=experts, active=active)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_sparse_or_compressed_or_there_already_is_not_upcycled(saved, tmp_path):
+    with pytest.raises(ConfigError, match="only dense Llama models"):
+        verb(saved, tmp_path / "up", experts=2, active=1)
+    (tmp_path / "up").mkdir()
+    with pytest.raises(OutputError, match="is there already"):
+        verb(embedded_model_path(), tmp_path / "up", experts=2, active=1)
+
+
+def test_routers_are_the_same_for_a_seed(tmp_path):
+    checkpoint, config = opened(embedded_model_path())
+    with checkpoint:
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            upcycle(checkpoint, config, tmp_path / name, experts=2, active=1, seed=seed)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
+
+
+def test_rules_reach_experts_by_their_names(saved):
+    checkpoint, config = opened(saved)
+    checkpoint.close()
+    plan = plan_of(config)
+    rules = (WeightRule(pattern="*experts.1.*", format="int8", method="rtn"), *plan.weights.rules)
+    assigned = resolve(replace(plan, weights=Weights(rules=rules)), config)
+    eight = {a.module.expert for a in assigned if a.format and a.format.name == "int8"}
+    assert eight == {1}
