@@ -182,8 +182,8 @@ def read_machine(
     if usd_per_hour is None and priced is None:
         where = f" in {region}" if region else ""
         raise ConfigError(
-            f"--device {device}: its {kind} price{where} is not known here; give --price-per-hour, or write it into your "
-            "prices file (docs/ECONOMICS.md)"
+            f"--device {device}: its {kind} price{where} is not known here; give --price-per-hour, or write it into "
+            "your prices file (docs/ECONOMICS.md)"
         )
     if row is None or (usd_per_hour is not None and row.device == catalogue_name(catalogue, device)):
         return Machine(
@@ -244,7 +244,9 @@ def read_service_level(text: str | None) -> ServiceLevel | None:
         except ValueError:
             value = 0.0
         if found is None or not value:
-            raise ConfigError(f"--slo {text}: {part.strip()!r} is not ttft=TIME or tpot=TIME, such as ttft=2s,tpot=100ms")
+            raise ConfigError(
+                f"--slo {text}: {part.strip()!r} is not ttft=TIME or tpot=TIME, such as ttft=2s,tpot=100ms"
+            )
         limits[found[1]] = value
     return ServiceLevel(ttft_s=limits.get("ttft"), time_per_token_s=limits.get("tpot"))
 
@@ -298,7 +300,9 @@ def estimate_at(subject: Subject, context: float) -> Throughput:
 
 
 @cache
-def allowed_utilization(throughput: Throughput, preset: Preset, level: ServiceLevel, seed: int = 0) -> tuple[float, str]:
+def allowed_utilization(
+    throughput: Throughput, preset: Preset, level: ServiceLevel, seed: int = 0
+) -> tuple[float, str]:
     """The share of time with work at which a service level still holds, by the engine's own scheduler.
 
     Requests of the workload's lengths come at random, at loads that are halved in until the highest that keeps the

@@ -1,5 +1,6 @@
 """`halve price`, `halve breakeven`, `halve plan-hardware`: what tokens cost here, what they cost elsewhere, and where
-they cost least."""
+they cost least.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -185,8 +186,9 @@ class Question:
 def price(question: Question | None = None, *, currency: Currency = USD, **words: Any) -> Priced:
     """What tokens of a model cost on a machine, beside what APIs ask for the same requests.
 
-    model: a bundle, a checkpoint, or a known shape (None: Llama-3.1-8B's, an estimate); weights: how a shape's are kept.
-    device: of the catalogue, or a cloud instance; price_per_hour: instead of the catalogue's, and alone for the machine
+    model: a bundle, a checkpoint, or a known shape (None: Llama-3.1-8B's, an estimate); weights: how a shape's are
+    kept. device: of the catalogue, or a cloud instance; price_per_hour: instead of the catalogue's, and alone for the
+    machine
     that a bundle's certificate was measured on. kind, region: of the price. workload: a preset or a trace file.
     utilization: the share of time with work, or slo: the service level that a simulation finds it from. vs: APIs as
     `MODEL` or `MODEL@PROVIDER`. batch: APIs at their price for answers within a day. prices: one's own prices file.
@@ -358,8 +360,8 @@ def breakeven(
 ) -> BrokenEven:
     """From which monthly volume machines of one's own beat each API; see `price` for the rest.
 
-    operators_per_month: dollars for people, in a case of their own. tokens_per_month: a volume to plan machines for. The
-    utilization here is the most that a machine may have. Raises as `price`.
+    operators_per_month: dollars for people, in a case of their own. tokens_per_month: a volume to plan machines for.
+    The utilization here is the most that a machine may have. Raises as `price`.
     """
     asked = replace(question or Question(), **words)
     if tokens_per_month is not None and not tokens_per_month > 0:
@@ -526,7 +528,9 @@ def plan_hardware(
             advance(i + 1, len(candidates))
     listed = {price.device for price in catalogue.prices if price.kind == asked.kind}
     if names is None:
-        left_out += [(d.name, f"no {asked.kind} price of it is known") for d in catalogue.devices if d.name not in listed]
+        left_out += [
+            (d.name, f"no {asked.kind} price of it is known") for d in catalogue.devices if d.name not in listed
+        ]
     return HardwarePlan(
         subject=subject,
         preset=preset,

@@ -3,7 +3,6 @@
 import csv
 import sys
 from collections.abc import Sequence
-from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,7 +61,9 @@ SloOption = Annotated[
 ]
 VsOption = Annotated[str | None, typer.Option(metavar="API,API", help="MODEL or MODEL@PROVIDER, as gpt-5-mini.")]
 BatchOption = Annotated[bool, typer.Option("--batch-prices", help="APIs at their price for answers within a day.")]
-PricesOption = Annotated[Path | None, typer.Option("--prices", help="Your own prices file, instead of the usual place.")]
+PricesOption = Annotated[
+    Path | None, typer.Option("--prices", help="Your own prices file, instead of the usual place.")
+]
 CurrencyOption = Annotated[
     str | None, typer.Option(metavar="CODE=RATE@DATE", help="Show amounts by a stated rate, as JPY=155.2@2026-11-20.")
 ]

@@ -80,7 +80,9 @@ def named_price(name: str, at: datetime | None = None, *, prompt_tokens: int = S
     try:
         import genai_prices  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"API prices of {name!r}: needs the package genai-prices: pip install 'halve[serve]'") from error
+        raise ConfigError(
+            f"API prices of {name!r}: needs the package genai-prices: pip install 'halve[serve]'"
+        ) from error
     model, _, provider = name.strip().partition("@")
     maker = provider or next((of for start, of in MAKERS.items() if model.lower().startswith(start)), None)
     found = api_price(maker, model, at, prompt_tokens=prompt_tokens) if model else None
@@ -89,7 +91,9 @@ def named_price(name: str, at: datetime | None = None, *, prompt_tokens: int = S
         hint = nearest(model, known) or ";"
         if maker and not known:
             hint = f"; no provider {maker!r}{nearest(maker, providers()) or ';'}"
-        raise ConfigError(f"API {name!r}: no such price{hint} write MODEL or MODEL@PROVIDER, such as llama-3.1-8b-instant@groq")
+        raise ConfigError(
+            f"API {name!r}: no such price{hint} write MODEL or MODEL@PROVIDER, such as llama-3.1-8b-instant@groq"
+        )
     return found
 
 

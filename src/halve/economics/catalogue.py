@@ -47,15 +47,18 @@ class CatalogueDevice:
     tdp_w: float | None = None
     cores: int | None = None
 
-    def rate(self, format: str) -> tuple[float, str]:
+    def rate(self, name: str) -> tuple[float, str]:
         """Operations a second of the fastest unit that multiplies a format, and its name.
 
         Weights of few bits are widened: to 8 bits where the device multiplies those, else to bf16.
         """
-        for name in (format, *({"fp4": ("fp8",), "fp8": ("int8",), "int8": ("fp8",)}.get(format, ())), "bf16"):
-            if name in self.rates:
-                return self.rates[name] * 1e12, name
-        raise ConfigError(f"device {self.name}: its rates {dict(self.rates)} have no bf16; state it in your prices file")
+        near = {"fp4": ("fp8",), "fp8": ("int8",), "int8": ("fp8",)}
+        for unit in (name, *near.get(name, ()), "bf16"):
+            if unit in self.rates:
+                return self.rates[unit] * 1e12, unit
+        raise ConfigError(
+            f"device {self.name}: its rates {dict(self.rates)} have no bf16; state it in your prices file"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +218,9 @@ def _device(raw: Any, where: str) -> CatalogueDevice:
 
 def _price(raw: Any, where: str) -> HourlyPrice:
     keys = ("cloud", "instance", "device", "count", "region", "usd_per_hour", "kind", "as_of", "source", "share")
-    row = Section(raw, where, (*keys, "memory_gb"), required=("cloud", "instance", "device", "region", "kind", "source"))
+    row = Section(
+        raw, where, (*keys, "memory_gb"), required=("cloud", "instance", "device", "region", "kind", "source")
+    )
     as_of = row.get("as_of")
     if as_of is not None and (not isinstance(as_of, date) or isinstance(as_of, datetime)):
         raise ConfigError(f"{row.path('as_of')}: {shown(as_of)} must be a day, such as 2026-11-20")

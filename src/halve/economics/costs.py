@@ -35,8 +35,8 @@ class Mix:
     def __post_init__(self) -> None:
         if not (self.prompt_tokens >= 0 and self.output_tokens >= 0 and self.prompt_tokens + self.output_tokens > 0):
             raise ConfigError(
-                f"workload: {self.prompt_tokens} prompt and {self.output_tokens} output tokens; both must be 0 or more, "
-                "one of them above"
+                f"workload: {self.prompt_tokens} prompt and {self.output_tokens} output tokens; both must be 0 or "
+                "more, one of them above"
             )
         if not 0 <= self.cached_tokens <= self.prompt_tokens:
             raise ConfigError(
@@ -117,7 +117,9 @@ def api_request_usd(price: ApiPrice, mix: Mix, *, batch: bool = False) -> Decima
     discount = price.batch_discount if batch and price.batch_discount is not None else Decimal(1)
     cached = price.cached_usd_per_mtok if price.cached_usd_per_mtok is not None else price.input_usd_per_mtok
     computed = mix.prompt_tokens - mix.cached_tokens
-    parts = computed * price.input_usd_per_mtok + mix.cached_tokens * cached + mix.output_tokens * price.output_usd_per_mtok
+    parts = (
+        computed * price.input_usd_per_mtok + mix.cached_tokens * cached + mix.output_tokens * price.output_usd_per_mtok
+    )
     return parts / MTOK * discount
 
 
@@ -125,8 +127,8 @@ def api_request_usd(price: ApiPrice, mix: Mix, *, batch: bool = False) -> Decima
 class BreakEven:
     """From which monthly volume machines of one's own cost less than an API.
 
-    tokens: of prompts and answers a month; None where no volume is enough, since a machine at its limit serves less than
-    it costs. machines: that serve so many; load: of each, its share of time with work, at most the limit that was given.
+    tokens: of prompts and answers a month; None where no volume is enough, since a machine at its limit serves less
+    than it costs. machines: that serve so many; load: of each, its share of time with work, at most the limit.
     share_of_capacity: the API's price of what a machine can serve a month, over what the machine costs.
     """
 

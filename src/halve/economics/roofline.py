@@ -25,8 +25,8 @@ Basis = Literal["measured", "scaled", "roofline"]
 class Assumptions:
     """Shares of what makers state that engines reach, and what memory is not for the cache.
 
-    memory, matrix: of bandwidth and of the rate. per_layer_s: what a layer costs beside both on a GPU; cpu_layer_s: on a
-    processor. spare: share of the memory that is used; reserve_gb: of activations and programs, on a GPU.
+    memory, matrix: of bandwidth and of the rate. per_layer_s: what a layer costs beside both on a GPU; cpu_layer_s: on
+    a processor. spare: share of the memory that is used; reserve_gb: of activations and programs, on a GPU.
     parallel: speed of two devices or more over as many single ones. most_sequences: of a step.
     """
 
@@ -59,8 +59,8 @@ class Throughput:
 
     prefill_tok_s, decode_tok_s: tokens of prompts, of answers, a second when it does nothing else. sequences: that
     decode side by side. time_per_token_s: of one of them. basis: "measured" there; "scaled" from a measurement
-    elsewhere; "roofline", an estimate. error: the factor by which figures of this basis have been off, None if measured.
-    watts: drawn at work, None where not known.
+    elsewhere; "roofline", an estimate. error: the factor by which figures of this basis have been off, None for a
+    measurement. watts: drawn at work, None where not known.
     """
 
     prefill_tok_s: float
@@ -178,9 +178,7 @@ def estimate(
     )
 
 
-def scaled(
-    measured: Throughput, source: Throughput, target: Throughput, *, error: float | None = None
-) -> Throughput:
+def scaled(measured: Throughput, source: Throughput, target: Throughput, *, error: float | None = None) -> Throughput:
     """A measurement carried to another device: as far from its estimate there as it was here.
 
     source, target: estimates of the same shape on the device that was measured, and on the other one. A model that

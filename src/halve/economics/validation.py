@@ -22,9 +22,8 @@ IK = "ik_llama.cpp, discussion 164"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """A figure. batch: sequences side by side, None for as many as fit with 1000 tokens in and 1000 out, prompts included.
-
-    context: tokens, where batch is given.
+    """A figure. batch: sequences side by side at `context` tokens; None for as many as fit with 1000 tokens in and 1000
+    out, prompts included.
     """
 
     model: str
@@ -58,10 +57,18 @@ class Row:
 
 
 PUBLISHED = (
-    Published(model="llama-3.1-8b", device="H100", weight_bits=8, kv_bits=8, activations="fp8", tok_s=15220, source=TRT),
-    Published(model="llama-3.1-8b", device="H200", weight_bits=8, kv_bits=8, activations="fp8", tok_s=17744, source=TRT),
-    Published(model="llama-3.3-70b", device="H200", weight_bits=8, kv_bits=8, activations="fp8", tok_s=2909, source=TRT),
-    Published(model="llama-3.3-70b", device="B200", weight_bits=4, kv_bits=8, activations="fp4", tok_s=6920, source=TRT),
+    Published(
+        model="llama-3.1-8b", device="H100", weight_bits=8, kv_bits=8, activations="fp8", tok_s=15220, source=TRT
+    ),
+    Published(
+        model="llama-3.1-8b", device="H200", weight_bits=8, kv_bits=8, activations="fp8", tok_s=17744, source=TRT
+    ),
+    Published(
+        model="llama-3.3-70b", device="H200", weight_bits=8, kv_bits=8, activations="fp8", tok_s=2909, source=TRT
+    ),
+    Published(
+        model="llama-3.3-70b", device="B200", weight_bits=4, kv_bits=8, activations="fp4", tok_s=6920, source=TRT
+    ),
     Published(model="llama-2-7b", device="A100", weight_bits=16, tok_s=104.9, source=FAST, batch=1),
     Published(model="llama-2-7b", device="A100", weight_bits=8, tok_s=155.6, source=FAST, batch=1),
     Published(model="llama-2-7b", device="A100", weight_bits=4.375, tok_s=196.8, source=FAST, batch=1),
@@ -107,7 +114,9 @@ def validate(assume: Assumptions | None = None, figures: Sequence[Published] = P
         if one.batch is not None:
             found = one.batch / step_seconds(device, shape, one.batch, one.context, assume)
         else:
-            found = estimate(device, shape, prompt_tokens=1000, output_tokens=1000, assume=assume).output_tok_s(1000, 1000)
+            found = estimate(device, shape, prompt_tokens=1000, output_tokens=1000, assume=assume).output_tok_s(
+                1000, 1000
+            )
         rows.append(Row(published=one, estimated=found))
     return rows
 

@@ -110,9 +110,7 @@ def _chart(rows: Sequence[Mapping[str, Any]], currency: Currency, lang: Language
     return charts.bars(steps, words.of(lang), width)
 
 
-def _sentence(
-    own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], currency: Currency, sentence: str
-) -> Both:
+def _sentence(own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], currency: Currency, sentence: str) -> Both:
     price = currency.say_price(_usd(own["usd_per_mtok"]))
     if not rivals:
         return Both(sentence, f"自前のマシンでは 100 万トークンあたり {price} です (品質: {own['quality']})。")
