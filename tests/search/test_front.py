@@ -177,4 +177,4 @@ def test_a_plan_is_said_by_what_is_done_to_which_layers():
 
 def test_an_untied_table_costs_a_row():
     table = parts_of(replace(CONFIG, tied=False))[0]
-    assert bytes_cost(table, FORMATS["int8"]) < 0.02 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert bytes_cost(table, FORMATS["int8"]) < 0.15 * CONFIG.vocab_size * CONFIG.hidden_size
