@@ -11,6 +11,7 @@ import typer
 
 from halve import __version__
 from halve.cli import margin as cli_margin
+from halve.cli import price as cli_price
 from halve.cli import prompts as cli_prompts
 from halve.cli import route as cli_route
 from halve.cli import serve as cli_serve
@@ -460,6 +461,9 @@ def doctor(
 app.command()(cli_sparse.upcycle)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.usage)
+app.command()(cli_price.price)
+app.command()(cli_price.breakeven)
+app.command()(cli_price.plan_hardware)
 app.command()(cli_margin.margin)
 app.command()(cli_prompts.prompts)
 app.command()(cli_route.route)
