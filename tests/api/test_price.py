@@ -5,12 +5,17 @@ from decimal import Decimal
 
 import pytest
 
-from halve.api.costing import allowed_utilization, read_machine, read_service_level, read_subject, throughput_on
-from halve.api.price import breakeven, plan_hardware, price, write_report
+from halve.api.breakeven import breakeven
+from halve.api.cost_report import write_report
+from halve.api.costing import read_machine, read_service_level, read_subject, throughput_on
+from halve.api.plan_hardware import plan_hardware
+from halve.api.price import price
+from halve.api.under_load import allowed_utilization
 from halve.core.errors import ConfigError, OutputError
 from halve.core.workload import ServiceLevel
 from halve.economics.catalogue import load_catalogue
 from halve.economics.currency import read_currency
+from halve.economics.days import DAYS
 from halve.economics.presets import find_preset
 from halve.economics.roofline import DoesNotFitError, Throughput
 
@@ -110,12 +115,51 @@ def test_a_trace_with_missing_columns_is_named(tmp_path):
 def test_a_service_level_lowers_the_utilization_and_a_looser_one_lowers_it_less():
     preset = find_preset("chat")
     rates = Throughput(prefill_tok_s=8000, decode_tok_s=600, sequences=16, basis="measured", origin="x", error=None)
-    tight, _ = allowed_utilization(rates, preset, ServiceLevel(ttft_s=3.0, time_per_token_s=0.1))
-    loose, words = allowed_utilization(rates, preset, ServiceLevel(ttft_s=60.0, time_per_token_s=1.0))
+    tight, _ = allowed_utilization(rates, preset, ServiceLevel(ttft_s=3.0, time_per_token_s=0.1), DAYS["flat"])
+    loose, words = allowed_utilization(rates, preset, ServiceLevel(ttft_s=60.0, time_per_token_s=1.0), DAYS["flat"])
     assert 0 < tight < loose <= 0.95 / preset.peak
-    assert "of the time keeps the level in the busiest minute" in words
+    assert "keeps the level" in words
     with pytest.raises(DoesNotFitError, match="no load keeps it"):
-        allowed_utilization(rates, preset, ServiceLevel(ttft_s=0.01))
+        allowed_utilization(rates, preset, ServiceLevel(ttft_s=0.01), DAYS["flat"])
+
+
+def test_a_day_lowers_the_utilization_by_its_fullest_hour():
+    words = {"device": "H100", "slo": "ttft=30s,tpot=500ms", "vs": []}
+    flat, office = price(day="flat", **words), price(day="office", **words)
+    assert float(flat.cost.utilization / office.cost.utilization) == pytest.approx(3, rel=1e-3)
+    assert "office: eight hours" in office.utilization_origin
+    with pytest.raises(ConfigError, match=r"--day flat: .* takes --slo"):
+        price(day="flat")
+
+
+def test_a_trace_on_the_machine_that_was_measured_is_simulated_as_it_is(passed, tmp_path):
+    requests = [(i * 2.0, 40, 20) for i in range(50)]
+    path = tmp_path / "trace.csv"
+    rows = "\n".join(f"{at},{prompt},{output}" for at, prompt, output in requests)
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + rows)
+    found = price(model=str(passed.path), price_per_hour=D("3.60"), workload=str(path), vs=[])
+    # $0.001 a second over the time to the last answer, 98 s and a little, for 50 * 60 tokens.
+    assert float(found.allocation_usd_per_mtok) == pytest.approx(98 * 0.001 / 3000 * 1e6, rel=0.02)
+    assert "the trace as it is" in found.utilization_origin
+    assert found.cost.utilization < 1
+    slow = tmp_path / "slow.csv"
+    slow.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(f"{i / 1e3},20,300" for i in range(200)))
+    late = price(model=str(passed.path), price_per_hour=D("3.60"), workload=str(slow), vs=[])
+    assert late.cost.utilization > D("0.99")
+    assert "answers fall behind" in late.utilization_origin
+
+
+def test_steps_are_measured_here_and_now(tiny):
+    found = price(model=str(tiny), price_per_hour=D(1), measure=True, vs=[])
+    assert found.throughput.basis == "measured"
+    assert "measured on this machine now" in found.throughput.origin
+    for words, said in (
+        ({"model": None}, "is a shape; name a bundle"),
+        ({"device": "L4"}, "--device L4 is another"),
+        ({"price_per_hour": None}, "what does that cost"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            price(**{"model": str(tiny), "price_per_hour": D(1), "measure": True, **words})
 
 
 def test_machines_are_ranked_and_those_left_out_say_why():
@@ -133,6 +177,16 @@ def test_machines_are_ranked_and_those_left_out_say_why():
     assert {row.machine.device.name for row in only.rows} == {"L40S"}
 
 
+def test_a_ranking_recomputes_from_its_own_cells():
+    for row in plan_hardware(model="llama-3.1-8b", workload="retrieval", weights="fp8").table():
+        get = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        seconds = (get["prompt_tokens"] - get["cached_tokens"]) / get["prefill_tok_s"]
+        seconds += get["output_tokens"] / get["decode_tok_s"]
+        tokens = get["prompt_tokens"] + get["output_tokens"]
+        usd = get["usd_per_hour"] / 3600 * seconds / tokens * 1e6 / get["utilization"]
+        assert usd == pytest.approx(get["usd_per_mtok"], rel=1e-6)
+
+
 def test_a_level_takes_part_in_the_ranking():
     found = plan_hardware(weights="int8", device="L40S", slo="ttft=5s,tpot=200ms")
     free = plan_hardware(weights="int8", device="L40S", utilization=D("0.95"))
@@ -144,7 +198,7 @@ def test_a_machine_is_the_cheapest_of_its_device_or_the_instance_that_was_named(
     assert read_machine(catalogue, "H200", None).usd_per_hour == D("3.39")
     assert read_machine(catalogue, "p5en.48xlarge", None, region="ap-northeast-1").usd_per_hour == D("79.12")
     given = read_machine(catalogue, "H200", D(2))
-    assert (given.usd_per_hour, given.stale, given.count) == (D(2), False, 1)
+    assert (given.usd_per_hour, given.age.is_stale, given.count) == (D(2), False, 1)
     throughput = throughput_on(read_subject(None), given, find_preset("chat"), read_service_level(None))
     assert throughput.basis == "roofline"
 

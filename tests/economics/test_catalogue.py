@@ -9,7 +9,7 @@ import pytest
 
 from halve.core.errors import ConfigError
 from halve.core.workload import ServiceLevel, Workload, WorkloadRequest
-from halve.economics.catalogue import load_catalogue, own_prices
+from halve.economics.catalogue import Age, load_catalogue, own_prices
 from halve.economics.presets import PRESETS, QUANTILES, find_preset, preset_of
 from halve.economics.roofline import Assumptions, DoesNotFitError, Throughput, estimate, scaled, step_seconds
 from halve.economics.shapes import SHAPES, find_shape
@@ -45,12 +45,13 @@ def test_no_price_is_made_up_and_each_says_where_it_is_from(catalogue):
 def test_a_price_gets_stale(catalogue):
     (price,) = catalogue.machines("c7a.large")
     assert price.as_of == date(2026, 8, 22)
-    assert not price.is_stale(date(2026, 11, 20))
-    assert price.is_stale(date(2026, 11, 21))
-    assert "91 days old, stale" in price.dated(date(2026, 11, 21))
+    assert not Age.of(price.as_of, date(2026, 11, 20)).is_stale
+    old = Age.of(price.as_of, date(2026, 11, 21))
+    assert str(old).endswith("91 days old, stale")
+    assert old.to_plain() == {"as_of": "2026-08-22", "age_days": 91, "stale": True}
     undated = next(p for p in catalogue.prices if p.as_of is None)
-    assert undated.is_stale(date(2026, 1, 1))
-    assert "of no known day" in undated.dated(date(2026, 1, 1))
+    assert undated.age.is_stale
+    assert "of no known day" in str(undated.age)
 
 
 def test_ones_own_file_goes_before_what_ships(tmp_path, monkeypatch):

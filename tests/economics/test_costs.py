@@ -197,7 +197,7 @@ def test_numbers_that_can_not_be_are_refused(call, said):
 def test_the_verdict_says_who_is_cheaper_even_if_it_is_the_api():
     rivals = [("Groq", D("0.05")), ("OpenAI", D("0.5"))]
     assert verdict(D("0.08"), rivals, "not certified") == (
-        "the API is cheaper for you: Groq asks $0.050 per million tokens, your own machine costs $0.080 (not certified)"
+        "the API is cheaper for you: Groq asks $0.05 per million tokens, your own machine costs $0.08 (not certified)"
     )
     assert verdict(D("0.025"), rivals) == (
         "your own machine is cheaper: $0.025 per million tokens, 2.0 times less than Groq, 20.0 times less than OpenAI"

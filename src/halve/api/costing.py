@@ -2,18 +2,16 @@
 
 import re
 from dataclasses import dataclass
-from datetime import date
 from decimal import Decimal
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 from halve.core.certificate import Certificate
 from halve.core.errors import ConfigError
-from halve.core.workload import ServiceLevel
-from halve.economics.catalogue import Catalogue, CatalogueDevice, HourlyPrice, PriceKind, today
+from halve.core.workload import ServiceLevel, Workload
+from halve.economics.catalogue import Age, Catalogue, CatalogueDevice, HourlyPrice, PriceKind, today
 from halve.economics.presets import PRESETS, Preset, find_preset, preset_of
-from halve.economics.roofline import Assumptions, DoesNotFitError, Throughput, estimate, scaled, step_seconds
+from halve.economics.roofline import Assumptions, Throughput, estimate, scaled, step_seconds
 from halve.economics.shapes import DEFAULT_SHAPE, ModelShape, find_shape
 from halve.economics.validation import known_error
 
@@ -25,10 +23,7 @@ WEIGHTS = {
     "int4": (4.0, 8.0, "bf16"),
     "fp4": (4.0, 8.0, "fp4"),
 }
-LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 128, 8192  # of prompts in a step that is simulated
-SIMULATED = 256  # requests, and one more a sequence up to twice as many, to find what a service level allows
 DECODE_SHARE = 0.6  # of a service level's time per token that decoding alone may take
-MOST_LOAD = 0.95  # a machine beyond it is taken for full
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +45,7 @@ class Machine:
     name: str
     usd_per_hour: Decimal
     source: str
-    dated: str
-    stale: bool
+    age: Age
     kind: str
     device: CatalogueDevice | None = None
     count: int = 1
@@ -173,8 +167,7 @@ def read_machine(
     if device is None:
         assert usd_per_hour is not None
         return Machine(
-            name="your machine", usd_per_hour=usd_per_hour, source="--price-per-hour", dated="given now", stale=False,
-            kind="own",
+            name="your machine", usd_per_hour=usd_per_hour, source="--price-per-hour", age=Age.of(today()), kind="own"
         )  # fmt: skip
     rows = catalogue.machines(device, kind, region)
     priced = next((row for row in rows if row.usd_per_hour is not None), None)
@@ -187,8 +180,8 @@ def read_machine(
         )
     if row is None or (usd_per_hour is not None and row.device == catalogue_name(catalogue, device)):
         return Machine(
-            name=device, usd_per_hour=usd_per_hour or Decimal(0), source="--price-per-hour", dated="given now",
-            stale=False, kind="own", device=catalogue.device(device),
+            name=device, usd_per_hour=usd_per_hour or Decimal(0), source="--price-per-hour", age=Age.of(today()),
+            kind="own", device=catalogue.device(device),
         )  # fmt: skip
     return machine_of(catalogue, row, usd_per_hour)
 
@@ -203,7 +196,6 @@ def catalogue_name(catalogue: Catalogue, device: str) -> str | None:
 
 def machine_of(catalogue: Catalogue, row: HourlyPrice, usd_per_hour: Decimal | None = None) -> Machine:
     """A row of the catalogue as a machine, at another price where one is given."""
-    now: date = today()
     price = row.usd_per_hour if usd_per_hour is None else usd_per_hour
     assert price is not None
     given = usd_per_hour is not None
@@ -211,8 +203,7 @@ def machine_of(catalogue: Catalogue, row: HourlyPrice, usd_per_hour: Decimal | N
         name=f"{row.cloud} {row.instance} ({row.region})",
         usd_per_hour=price,
         source="--price-per-hour" if given else row.source,
-        dated="given now" if given else row.dated(now),
-        stale=not given and row.is_stale(now),
+        age=Age.of(today()) if given else row.age,
         kind=row.kind,
         device=catalogue.device(row.device),
         count=row.count,
@@ -221,15 +212,16 @@ def machine_of(catalogue: Catalogue, row: HourlyPrice, usd_per_hour: Decimal | N
     )
 
 
-def read_workload(name: str) -> Preset:
-    """A preset, or the statistics of a trace file. Raises ConfigError, DataError."""
+def read_workload(name: str) -> tuple[Preset, Workload | None]:
+    """A preset, or the statistics of a trace file and the trace. Raises ConfigError, DataError."""
     if name in PRESETS or not Path(name).suffix:
-        return find_preset(name)
+        return find_preset(name), None
     if not Path(name).exists():
         raise ConfigError(f"--workload {name}: there is no such file; presets are {', '.join(PRESETS)}")
     from halve.data import read_trace
 
-    return preset_of(read_trace(name))
+    trace = read_trace(name)
+    return preset_of(trace), trace
 
 
 def read_service_level(text: str | None) -> ServiceLevel | None:
@@ -297,54 +289,3 @@ def estimate_at(subject: Subject, context: float) -> Throughput:
         basis="roofline",
         origin=subject.measured_at.name,
     )
-
-
-@cache
-def allowed_utilization(
-    throughput: Throughput, preset: Preset, level: ServiceLevel, seed: int = 0
-) -> tuple[float, str]:
-    """The share of time with work at which a service level still holds, by the engine's own scheduler.
-
-    Requests of the workload's lengths come at random, at loads that are halved in until the highest that keeps the
-    level is known to 2 %; the result is divided by the busiest minute over the mean, since machines are paid for both.
-    Returns the share and how it came about. Raises DoesNotFitError where even a single request does not keep it.
-    """
-    from halve.engine.config import EngineConfig
-    from halve.engine.simulate import simulate
-    from halve.engine.step_times import StepTimes
-
-    batch = max(1, round(throughput.sequences))
-    full = batch / throughput.decode_tok_s
-    alone = full / 2 if batch > 1 else full  # a step of one sequence still reads the weights
-    prefill = 1 / throughput.prefill_tok_s
-    points = {1: alone, max(2, batch): full, batch + 8192: full + 8192 * prefill}
-    times = StepTimes(tokens=tuple(points), seconds=tuple(points.values()))
-    longest = preset.prompt[-1] + preset.output[-1]
-    # A step holds no more of prompts than answers beside them can wait for.
-    room = MOST_STEP_TOKENS if level.time_per_token_s is None else (0.8 * level.time_per_token_s - full) / prefill
-    config = EngineConfig(
-        max_num_seqs=batch,
-        max_tokens_per_step=batch + int(max(LEAST_STEP_TOKENS, min(MOST_STEP_TOKENS, room))),
-        max_prefill_beside_decode=None,
-    )
-    blocks = batch * -(-round(preset.mean_prompt + preset.mean_output) // 16) + -(-longest // 16) + 1
-    work_s = preset.mean_prompt * prefill + preset.mean_output / throughput.decode_tok_s
-
-    def keeps(load: float) -> bool:
-        workload = preset.workload(SIMULATED + min(batch, SIMULATED), load / work_s, level, seed)
-        return simulate(workload, times.of_step, num_blocks=blocks, context=longest + 1, config=config).level_met
-
-    low, high = 0.0, MOST_LOAD
-    if keeps(high):
-        low = high
-    while high - low > 0.02:
-        middle = (low + high) / 2
-        low, high = (middle, high) if keeps(middle) else (low, middle)
-    if not low:
-        raise DoesNotFitError(
-            f"--slo: no load keeps it on this machine ({throughput.origin}); a prompt of the mean length alone takes "
-            f"{preset.mean_prompt * prefill:.2f} s, a token {full * 1e3:.1f} ms with {batch} sequences; allow more, or "
-            "take a faster machine"
-        )
-    said = f"{low:.0%} of the time keeps the level in the busiest minute"
-    return low / preset.peak, f"{said}; the mean minute has 1/{preset.peak:g} of its load"

@@ -5,8 +5,9 @@ A name is `MODEL` or `MODEL@PROVIDER`; `gpt-…`, `claude-…`, `gemini-…` and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -26,7 +27,8 @@ SHORT_PROMPT = 1000  # tokens; prices in tiers are those of a prompt of this len
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiPrice:
-    """Dollars per million tokens of one model. source: the package and its version, which dates the list.
+    """Dollars per million tokens of one model. source: the package and its version. as_of: the latest change that its
+    list has a day of, so that the list is at least as new; None where it is not from there.
 
     cached_usd_per_mtok: of input that its cache holds; batch_discount: what answers within a day cost over others'.
     None where there is none.
@@ -38,6 +40,7 @@ class ApiPrice:
     source: str
     cached_usd_per_mtok: Decimal | None = None
     batch_discount: Decimal | None = None
+    as_of: date | None = None
 
 
 def api_price(
@@ -72,7 +75,23 @@ def api_price(
         source=f"genai-prices {metadata.version('genai-prices')}",
         cached_usd_per_mtok=kept if kept != own else None,
         batch_discount=BATCH.get(found.provider.id),
+        as_of=_latest_change(when.date()),
     )
+
+
+@cache
+def _latest_change(until: date) -> date | None:
+    """The list itself has no day; some of its prices are known to begin on one."""
+    from genai_prices.data_snapshot import get_snapshot
+
+    days = [
+        start
+        for provider in get_snapshot().providers
+        for model in provider.models
+        for price in (model.prices if isinstance(model.prices, list) else ())
+        if (start := getattr(price.constraint, "start_date", None)) is not None and start <= until
+    ]
+    return max(days, default=None)
 
 
 def named_price(name: str, at: datetime | None = None, *, prompt_tokens: int = SHORT_PROMPT) -> ApiPrice:

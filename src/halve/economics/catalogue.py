@@ -1,10 +1,11 @@
-"""Devices and what they cost an hour: a dated catalogue that ships, and a file of one's own that goes before it.
+"""Devices and what they cost an hour: a dated catalogue that ships, and files of a machine that go before it.
 
 Nothing is made up: a rate or a price that nobody stated is None, and what has no price takes no part in rankings. A
 price says where it is from and of which day it is; older than `STALE_DAYS`, or of no day, it counts as stale.
 
 One's own file is TOML like `prices.toml` and `devices.toml` together, at `HALVE_PRICES` or in the folder of settings
 (`~/.config/halve/prices.toml`): its rows replace those of the same cloud, instance, region and kind, or device name.
+What `halve price update` wrote lies beside it, and comes between both.
 """
 
 import os
@@ -80,21 +81,37 @@ class HourlyPrice:
     share: Fraction = Fraction(1)
     memory_gb: float | None = None
 
-    def age_days(self, today: date) -> int | None:
-        """Days since the price was read; None where nobody said when."""
-        return None if self.as_of is None else max(0, (today - self.as_of).days)
+    @property
+    def age(self) -> "Age":
+        """How old it is today."""
+        return Age.of(self.as_of)
 
-    def is_stale(self, today: date) -> bool:
-        """Whether the price is older than `STALE_DAYS`, or of no known day."""
-        age = self.age_days(today)
-        return age is None or age > STALE_DAYS
 
-    def dated(self, today: date) -> str:
-        """The age in words."""
-        age = self.age_days(today)
-        if age is None:
+@dataclass(frozen=True, slots=True)
+class Age:
+    """Of a price. as_of: its day; days: since then. Both are None where nobody said when, which counts as stale."""
+
+    as_of: date | None
+    days: int | None
+
+    @classmethod
+    def of(cls, as_of: date | None, at: date | None = None) -> "Age":
+        """At a day, today without one."""
+        return cls(as_of, None if as_of is None else max(0, ((at or today()) - as_of).days))
+
+    @property
+    def is_stale(self) -> bool:
+        """Older than `STALE_DAYS`, or of no known day."""
+        return self.days is None or self.days > STALE_DAYS
+
+    def __str__(self) -> str:
+        if self.days is None:
             return "of no known day, stale"
-        return f"{self.as_of}, {age} days old{', stale' if age > STALE_DAYS else ''}"
+        return f"{self.as_of}, {self.days} days old{', stale' if self.is_stale else ''}"
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"as_of": self.as_of and self.as_of.isoformat(), "age_days": self.days, "stale": self.is_stale}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,29 +150,37 @@ class Catalogue:
 
 
 def load_catalogue(own: Path | str | None = None, *, shipped_alone: bool = False) -> Catalogue:
-    """What ships, with one's own file before it. own: instead of the usual place. Raises ConfigError."""
+    """What ships, with what `halve price update` wrote before it, and one's own file before both. Raises ConfigError.
+
+    own: one's own file, instead of the usual place.
+    """
     shipped = resources.files("halve.economics")
-    devices = _read((shipped / "devices.toml").read_text(encoding="utf-8"), "devices.toml")
-    prices = _read((shipped / "prices.toml").read_text(encoding="utf-8"), "prices.toml")
-    parts = [devices, prices]
+    names = ("devices.toml", "prices.toml")
+    parts = [(name, _read((shipped / name).read_text(encoding="utf-8"), name)) for name in names]
     path = Path(own) if own is not None else own_prices()
-    if not shipped_alone and (own is not None or path.exists()):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: your prices can't be read: {error}") from error
-        parts.append(_read(text, str(path)))
+    if not shipped_alone:
+        updated = updated_prices()
+        parts += [_file(updated)] if own is None and updated.exists() else []
+        parts += [_file(path)] if own is not None or path.exists() else []
     known: dict[str, CatalogueDevice] = {}
     rows: dict[tuple[str, ...], HourlyPrice] = {}
-    for part in parts:
+    for where, part in parts:
         known |= {device.name: device for device in part.devices}
         rows |= {(p.cloud, p.instance, p.region, p.kind): p for p in part.prices}
-    catalogue = Catalogue(tuple(known.values()), tuple(rows.values()))
-    for price in catalogue.prices:
-        if price.device not in known:
-            hint = nearest(price.device, known) or ";"
-            raise ConfigError(f"{path}: {price.instance}: device {price.device!r} is not known{hint} describe it there")
-    return catalogue
+        for price in part.prices:
+            if price.device not in known:
+                hint = nearest(price.device, known) or ";"
+                raise ConfigError(
+                    f"{where}: {price.instance}: device {price.device!r} is not known{hint} describe it there"
+                )
+    return Catalogue(tuple(known.values()), tuple(rows.values()))
+
+
+def _file(path: Path) -> tuple[str, Catalogue]:
+    try:
+        return str(path), _read(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: prices can't be read: {error}") from error
 
 
 def own_prices() -> Path:
@@ -164,6 +189,12 @@ def own_prices() -> Path:
         return Path(given)
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(home) / "halve" / "prices.toml"
+
+
+def updated_prices() -> Path:
+    """Where `halve price update` writes, beside one's own: `prices.toml` becomes `prices.update.toml`."""
+    own = own_prices()
+    return own.with_name(f"{own.stem}.update.toml")
 
 
 def today() -> date:

@@ -16,6 +16,7 @@ from decimal import Decimal
 
 from halve.core.errors import ConfigError
 from halve.economics.api_prices import ApiPrice
+from halve.economics.currency import USD, Currency
 from halve.economics.roofline import Throughput
 
 MTOK = 1_000_000
@@ -222,31 +223,33 @@ def fleet(
     )
 
 
-def verdict(own_usd_per_mtok: Decimal, rivals: Sequence[tuple[str, Decimal]], quality: str | None = None) -> str:
+def verdict(
+    own_usd_per_mtok: Decimal,
+    rivals: Sequence[tuple[str, Decimal]],
+    quality: str | None = None,
+    currency: Currency = USD,
+) -> str:
     """One line: who is cheapest, by how much. quality: what is known of one's own model's, said beside it."""
+    own = currency.say_price(own_usd_per_mtok)
     beside = f" ({quality})" if quality else ""
     if not rivals:
-        return f"one's own machine: ${_short(own_usd_per_mtok)} per million tokens{beside}"
+        return f"one's own machine: {own} per million tokens{beside}"
     name, price = min(rivals, key=lambda one: one[1])
     dearest, top = max(rivals, key=lambda one: one[1])
     if price < own_usd_per_mtok:
         return (
-            f"the API is cheaper for you: {name} asks ${_short(price)} per million tokens, your own machine costs "
-            f"${_short(own_usd_per_mtok)}{beside}"
+            f"the API is cheaper for you: {name} asks {currency.say_price(price)} per million tokens, your own "
+            f"machine costs {own}{beside}"
         )
     rest = "" if len(rivals) == 1 else f", {_times(top / own_usd_per_mtok)} less than {dearest}"
     return (
-        f"your own machine is cheaper: ${_short(own_usd_per_mtok)} per million tokens, "
+        f"your own machine is cheaper: {own} per million tokens, "
         f"{_times(price / own_usd_per_mtok)} less than {name}{rest}{beside}"
     )
 
 
 def _times(ratio: Decimal) -> str:
     return f"{ratio:.1f} times" if ratio < 100 else f"{ratio:.0f} times"
-
-
-def _short(usd: Decimal) -> str:
-    return f"{usd:.2f}" if usd >= 10 else f"{usd:.3f}" if usd >= Decimal("0.01") else f"{usd:.2g}"
 
 
 def _ceil(value: Decimal) -> int:

@@ -68,6 +68,7 @@ def _drawn(values: Sequence[int], share: float) -> float:
     return values[i - 1] + (values[i] - values[i - 1]) * (share - low) / (high - low)
 
 
+# As scripts/workload_statistics.py prints them of the traces that `source` names.
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -78,7 +79,7 @@ PRESETS = {
             mean_output=211.1,
             prompt=(2, 207, 396, 1020, 1189, 2734, 4083, 4142, 14050),
             output=(7, 54, 85, 129, 395, 424, 451, 601, 1000),
-            peak=1.54,
+            peak=1.52,
         ),
         Preset(
             name="code",
@@ -94,9 +95,9 @@ PRESETS = {
             source="Mooncake conversation trace: 12,031 requests (Apache-2.0; arXiv:2407.00079), blocks of 512 tokens",
             mean_prompt=12035.1,
             mean_output=342.6,
-            prompt=(891, 964, 2306, 6909, 15367, 27367, 39550, 85400, 126195),
-            output=(1, 24, 156, 350, 472, 597, 698, 1118, 2000),
-            cached_share=0.3738,
+            prompt=(891, 964, 2307, 6909, 15366, 27367, 39549, 85401, 126195),
+            output=(1, 24, 157, 350, 472, 597, 698, 1120, 2000),
+            cached_share=0.3736,
             peak=1.21,
         ),
         Preset(
@@ -105,7 +106,7 @@ PRESETS = {
             mean_prompt=2588.1,
             mean_output=291.4,
             prompt=(1, 1242, 1986, 2730, 3370, 3702, 3813, 3933, 4054),
-            output=(5, 78, 115, 167, 242, 372, 736, 3271, 4056),
+            output=(5, 78, 115, 167, 242, 372, 736, 3270, 4056),
         ),
     )
 }

@@ -25,13 +25,14 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """A bar with words; kind: of colour."""
+    """A bar with words; kind: of colour. between: what the value may be, for a whisker."""
 
     name: str
     said: str
     value: float
     kind: int
     is_sum: bool = False
+    between: tuple[float, float] | None = None
 
 
 def _percent(value: float) -> str:
@@ -115,6 +116,10 @@ def steps(rows: Sequence[Step], words: str, width: int) -> Markup:
         x = (min(begin, end) - low) * scale + 4
         parts.append(tag("rect", x=x, y=y + 18, width=max(abs(end - begin) * scale, 1.0), height=14.0,
                          class_=f"bar c{row.kind}"))  # fmt: skip
+        if row.between is not None:
+            first, last = (zero + end * scale for end in row.between)
+            parts.append(line(first, y + 25, last, y + 25, "whisker"))
+            parts += [line(end, y + 20, end, y + 30, "whisker") for end in (first, last)]
         parts.append(line(zero, y + 15, zero, y + 35, "zero"))
         start = end
         y += ROW
@@ -122,8 +127,9 @@ def steps(rows: Sequence[Step], words: str, width: int) -> Markup:
 
 
 def bars(rows: Sequence[Step], words: str, width: int) -> Markup:
-    """Margins, one bar for each, from zero; below zero they go to the left."""
-    low, high = min([0.0, *(r.value for r in rows)]), max([0.0, *(r.value for r in rows)])
+    """One bar for each, from zero; below zero they go to the left."""
+    ends = [0.0, *(r.value for r in rows), *(end for r in rows for end in r.between or ())]
+    low, high = min(ends), max(ends)
     scale = (width - 8) / ((high - low) or 1.0)
     zero = -low * scale + 4
     parts: list[Markup] = []
@@ -134,6 +140,10 @@ def bars(rows: Sequence[Step], words: str, width: int) -> Markup:
         x = zero + min(row.value, 0.0) * scale
         parts.append(tag("rect", x=x, y=y + 18, width=max(abs(row.value) * scale, 1.0), height=14.0,
                          class_=f"bar c{row.kind}"))  # fmt: skip
+        if row.between is not None:
+            first, last = (zero + end * scale for end in row.between)
+            parts.append(line(first, y + 25, last, y + 25, "whisker"))
+            parts += [line(end, y + 20, end, y + 30, "whisker") for end in (first, last)]
         parts.append(line(zero, y + 15, zero, y + 35, "zero"))
         y += ROW
     return drawing(words, width, y, *parts)
