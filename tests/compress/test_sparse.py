@@ -18,11 +18,11 @@ from halve.formats import FORMATS
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
+from halve.models import sizes
 from halve.models.embedded import embedded_model_path
 from halve.models.load import CheckpointSource, load_config, load_decoder
 from halve.models.names import groups
 from halve.search import bytes_per_token, uniform_candidates
-from halve.search.uniform import plain_bytes_per_token
 from tests.models.test_moe import FAMILIES, IDS, sparse_model
 
 TEXT = [np.random.default_rng(i).integers(3, 96, 40).astype(np.int32) for i in range(4)]
@@ -111,7 +111,7 @@ def test_a_token_reads_the_experts_that_it_runs_through(saved):
     source = {m.name: FORMATS["bf16"] for g in groups(config) for m in g.members} | {
         "model.embed_tokens": FORMATS["bf16"]
     }
-    sparse = plain_bytes_per_token(config, source)
+    sparse = sizes.bytes_per_token(config, source)
     experts = sum(2 * m.shape[0] * m.shape[1] for g in groups(config) for m in g.members if m.expert is not None)
     spec = next(layer.experts for layer in config.layers if layer.experts)
     everyone = replace(
@@ -120,10 +120,10 @@ def test_a_token_reads_the_experts_that_it_runs_through(saved):
             replace(x, experts=x.experts and replace(x.experts, top_k=spec.num_experts)) for x in config.layers
         ),
     )
-    assert plain_bytes_per_token(everyone, source) - sparse == round(experts * (1 - spec.top_k / spec.num_experts))
+    assert sizes.bytes_per_token(everyone, source) - sparse == round(experts * (1 - spec.top_k / spec.num_experts))
     found = uniform_candidates(config, source, portable=False, activations="int8", kv_cache="bf16")
-    sizes = [bytes_per_token(config, resolve(c.plan, config), source) for c in found]
-    assert sizes == sorted(sizes) == [c.bytes_per_token for c in found]
+    read = [bytes_per_token(config, resolve(c.plan, config), source) for c in found]
+    assert read == sorted(read) == [c.bytes_per_token for c in found]
 
 
 def test_an_upcycled_model_is_the_dense_one_in_transformers_and_here(tmp_path):

@@ -8,10 +8,10 @@ from halve.compress import resolve
 from halve.core.errors import PlanError
 from halve.core.plan import Plan, WeightRule, Weights
 from halve.formats import FORMATS
-from halve.models import LayerSpec, ModelConfig
+from halve.models import LayerSpec, ModelConfig, sizes
 from halve.models.config import Rope
 from halve.models.names import modules
-from halve.search import bytes_per_token, method_for, plain_bytes_per_token, plan_for
+from halve.search import bytes_per_token, method_for, plan_for
 
 HIDDEN, INNER, VOCAB = 128, 256, 100
 CONFIG = ModelConfig(
@@ -40,18 +40,18 @@ def stored(config, name):
 
 def test_a_plain_model_reads_its_products_and_one_row_of_an_untied_table():
     head = VOCAB * HIDDEN * 2
-    assert plain_bytes_per_token(CONFIG, stored(CONFIG, "bf16")) == 3 * LAYER * 2 + head + HIDDEN * 2 + NORMS
+    assert sizes.bytes_per_token(CONFIG, stored(CONFIG, "bf16")) == 3 * LAYER * 2 + head + HIDDEN * 2 + NORMS
 
 
 def test_a_tied_table_is_read_whole_and_once():
-    assert plain_bytes_per_token(TIED, stored(TIED, "bf16")) == 3 * LAYER * 2 + VOCAB * HIDDEN * 2 + NORMS
+    assert sizes.bytes_per_token(TIED, stored(TIED, "bf16")) == 3 * LAYER * 2 + VOCAB * HIDDEN * 2 + NORMS
 
 
 def test_biases_are_read_as_float32():
     biased = replace(CONFIG, attention_bias=True, mlp_bias=True)
     extra = 3 * (128 + 64 + 64 + 128 + 256 + 256 + 128) * 4
-    plain = plain_bytes_per_token(CONFIG, stored(CONFIG, "bf16"))
-    assert plain_bytes_per_token(biased, stored(biased, "bf16")) == plain + extra
+    plain = sizes.bytes_per_token(CONFIG, stored(CONFIG, "bf16"))
+    assert sizes.bytes_per_token(biased, stored(biased, "bf16")) == plain + extra
 
 
 def test_a_compressed_model_reads_codes_and_scales():

@@ -19,7 +19,7 @@ from halve.kernels.ceilings import Ceilings
 from halve.kernels.cuda import rows as cuda_rows
 from halve.models import load_config, stored_formats
 from halve.models.names import group_pattern, groups, modules, num_active_parameters, num_parameters, vectors
-from halve.search import plain_bytes_per_token
+from halve.models.sizes import bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,7 @@ def inspect(model: str | Path) -> ModelFacts:
             architecture=config.architecture,
             parameters=parameters,
             active_parameters=num_active_parameters(config),
-            bytes_per_token=plain_bytes_per_token(config, stored_formats(checkpoint, config)),
+            bytes_per_token=bytes_per_token(config, stored_formats(checkpoint, config)),
             experts=next(((e.num_experts, e.top_k) for layer in config.layers if (e := layer.experts)), None),
             bytes=checkpoint.weight_bytes,
             num_layers=config.num_layers,

@@ -34,10 +34,10 @@ from halve.core.record import to_json
 from halve.core.units import parse_percent
 from halve.data import write_documents
 from halve.formats import Format, format_named
-from halve.models import ModelConfig, load_config, stored_formats
+from halve.models import ModelConfig, load_config, sizes, stored_formats
 from halve.models.names import num_parameters
 from halve.report import render
-from halve.search import Candidate, bytes_per_token, method_for, plain_bytes_per_token, plan_for
+from halve.search import Candidate, bytes_per_token, method_for, plan_for
 from halve.search.uniform import MethodChoice
 from halve.text import Tokenizer
 
@@ -283,7 +283,7 @@ def _certificate(
         found = [judged(name, checkpoint, job.config, speed) for name, checkpoint, speed in pairs]
     limits = rooflines([one for one in found if one is not None]) if job.device == "cpu" else ()
     float32 = 4 * num_parameters(job.config)
-    original_bytes_per_token = plain_bytes_per_token(job.config, dict(job.source))
+    original_bytes_per_token = sizes.bytes_per_token(job.config, job.source)
     return Certificate(
         verdict="measured" if job.limit is None else "pass",
         max_quality_loss=job.limit,

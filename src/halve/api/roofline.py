@@ -16,7 +16,7 @@ from halve.kernels import native_library
 from halve.kernels.ceilings import ARITHMETIC, LEAST_ARENA_BYTES, Arena, gmac_s, loop_for
 from halve.models import ModelConfig, stored_formats
 from halve.models.names import EMBEDDING, modules
-from halve.search import plain_bytes_per_token
+from halve.models.sizes import bytes_per_token
 
 log = logging.getLogger("halve")
 
@@ -39,7 +39,7 @@ def judged(model: str, checkpoint: Checkpoint, config: ModelConfig, speed: Speed
     if speed.decode_tok_s is None:
         return None
     macs = sum(m.shape[0] * m.shape[1] for m in modules(config) if m.name != EMBEDDING or config.tied)
-    size = plain_bytes_per_token(config, stored_formats(checkpoint, config))
+    size = bytes_per_token(config, stored_formats(checkpoint, config))
     return Judged(model=model, decode_tok_s=speed.decode_tok_s.value, bytes_per_step=size, macs=macs)
 
 

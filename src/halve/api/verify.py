@@ -16,7 +16,7 @@ from halve.data import Document, documents_sha256, encode, read_documents
 from halve.evaluate import answer, differences, passes, require_enough
 from halve.models import ModelConfig, load_config, stored_formats
 from halve.models.names import num_parameters
-from halve.search import plain_bytes_per_token
+from halve.models.sizes import bytes_per_token
 from halve.text import Tokenizer
 
 
@@ -115,7 +115,7 @@ def _check_files(smaller: Checkpoint, original: Checkpoint, recorded: Certificat
 
 def _bytes_ratio(smaller: Checkpoint, original: Checkpoint, config: ModelConfig) -> float:
     """Bytes that a decoded token reads, smaller over original, from what the files hold."""
-    before, after = (plain_bytes_per_token(config, stored_formats(c, config)) for c in (original, smaller))
+    before, after = (bytes_per_token(config, stored_formats(c, config)) for c in (original, smaller))
     return after / before
 
 

@@ -1,7 +1,7 @@
 """The cheapest plan within a quality limit."""
 
 from halve.search.front import Candidate, Judged, Move, candidates, cheapest_passing, in_words, likely_start
-from halve.search.uniform import bytes_per_token, method_for, plain_bytes_per_token, plan_for
+from halve.search.uniform import bytes_per_token, method_for, plan_for
 from halve.search.whole import uniform_candidates
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "in_words",
     "likely_start",
     "method_for",
-    "plain_bytes_per_token",
     "plan_for",
     "uniform_candidates",
 ]
