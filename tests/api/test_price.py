@@ -1,13 +1,14 @@
 """`price`, `breakeven`, `plan-hardware`: shapes, a real bundle, the command line, the page."""
 
 import re
+from datetime import date
 from decimal import Decimal
 
 import pytest
 
 from halve.api.breakeven import breakeven
 from halve.api.cost_report import write_report
-from halve.api.costing import read_machine, read_service_level, read_subject, throughput_on
+from halve.api.costing import read_machines, read_service_level, read_subject, throughput_on
 from halve.api.plan_hardware import plan_hardware
 from halve.api.price import price
 from halve.api.under_load import allowed_utilization
@@ -86,6 +87,8 @@ def test_a_model_that_was_never_measured_wants_a_device(tiny):
     ("words", "said"),
     [
         ({"device": "H300"}, "device 'H300': not in the catalogue"),
+        ({"device": "MI300X"}, "known is reserved (--kind reserved)"),
+        ({"vs": ["llama@groq"]}, "; groq has llama"),
         ({"device": "TPU v6e"}, "on_demand price is not known here; give --price-per-hour"),
         ({"device": "L4", "price_per_hour": D(-1)}, "--price-per-hour -1: must be from 0"),
         ({"device": "L4", "utilization": D(2)}, "--utilization 2: must be above 0 and at most 1"),
@@ -103,6 +106,19 @@ def test_what_is_unknown_or_absurd_is_named_with_the_way_out(words, said):
     with pytest.raises(ConfigError) as error:
         price(**words)
     assert said in str(error.value)
+
+
+def test_the_cheapest_machine_of_a_device_is_one_that_holds_the_model():
+    found = price(device="EPYC-9R14", vs=[])
+    assert found.machine.memory_gb > 17  # c7a.large is cheaper, and has 4 GB
+    with pytest.raises(DoesNotFitError, match="do not fit"):
+        price(device="c7a.large", vs=[])
+
+
+def test_prices_of_apis_are_those_of_a_day():
+    then = price(device="H100", vs=["gpt-5-mini"], as_of=date(2026, 6, 1))
+    assert then.to_plain()["api_prices_of"] == "2026-06-01"
+    assert then.rivals[0].price.as_of <= date(2026, 6, 1)
 
 
 def test_a_trace_with_missing_columns_is_named(tmp_path):
@@ -195,9 +211,11 @@ def test_a_level_takes_part_in_the_ranking():
 
 def test_a_machine_is_the_cheapest_of_its_device_or_the_instance_that_was_named():
     catalogue = load_catalogue(shipped_alone=True)
-    assert read_machine(catalogue, "H200", None).usd_per_hour == D("3.39")
-    assert read_machine(catalogue, "p5en.48xlarge", None, region="ap-northeast-1").usd_per_hour == D("79.12")
-    given = read_machine(catalogue, "H200", D(2))
+    assert read_machines(catalogue, "H200", None)[0].usd_per_hour == D("3.39")
+    [named] = read_machines(catalogue, "p5en.48xlarge", None, region="ap-northeast-1")
+    assert named.usd_per_hour == D("79.12")
+    assert read_machines(catalogue, "Standard_ND96isr_H100_v5", D(9))[0].count == 8
+    [given] = read_machines(catalogue, "H200", D(2))
     assert (given.usd_per_hour, given.age.is_stale, given.count) == (D(2), False, 1)
     throughput = throughput_on(read_subject(None), given, find_preset("chat"), read_service_level(None))
     assert throughput.basis == "roofline"

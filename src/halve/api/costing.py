@@ -1,17 +1,19 @@
 """What `price`, `breakeven` and `plan-hardware` share: a model, a machine, a workload, as money needs them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, get_args
 
 from halve.core.certificate import Certificate
 from halve.core.errors import ConfigError
 from halve.core.workload import ServiceLevel, Workload
 from halve.economics.catalogue import Age, Catalogue, CatalogueDevice, HourlyPrice, PriceKind, today
 from halve.economics.presets import PRESETS, Preset, find_preset, preset_of
-from halve.economics.roofline import Assumptions, Throughput, estimate, scaled, step_seconds
+from halve.economics.roofline import Assumptions, DoesNotFitError, Throughput, estimate, scaled, step_seconds
 from halve.economics.shapes import DEFAULT_SHAPE, ModelShape, find_shape
 from halve.economics.validation import known_error
 
@@ -153,37 +155,65 @@ def _measured_device(certificate: Certificate, shape: ModelShape) -> CatalogueDe
     )
 
 
-def read_machine(
+def read_machines(
     catalogue: Catalogue,
     device: str | None,
     usd_per_hour: Decimal | None,
     *,
     kind: PriceKind = "on_demand",
     region: str | None = None,
-) -> Machine:
-    """A device or cloud instance at its cheapest known price, or at the price that is given. Raises ConfigError."""
+) -> list[Machine]:
+    """A device's machines or a cloud instance's, cheapest first, or the one at the price that is given.
+
+    Raises ConfigError for names that are not known, and for one without a known price.
+    """
     if usd_per_hour is not None and not 0 <= usd_per_hour <= 100_000:
         raise ConfigError(f"--price-per-hour {usd_per_hour}: must be from 0 to 100000 dollars")
+    given: dict[str, Any] = {"source": "--price-per-hour", "age": Age.of(today()), "kind": "own"}
     if device is None:
         assert usd_per_hour is not None
-        return Machine(
-            name="your machine", usd_per_hour=usd_per_hour, source="--price-per-hour", age=Age.of(today()), kind="own"
-        )  # fmt: skip
+        return [Machine(name="your machine", usd_per_hour=usd_per_hour, **given)]
     rows = catalogue.machines(device, kind, region)
-    priced = next((row for row in rows if row.usd_per_hour is not None), None)
-    row = priced or (rows[0] if rows else None)
-    if usd_per_hour is None and priced is None:
+    if usd_per_hour is not None:
+        if rows and rows[0].device != catalogue_name(catalogue, device):
+            return [machine_of(catalogue, rows[0], usd_per_hour)]
+        return [Machine(name=device, usd_per_hour=usd_per_hour, device=catalogue.device(device), **given)]
+    priced = [row for row in rows if row.usd_per_hour is not None]
+    if not priced:
         where = f" in {region}" if region else ""
-        raise ConfigError(
-            f"--device {device}: its {kind} price{where} is not known here; give --price-per-hour, or write it into "
-            "your prices file (docs/ECONOMICS.md)"
+        others = sorted(
+            {
+                f"{p.kind} (--kind {p.kind})"
+                for other in get_args(PriceKind)
+                for p in catalogue.machines(device, other, region)
+                if p.usd_per_hour is not None
+            }
         )
-    if row is None or (usd_per_hour is not None and row.device == catalogue_name(catalogue, device)):
-        return Machine(
-            name=device, usd_per_hour=usd_per_hour or Decimal(0), source="--price-per-hour", age=Age.of(today()),
-            kind="own", device=catalogue.device(device),
-        )  # fmt: skip
-    return machine_of(catalogue, row, usd_per_hour)
+        known = f"; known is {', '.join(others)}" if others else ""
+        raise ConfigError(
+            f"--device {device}: its {kind} price{where} is not known here{known}; give --price-per-hour, or write it "
+            "into your prices file (docs/ECONOMICS.md)"
+        )
+    return [machine_of(catalogue, row) for row in priced]
+
+
+def first_that_holds(
+    subject: Subject, machines: Sequence[Machine], preset: Preset, level: ServiceLevel | None
+) -> tuple[Machine, Throughput]:
+    """The first machine that holds a model within a service level, and how fast it is there.
+
+    Raises DoesNotFitError, of the largest machine, where none does.
+    """
+    tightest: tuple[float, DoesNotFitError] | None = None
+    for machine in machines:
+        try:
+            return machine, throughput_on(subject, machine, preset, level)
+        except DoesNotFitError as error:
+            memory = machine.memory_gb or (machine.device.memory_gb * machine.count if machine.device else 0.0)
+            if tightest is None or memory > tightest[0]:
+                tightest = memory, error
+    assert tightest is not None
+    raise tightest[1]
 
 
 def catalogue_name(catalogue: Catalogue, device: str) -> str | None:

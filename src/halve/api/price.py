@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from halve.api.costing import (
     DEFAULT_DEVICE,
     Machine,
     Subject,
-    read_machine,
+    first_that_holds,
+    read_machines,
     read_service_level,
     read_subject,
     read_workload,
-    throughput_on,
 )
 from halve.api.progress import SILENT, Progress
 from halve.api.under_load import Steps, allowed_utilization, certified_steps, measured_steps, replay
@@ -53,6 +53,7 @@ class Question:
     prices: Path | None = None
     day: str | None = None
     measure: bool = False
+    as_of: date | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +138,7 @@ class Priced:
             "rows": self.rows(),
             "verdict": self.sentence,
             "notes": list(self.notes),
+            "api_prices_of": (self.asked.as_of or date.fromisoformat(self.created)).isoformat(),
             "created": self.created,
             "version": self.version,
         }
@@ -185,8 +187,8 @@ def price(
     machine that a bundle's certificate was measured on, or for this one with measure, which times the model's steps
     here and now. kind, region: of the price. workload: a preset or a trace file. utilization: the share of what the
     machine can do that it is asked for, or slo: the service level that a simulation finds it from, over the hours of a
-    day. vs: APIs as `MODEL` or `MODEL@PROVIDER`. batch: APIs at their price for answers within a day. prices: one's own
-    prices file.
+    day. vs: APIs as `MODEL` or `MODEL@PROVIDER`. batch: APIs at their price for answers within a day; as_of: at those of that
+    day. prices: one's own prices file.
 
     A trace with times, on a machine whose steps were measured, is simulated as it is unless a utilization or a level is
     asked for. Raises ConfigError for whatever is unknown or out of range, DataError for a trace.
@@ -207,8 +209,8 @@ def priced(asked: Question, currency: Currency, progress: Progress, *, as_it_is:
             f"{subject.name} was measured on {subject.measured_at.name if subject.measured_at else 'this machine'}: "
             "what does that cost? give --price-per-hour, or --device for another machine"
         )
-    machine = read_machine(catalogue, device, asked.price_per_hour, kind=asked.kind, region=asked.region)
-    throughput = throughput_on(subject, machine, preset, read_service_level(asked.slo))
+    machines = read_machines(catalogue, device, asked.price_per_hour, kind=asked.kind, region=asked.region)
+    machine, throughput = first_that_holds(subject, machines, preset, read_service_level(asked.slo))
     free = asked.utilization is None and asked.slo is None and machine.device is None
     if as_it_is and free and steps is not None and trace is not None and trace.duration_s > 0:
         with progress.task("trace", "simulating"):
@@ -278,10 +280,11 @@ def utilization_of(
 
 def _rivals(asked: Question, mix: Mix) -> tuple[Rival, ...]:
     names = RIVALS if asked.vs is None else asked.vs
+    at = None if asked.as_of is None else datetime.combine(asked.as_of, time(12), UTC)
     found = []
     for name in names:
         try:
-            known = named_price(name, prompt_tokens=max(1, round(mix.prompt_tokens)))
+            known = named_price(name, at, prompt_tokens=max(1, round(mix.prompt_tokens)))
         except ConfigError:
             if asked.vs is None:
                 continue  # nobody asked for it by name

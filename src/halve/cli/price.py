@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Sequence
+from datetime import date
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,9 @@ DayOption = Annotated[
     typer.Option(metavar="SHAPE", help="How load lies over a day for --slo: waking, office, flat, or 24 weights."),
 ]
 VsOption = Annotated[str | None, typer.Option(metavar="API,API", help="MODEL or MODEL@PROVIDER, as gpt-5-mini.")]
+AsOfOption = Annotated[
+    str | None, typer.Option(metavar="DAY", help="APIs at their prices of that day, as 2026-11-20; today without it.")
+]
 BatchOption = Annotated[bool, typer.Option("--batch-prices", help="APIs at their price for answers within a day.")]
 PricesOption = Annotated[
     Path | None, typer.Option("--prices", help="Your own prices file, instead of the usual place.")
@@ -91,14 +95,24 @@ def _words(**words: Any) -> dict[str, Any]:
     from halve.economics.fields import read_decimal, read_share
 
     hour, share, vs = words.pop("hour"), words.pop("utilization"), words.pop("vs")
-    currency = words.pop("currency")
+    currency, as_of = words.pop("currency"), words.pop("as_of", None)
     return {
         **words,
         "price_per_hour": None if hour is None else read_decimal(hour, "--price-per-hour", "1.90"),
         "utilization": None if share is None else read_share(share, "--utilization"),
         "vs": None if vs is None else [name.strip() for name in vs.split(",") if name.strip()],
+        "as_of": None if as_of is None else _date(as_of),
         "currency": USD if currency is None else read_currency(currency),
     }
+
+
+def _date(text: str) -> date:
+    from halve.core.errors import ConfigError
+
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"--as-of {text!r:.40}: must be a day, such as 2026-11-20") from None
 
 
 def price(
@@ -115,6 +129,7 @@ def price(
     measure: MeasureOption = False,
     vs: VsOption = None,
     batch_prices: BatchOption = False,
+    as_of: AsOfOption = None,
     prices: PricesOption = None,
     currency: CurrencyOption = None,
     report: Report = None,
@@ -138,7 +153,7 @@ def price(
         **_words(
             model=model, weights=weights and weights.value, device=device, hour=price_per_hour, kind=kind.value,
             region=region, workload=workload, utilization=utilization, slo=slo, day=day, vs=vs, batch=batch_prices,
-            prices=prices, currency=currency,
+            as_of=as_of, prices=prices, currency=currency,
         ),
     )  # fmt: skip
     if report is not None:
@@ -169,6 +184,7 @@ def breakeven(
     measure: MeasureOption = False,
     vs: VsOption = None,
     batch_prices: BatchOption = False,
+    as_of: AsOfOption = None,
     operators: Annotated[
         str, typer.Option("--operators-per-month", metavar="USD", help="What people cost who keep it running.")
     ] = "0",
@@ -195,7 +211,7 @@ def breakeven(
         **_words(
             model=model, weights=weights and weights.value, device=device, hour=price_per_hour, kind=kind.value,
             region=region, workload=workload, utilization=utilization, slo=slo, day=day, vs=vs, batch=batch_prices,
-            prices=prices, currency=currency,
+            as_of=as_of, prices=prices, currency=currency,
         ),
     )  # fmt: skip
     if report is not None:

@@ -107,7 +107,8 @@ def named_price(name: str, at: datetime | None = None, *, prompt_tokens: int = S
     found = api_price(maker, model, at, prompt_tokens=prompt_tokens) if model else None
     if found is None:
         known = known_models(maker)
-        hint = nearest(model, known) or ";"
+        alike = sorted((one for one in known if model and model.lower() in one.lower()), key=len)[:6]
+        hint = f"; {maker or 'it'} has {', '.join(alike)};" if alike else nearest(model, known) or ";"
         if maker and not known:
             hint = f"; no provider {maker!r}{nearest(maker, providers()) or ';'}"
         raise ConfigError(

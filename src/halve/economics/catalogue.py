@@ -203,7 +203,8 @@ def today() -> date:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace(" ", "").replace("_", "")
+    """As names are compared. Azure's begin with a word that nobody says."""
+    return name.lower().replace("-", "").replace(" ", "").replace("_", "").removeprefix("standard")
 
 
 def _read(text: str, where: str) -> Catalogue:
