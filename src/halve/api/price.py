@@ -187,8 +187,8 @@ def price(
     machine that a bundle's certificate was measured on, or for this one with measure, which times the model's steps
     here and now. kind, region: of the price. workload: a preset or a trace file. utilization: the share of what the
     machine can do that it is asked for, or slo: the service level that a simulation finds it from, over the hours of a
-    day. vs: APIs as `MODEL` or `MODEL@PROVIDER`. batch: APIs at their price for answers within a day; as_of: at those of that
-    day. prices: one's own prices file.
+    day. vs: APIs as `MODEL` or `MODEL@PROVIDER`. batch: APIs at their price for answers within a day; as_of: at
+    those of that day. prices: one's own prices file.
 
     A trace with times, on a machine whose steps were measured, is simulated as it is unless a utilization or a level is
     asked for. Raises ConfigError for whatever is unknown or out of range, DataError for a trace.
