@@ -57,6 +57,12 @@ def test_the_certificate_says_what_the_workload_costs_and_how_to_repeat_it(found
         cost = certificate.workload_cost
         assert cost.workload == "batch"
         assert cost.usd_per_mtok == pytest.approx(0.5 / (cost.output_tok_s * 3600 / 1e6))
+        run = cost.replayed
+        assert (cost.basis, run.num_requests, run.num_rounds) == ("replayed", 64, 3)
+        assert run.usd_per_mtok.value == pytest.approx(0.5 / (run.output_tok_s.value * 3600 / 1e6))
+        assert run.usd_per_mtok.low <= run.usd_per_mtok.value <= run.usd_per_mtok.high
+        assert run.ratio.n == 3
+        assert run.level_met
         assert front_of(found)["basis"] == "seconds"
 
 
@@ -170,7 +176,7 @@ def test_the_shell_shows_what_the_workload_costs(tiny, text, cache, tmp_path):
     )  # fmt: skip
     assert ran.code == 0, ran.err
     if native_library.available() is None:
-        assert "workload batch, simulated" in ran.out
+        assert "workload batch, 64 requests run 3 times in turns" in ran.out
         assert "at $0.5 an hour" in ran.out
     assert "best so far" not in ran.err
 

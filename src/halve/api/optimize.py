@@ -18,6 +18,7 @@ from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, front_of, reload, run
 from halve.api.plans import Purpose
 from halve.api.progress import SILENT, Progress
 from halve.api.questions import judge_tasks, read_tasks
+from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
 from halve.api.study import Question
 from halve.api.texts import prepare_texts
@@ -209,6 +210,8 @@ def optimize(
                     texts.sealed[:NUM_SAMPLES],
                     served,
                     progress,
+                    None if outcome.plans is None else outcome.plans.paced(outcome.candidate),
+                    price,
                 )
             asked = judge_tasks(checkpoint.path, outcome.directory, tasks, margin, device, progress)
             inputs = Inputs(
@@ -282,6 +285,8 @@ def _certificate(
         pairs = zip(("original", "smaller"), (job.checkpoint, bundle), trial.speeds, strict=True)
         found = [judged(name, checkpoint, job.config, speed) for name, checkpoint, speed in pairs]
     limits = rooflines([one for one in found if one is not None]) if job.device == "cpu" else ()
+    if trial.replayed is not None:
+        check_replay(trial.replayed, job.purpose.workload, limits)
     float32 = 4 * num_parameters(job.config)
     original_bytes_per_token = sizes.bytes_per_token(job.config, job.source)
     return Certificate(
@@ -314,7 +319,7 @@ def _certificate(
         speed_ratios=trial.ratios,
         rooflines=limits,
         judged_by=job.judged_by,
-        workload_cost=None if outcome.plans is None else outcome.plans.cost(outcome.candidate),
+        workload_cost=None if outcome.plans is None else outcome.plans.cost(outcome.candidate, trial.replayed),
     )
 
 

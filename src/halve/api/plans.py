@@ -10,10 +10,11 @@ from typing import Literal
 from halve import __version__
 from halve.api.model import cache_blocks
 from halve.api.progress import Progress
+from halve.api.replayed import Paced
 from halve.api.study import Question, Studied
 from halve.api.workloads import replay, workload_cost
 from halve.core.cache import cache_folder
-from halve.core.certificate import WorkloadCost
+from halve.core.certificate import WorkloadCost, WorkloadReplay
 from halve.core.errors import ConfigError, QualityError
 from halve.core.workload import Workload
 from halve.engine import EngineConfig, Simulation
@@ -53,15 +54,32 @@ class Plans:
 
     def simulation(self, formats: Mapping[str, str]) -> Simulation:
         """The workload on a model whose groups are stored so."""
+        return self._paced(formats)[1]
+
+    def _paced(self, formats: Mapping[str, str]) -> tuple[float, Simulation]:
         assert self.table is not None, "only measured times can be replayed"
         return _replayed(self.question, self.purpose.workload, PlannedTimes(self.table, formats).of_step)
 
-    def cost(self, candidate: Candidate) -> WorkloadCost | None:
-        """What the workload takes with a plan, beside the original; None where times were not measured."""
+    def paced(self, candidate: Candidate) -> Paced | None:
+        """How fast the original and a plan are to be asked when both are run; None where times were not measured."""
+        if self.table is None:
+            return None
+        original, smaller = (self._paced(f) for f in (_original_formats(self.question), _formats(candidate)))
+        return Paced(
+            workload=self.purpose.workload,
+            paces=(original[0], smaller[0]),
+            foretold_s=(original[1].duration_s, smaller[1].duration_s),
+        )
+
+    def cost(self, candidate: Candidate, replayed: WorkloadReplay | None) -> WorkloadCost | None:
+        """What the workload takes with a plan, beside the original; None where times were not measured.
+
+        replayed: what came of running it.
+        """
         if self.table is None:
             return None
         smaller, original = (self.simulation(f) for f in (_formats(candidate), _original_formats(self.question)))
-        return workload_cost(self.purpose.workload, smaller, original, self.purpose.usd_per_hour)
+        return workload_cost(self.purpose.workload, smaller, original, self.purpose.usd_per_hour, replayed)
 
     def moves(self, candidate: Candidate, room: float) -> list[Move]:
         """What the plan did not do, and why. room: nats per token that it may lose by the sensitivities."""
@@ -158,7 +176,7 @@ def _table(question: Question, studied: Studied, workspace: Path, progress: Prog
         )
 
 
-def _replayed(question: Question, workload: Workload, seconds: Callable[[Step], float]) -> Simulation:
+def _replayed(question: Question, workload: Workload, seconds: Callable[[Step], float]) -> tuple[float, Simulation]:
     engine = EngineConfig()
     config = question.config.with_kv_format(question.kv_cache)
     return replay(

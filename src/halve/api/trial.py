@@ -6,6 +6,7 @@ Speeds are taken in turns, so that a drifting machine slows each model alike.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from statistics import median
 
@@ -15,8 +16,9 @@ from halve.api.certify import served
 from halve.api.clock import witnessed
 from halve.api.model import Model, load
 from halve.api.progress import Progress
+from halve.api.replayed import Paced, replay_in_turns
 from halve.api.texts import WINDOW_TOKENS
-from halve.core.certificate import Measured, Served, Speed, SpeedRatio
+from halve.core.certificate import Measured, Served, Speed, SpeedRatio, WorkloadReplay
 from halve.core.errors import KernelError
 from halve.engine import SamplingParams
 from halve.evaluate import compare
@@ -54,7 +56,8 @@ class Answer:
 class Trial:
     """speeds: of the original and the smaller model. agreement: KL to the reference kernels. served: how it runs.
 
-    ratios: of seconds per decoded token, smaller over original, both measured in turns.
+    ratios: of seconds per decoded token, smaller over original, both measured in turns. replayed: the workload, run by
+    both; None where none was asked for.
     """
 
     speeds: tuple[Speed, Speed]
@@ -63,12 +66,20 @@ class Trial:
     kernels: dict[str, str]
     served: Served
     ratios: tuple[SpeedRatio, ...]
+    replayed: WorkloadReplay | None
 
 
 def run_trial(
-    original: Path, smaller: Path, reference: Decoder, documents: Sequence[Array], device: str, progress: Progress
+    original: Path,
+    smaller: Path,
+    reference: Decoder,
+    documents: Sequence[Array],
+    device: str,
+    progress: Progress,
+    asked: Paced | None = None,
+    usd_per_hour: Decimal | None = None,
 ) -> Trial:
-    """Load both models as `halve.load` does, measure and sample them.
+    """Load both models as `halve.load` does, measure and sample them, and run a workload where one is asked for.
 
     reference: the smaller model by the reference kernels. documents: token ids; their beginnings are the prompts.
     Raises KernelError when the kernels that will serve the smaller model disagree with the reference.
@@ -76,6 +87,10 @@ def run_trial(
     models = [load(path, device=device, keep=False) for path in (original, smaller)]
     with witnessed():
         speeds, ratio = _speeds(models, progress)
+    replayed = None
+    if asked is not None:
+        with progress.task("Replaying the workload", "rounds") as advance:
+            replayed = replay_in_turns(models, asked, usd_per_hour, advance)
     with progress.task("Sampling", "answers") as advance:
         answers = []
         for done, prompt in enumerate(documents):
@@ -89,6 +104,7 @@ def run_trial(
         kernels=models[1].kernels,
         served=served(models[1], agreement, documents),
         ratios=(ratio,),
+        replayed=replayed,
     )
 
 

@@ -347,6 +347,7 @@ def demo(
                 "prompt": result.prompt,
                 "original": to_dict(result.original),
                 "smaller": to_dict(result.smaller),
+                "shape_cost": None if result.shape_cost is None else to_dict(result.shape_cost),
                 "bundle": str(result.optimized.path),
                 "report": str(result.optimized.report),
             }

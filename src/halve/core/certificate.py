@@ -62,12 +62,39 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadReplay:
+    """A workload run for real by the bundle and by the original, in the same engine, in turns.
+
+    num_requests: of the workload, its first ones. output_tok_s: tokens of answers a second, prompts included, from the
+    first request to the last answer, at the pace that `WorkloadCost` found for each model; median, lowest and highest
+    round. ratio: of seconds, smaller over original, within a round. Times are in seconds, percentiles over requests,
+    medians over rounds; within_level: the share of requests that kept the service level. usd_per_mtok: of a million
+    tokens of answers; null without a price.
+    """
+
+    num_requests: int
+    num_rounds: int
+    output_tok_s: Measured
+    original_output_tok_s: Measured
+    ratio: Measured
+    ttft_p50_s: float
+    ttft_p99_s: float
+    time_per_token_p50_s: float
+    time_per_token_p99_s: float
+    within_level: float
+    level_met: bool
+    usd_per_mtok: Measured | None
+    original_usd_per_mtok: Measured | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkloadCost:
     """What a workload takes by the engine's own scheduler, over step times that were measured in parts on this device.
 
-    basis "simulated": no request was run. output_tok_s: tokens of answers a second, at the highest pace that keeps the
-    workload's service level (all requests at once where it has none). Times are in seconds, percentiles over requests.
-    level_met: whether the level is kept at all. usd_per_mtok: of a million tokens of answers; null without a price.
+    basis "simulated": no request was run; "replayed": `replayed` says what came of running it. output_tok_s: tokens of
+    answers a second, at the highest pace that keeps the workload's service level (all requests at once where it has
+    none). Times are in seconds, percentiles over requests. level_met: whether the level is kept at all. usd_per_mtok:
+    of a million tokens of answers; null without a price.
     """
 
     workload: str
@@ -82,7 +109,8 @@ class WorkloadCost:
     usd_per_hour: str | None
     usd_per_mtok: float | None
     original_usd_per_mtok: float | None
-    basis: Literal["simulated"] = "simulated"
+    basis: Literal["simulated", "replayed"] = "simulated"
+    replayed: WorkloadReplay | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
