@@ -29,7 +29,7 @@ SMALL = ModelConfig(
 
 
 def stored(config, name):
-    return {EMBEDDING: FORMATS["int8"]} | {m.name: FORMATS[name] for g in groups(config) for m in g.members}
+    return {m.name: FORMATS[name] for g in groups(config) for m in g.members} | {EMBEDDING: FORMATS["int8"]}
 
 
 def test_each_part_is_stored_as_the_same_part_at_the_same_depth():
