@@ -176,7 +176,7 @@ def test_the_shell_shows_what_the_workload_costs(tiny, text, cache, tmp_path):
     )  # fmt: skip
     assert ran.code == 0, ran.err
     if native_library.available() is None:
-        assert "workload batch, 64 requests run 3 times in turns" in ran.out
+        assert "workload batch, 64 requests, 3 rounds" in ran.out
         assert "at $0.5 an hour" in ran.out
     assert "best so far" not in ran.err
 

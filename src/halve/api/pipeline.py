@@ -13,6 +13,7 @@ from halve.api.bundle import read_plan
 from halve.api.certify import score
 from halve.api.model import torch_ops
 from halve.api.plans import Plans, Purpose, find_plans
+from halve.api.preflight import preflight
 from halve.api.progress import Advance, Progress
 from halve.api.study import Question, statistics_of, study
 from halve.api.texts import Texts
@@ -104,6 +105,17 @@ def run(job: Job) -> Outcome:
     """
     started = time.monotonic()
     original = original_scorer(job.checkpoint, job.config, job.device)
+    parameters = 4 * num_parameters(job.config)
+    selected = sum(map(len, job.texts.selection)) * job.config.hidden_size * 4
+    preflight(
+        job.question,
+        original,
+        job.workspace.out,
+        searched=job.named is None,
+        scorer_bytes=parameters if parameters <= WIDEN_BYTES else job.checkpoint.weight_bytes,
+        kept_bytes=min(KEEP_BYTES, selected),
+        time_s=job.time_s,
+    )
     plans: Plans | None = None
     ranked: tuple[Candidate, ...]
     if job.named is not None:
