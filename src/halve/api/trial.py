@@ -75,7 +75,7 @@ def run_trial(
     """
     models = [load(path, device=device, keep=False) for path in (original, smaller)]
     with witnessed():
-        speeds, ratio = _speeds(models, progress)
+        turns = in_turns(models, progress)
     with progress.task("Sampling", "answers") as advance:
         answers = []
         for done, prompt in enumerate(documents):
@@ -83,12 +83,12 @@ def run_trial(
             advance(done + 1, len(documents))
     agreement = _agreement(models[1], reference, documents)
     return Trial(
-        speeds=(speeds[0], speeds[1]),
+        speeds=turns.speeds,
         answers=tuple(answers),
         agreement=agreement,
         kernels=models[1].kernels,
         served=served(models[1], agreement, documents),
-        ratios=(ratio,),
+        ratios=(SpeedRatio(against="original, same engine", batch=1, ratio=turns.decode),),
     )
 
 
@@ -112,7 +112,16 @@ def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> 
     return divergence
 
 
-def _speeds(models: Sequence[Model], progress: Progress) -> tuple[list[Speed], SpeedRatio]:
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Speeds of two models that ran in turns, and seconds of the second over the first for a token."""
+
+    speeds: tuple[Speed, Speed]
+    decode: Measured
+    prefill: Measured
+
+
+def in_turns(models: Sequence[Model], progress: Progress) -> Turns:
     """Prefill and decode at batch 1, tokens per second: median, lowest and highest run after one that warms up."""
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     with progress.task("Measuring speed", "runs") as advance:
@@ -123,10 +132,12 @@ def _speeds(models: Sequence[Model], progress: Progress) -> tuple[list[Speed], S
             if done == 0 and time.perf_counter() - started > SLOW_S * len(models):
                 break
             advance(done, RUNS)
-    rounds = [taken[1:] or taken for taken in times]
-    before, after = ([1 / decode for _, decode in taken] for taken in rounds)
-    ratio = SpeedRatio(against="original, same engine", batch=1, ratio=ratio_of_medians(after, before))
-    return [_speed(taken) for taken in rounds], ratio
+    first, second = ([*zip(*(taken[1:] or taken), strict=True)] for taken in times)
+    prefill, decode = (
+        ratio_of_medians([1 / rate for rate in after], [1 / rate for rate in before])
+        for before, after in zip(first, second, strict=True)
+    )
+    return Turns(speeds=(_speed(*first), _speed(*second)), decode=decode, prefill=prefill)
 
 
 def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resamples: int = 2000) -> Measured:
@@ -150,8 +161,7 @@ def _run_once(model: Model, seed: int) -> tuple[float, float]:
     return prompt_tokens / (times[0] - started), (len(times) - 1) / (times[-1] - times[0])
 
 
-def _speed(times: Sequence[tuple[float, float]]) -> Speed:
-    prefill, decode = zip(*times, strict=True)
+def _speed(prefill: Sequence[float], decode: Sequence[float]) -> Speed:
     return Speed(prefill_tok_s=_spread(prefill), decode_tok_s=_spread(decode))
 
 

@@ -3,16 +3,15 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from halve.api.bundle import SEALED_FILE, read_certificate, read_plan
-from halve.api.certify import check_plan, check_unseen, score
+from halve.api.bundle import read_certificate, read_plan
+from halve.api.certify import check_plan, check_unseen, score, text_to_judge
 from halve.api.model import torch_ops
 from halve.api.pipeline import original_scorer
 from halve.api.progress import SILENT, Progress
-from halve.api.texts import sealed_again
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.core.certificate import Answer, Certificate, Size
 from halve.core.errors import CheckpointError
-from halve.data import Document, documents_sha256, encode, read_documents
+from halve.data import encode
 from halve.evaluate import answer, differences, passes, require_enough
 from halve.models import ModelConfig, load_config, stored_formats
 from halve.models.names import num_parameters
@@ -53,7 +52,7 @@ def verify(
         recorded = read_certificate(smaller)
         check_plan(smaller, recorded)
         _check_files(smaller, original, recorded, progress)
-        documents, source = _documents(smaller, recorded, text)
+        documents, source = text_to_judge(smaller, recorded, text)
         check_unseen(smaller, recorded, documents, source)
         config = load_config(original).with_kv_format("fp32")
         tokenizer = Tokenizer.from_directory(original.path, vocab_size=config.vocab_size)
@@ -133,18 +132,3 @@ def _recorded_wrongly(recorded: Certificate, again: Certificate) -> list[str]:
     if recorded.verdict != verdict:
         found.append(f"verdict: recorded {recorded.verdict}; by the recorded figures and limit it is {verdict}")
     return found
-
-
-def _documents(bundle: Checkpoint, recorded: Certificate, text: str | Path | None) -> tuple[list[Document], str]:
-    """The text to judge on, and where it came from."""
-    if text is not None:
-        return read_documents(Path(text)), str(text)
-    if not recorded.sealed.kept:
-        return sealed_again(recorded.sealed.source, recorded.inputs.sealed_sha256), recorded.sealed.source
-    path = bundle.path / SEALED_FILE
-    if not path.exists():
-        raise CheckpointError(f"{path}: is missing from the bundle; judge it on other text with --text FILE")
-    documents = read_documents(path)
-    if documents_sha256(documents) != recorded.inputs.sealed_sha256:
-        raise CheckpointError(f"{path}: is not the text that was certified (its hash differs)")
-    return documents, SEALED_FILE

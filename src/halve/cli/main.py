@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from halve import __version__
+from halve.cli import compare as cli_compare
 from halve.cli import margin as cli_margin
 from halve.cli import price as cli_price
 from halve.cli import prompts as cli_prompts
@@ -458,6 +459,7 @@ def doctor(
         show_machine(facts)
 
 
+app.command()(cli_compare.compare)
 app.command()(cli_sparse.upcycle)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.usage)
