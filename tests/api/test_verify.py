@@ -1,7 +1,9 @@
 """A certificate computed again."""
 
+import hashlib
 import json
 import shutil
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ from halve.api.bundle import read_certificate
 from halve.api.trial import Trial
 from halve.checkpoint import open_checkpoint
 from halve.core.certificate import Served
-from halve.core.errors import CheckpointError, DataError
+from halve.core.errors import CheckpointError, DataError, QualityError
 from halve.data import Document, documents_sha256, read_documents, write_documents
 from tests.api.tiny import make_model, write_text
 
@@ -289,3 +291,38 @@ def test_sealed_text_that_a_broken_split_shares_is_never_opened(tiny, text, tmp_
     with pytest.raises(DataError, match="holds text that calibration or search saw"):
         halve.optimize(tiny, tmp_path / "out", format="int8", calibration=text)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_clock_that_lies_while_it_is_verified_is_caught(passed, tiny, monkeypatch, runs_again):
+    real = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() * 0.1)
+    with pytest.raises(QualityError, match="no speed can be certified by it"):
+        halve.verify(passed.path, against=tiny)
+
+
+def test_a_clock_that_lies_while_it_is_certified_leaves_no_bundle(tiny, text, tmp_path, monkeypatch):
+    real = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() * 0.1)
+    with pytest.raises(QualityError, match="no speed can be certified by it"):
+        halve.optimize(tiny, tmp_path / "out", format="int8", method="rtn", calibration=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_certificate_of_another_model_is_caught(bundle, measured, tiny):
+    shutil.copy(measured.path / "halve/certificate.json", bundle / "halve/certificate.json")
+    with pytest.raises(CheckpointError, match="is not the plan that was certified"):
+        halve.verify(bundle, against=tiny)
+    own = hashlib.sha256((bundle / "halve/plan.json").read_bytes()).hexdigest()
+    edit(bundle, lambda raw: raw.update(plan_sha256=own))
+    with pytest.raises(CheckpointError, match="the weight files are not the ones that were certified"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_the_certificate_of_another_model_is_caught_even_under_this_ones_hashes(bundle, measured, tiny):
+    own = json.loads((bundle / "halve/certificate.json").read_text())
+    hashes = {name: own[name] for name in ("weights_sha256", "plan_sha256", "seen_sha256", "inputs", "sealed")}
+    shutil.copy(measured.path / "halve/certificate.json", bundle / "halve/certificate.json")
+    edit(bundle, lambda raw: raw.update(hashes))
+    found = halve.verify(bundle, against=tiny).differences
+    for figure in ("kl_mean.value", "flip_rate.value", "size.bytes", "cost.ratio"):
+        assert any(line.startswith(figure) for line in found), figure
