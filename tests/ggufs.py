@@ -46,7 +46,8 @@ def write_gguf(model, path, kind="F32", *, tokens=None, keys=None, extra=None):
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     for key, value in (keys or {}).items():
-        writer.add_float32(key, value) if isinstance(value, float) else writer.add_string(key, value)
+        add = {float: writer.add_float32, int: writer.add_uint16, str: writer.add_string}[type(value)]
+        add(key, value)
     writer.add_tokenizer_model("gpt2")
     vocab = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     named = {i: token for token, i in vocab.items()}

@@ -79,6 +79,8 @@ def test_models_of_other_tokens_are_refused(tiny, text, tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match=r"other: another tokenizer than .*where token 50 is"):
         halve.compare(tiny, other, text=text)
+    with pytest.raises(ConfigError, match=r"other: another tokenizer than .*where token 50 is"):
+        halve.compare(tiny, tiny, text=text, reference=other)
     smaller = make_model(tmp_path / "smaller", vocab_size=301)
     with pytest.raises(ConfigError, match=r"301 tokens, and 300 in"):
         halve.compare(tiny, smaller, text=text)

@@ -113,6 +113,12 @@ def test_metadata_that_changes_the_computation_is_refused(tiny, tmp_path, keys, 
         read_gguf_config(GGUFFile(path))
 
 
+def test_a_part_of_a_model_is_refused(tiny, tmp_path):
+    path = write_gguf(tiny, tmp_path / "x.gguf", keys={"split.count": 3})
+    with pytest.raises(ConfigError, match="one of 3 parts of a model; join them"):
+        read_gguf_config(GGUFFile(path))
+
+
 def test_tensors_of_another_model_are_named(tiny, tmp_path):
     path = write_gguf(tiny, tmp_path / "x.gguf", extra={"blk.0.attn_sinks.weight": np.ones(4, np.float32)})
     with pytest.raises(CheckpointError, match=r"1 tensors are not part of a dense llama, such as blk\.0\.attn_sinks"):

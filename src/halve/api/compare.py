@@ -108,7 +108,7 @@ def compare(
         of_reference = others[0] if reference is not None else None
         if of_reference is not None and of_reference.checkpoint is None:
             raise ConfigError(f"reference {reference}: a GGUF file; give the directory of the original model")
-        words = [_tokenizer(side, (*reversed(others), *sides)) for side in sides]
+        words = [_tokenizer(side, (*reversed(others), *sides)) for side in (*sides, *others)]
         _check_tokens([*sides, *others], words)
         documents, source = _documents(sides, text)
         config = sides[0].config
@@ -118,7 +118,7 @@ def compare(
             vocab_size=config.vocab_size,
         )
         require_enough(tokens, "sealed")
-        models = [side.load(found, device) for side, found in zip(sides, words, strict=True)]
+        models = [side.load(found, device) for side, found in zip(sides, words[:2], strict=True)]
         quality = _quality(models, of_reference, tokens, device, progress)
         left_out = _no_speed(sides, speed)
         turns = None
@@ -209,7 +209,7 @@ def _tokenizer(side: Side, others: Sequence[Side]) -> Checkpoint:
 
 
 def _check_tokens(sides: Sequence[Side], words: Sequence[Checkpoint]) -> None:
-    """Refuse models that read text as other tokens."""
+    """Refuse models that read text as other tokens. words: the directory with the tokenizer of each."""
     first = sides[0]
     for other in sides[1:]:
         if other.config.vocab_size != first.config.vocab_size:
@@ -218,12 +218,14 @@ def _check_tokens(sides: Sequence[Side], words: Sequence[Checkpoint]) -> None:
                 "models with the same tokens can be compared"
             )
     size = first.config.vocab_size
-    one, two = (Tokenizer.from_directory(found.path, vocab_size=size) for found in words)
-    if difference := one.difference(two):
-        raise ConfigError(
-            f"{sides[1].path}: another tokenizer than {first.path}, {difference}; only models with the same tokens can "
-            "be compared"
-        )
+    own, *theirs = (Tokenizer.from_directory(found.path, vocab_size=size) for found in words)
+    names = [side.path for side in sides[1:]]
+    for path, tokenizer in zip(names, theirs, strict=True):
+        if difference := own.difference(tokenizer):
+            raise ConfigError(
+                f"{path}: another tokenizer than {first.path}, {difference}; only models with the same tokens can be "
+                "compared"
+            )
 
 
 def _documents(sides: Sequence[Side], text: str | Path | None) -> tuple[list[Document], str]:

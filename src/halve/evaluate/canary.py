@@ -76,6 +76,16 @@ def canary(
     )
 
 
+def canary_words(found: Canary) -> str:
+    """The record in a sentence."""
+    parts = "" if found.divergence is None else f"; the median answer parts behind {found.divergence.value:.0f} tokens"
+    told = (
+        f"{found.same or 0:.0%} of {found.num_prompts} greedy answers of {found.max_tokens} tokens are the original's"
+    )
+    task = "" if found.task is None else f" (task {found.task} is answered better than by guessing, as by the original)"
+    return f"Canary: {told}{parts}{task}."
+
+
 def _guesses(task: TaskResult) -> bool:
     """Whether the smaller model is not shown to do better than a guess, as the original was."""
     if task.chance is None:

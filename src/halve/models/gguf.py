@@ -67,6 +67,10 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     found = raw.get("general.architecture")
     if found != ARCHITECTURE:
         raise ConfigError(f"{file.path}: architecture {found!r}; of GGUF files only {ARCHITECTURE!r} is read")
+    if (parts := raw.get("split.count", 1)) > 1:
+        raise ConfigError(
+            f"{file.path}: one of {parts} parts of a model; join them by llama.cpp's `llama-gguf-split --merge`"
+        )
     if raw.get("llama.expert_count"):
         raise ConfigError(
             f"{file.path}: a sparse model ({raw['llama.expert_count']} experts); only dense ones are read"
