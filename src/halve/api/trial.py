@@ -119,14 +119,14 @@ def _speeds(models: Sequence[Model], progress: Progress) -> tuple[list[Speed], S
         for done in range(RUNS + 1):
             started = time.perf_counter()
             for model, taken in zip(models, times, strict=True):
-                taken.append(_run_once(model, seed=done))
+                taken.append(run_once(model, seed=done))
             if done == 0 and time.perf_counter() - started > SLOW_S * len(models):
                 break
             advance(done, RUNS)
     rounds = [taken[1:] or taken for taken in times]
     before, after = ([1 / decode for _, decode in taken] for taken in rounds)
     ratio = SpeedRatio(against="original, same engine", batch=1, ratio=ratio_of_medians(after, before))
-    return [_speed(taken) for taken in rounds], ratio
+    return [speed_of(taken) for taken in rounds], ratio
 
 
 def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resamples: int = 2000) -> Measured:
@@ -139,7 +139,7 @@ def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resa
     return Measured(value=value, low=min(float(low), value), high=max(float(high), value), n=pairs.shape[1])
 
 
-def _run_once(model: Model, seed: int) -> tuple[float, float]:
+def run_once(model: Model, seed: int) -> tuple[float, float]:
     """Prefill and decode tokens per second of one request of random tokens (speed does not depend on which)."""
     half = max(model.config.context // 2, 1)
     prompt_tokens, decode_tokens = min(PROMPT_TOKENS, half), min(DECODE_TOKENS, max(half - 1, 1))
@@ -150,7 +150,8 @@ def _run_once(model: Model, seed: int) -> tuple[float, float]:
     return prompt_tokens / (times[0] - started), (len(times) - 1) / (times[-1] - times[0])
 
 
-def _speed(times: Sequence[tuple[float, float]]) -> Speed:
+def speed_of(times: Sequence[tuple[float, float]]) -> Speed:
+    """Median, lowest and highest of several runs' prefill and decode."""
     prefill, decode = zip(*times, strict=True)
     return Speed(prefill_tok_s=_spread(prefill), decode_tok_s=_spread(decode))
 

@@ -459,6 +459,7 @@ def doctor(
 
 
 app.command()(cli_sparse.upcycle)
+app.command()(cli_sparse.sparsify)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.usage)
 app.command()(cli_price.price)
