@@ -16,6 +16,7 @@ from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
 from halve.models import CheckpointSource, Decoder, load_config, load_decoder
 from halve.models.embedded import embedded_model_path
+from halve.search.expert_moves import without
 from tests.models.test_moe import FAMILIES, IDS, sparse_model
 
 
@@ -57,6 +58,9 @@ def test_what_is_written_is_what_was_measured_and_what_transformers_computes(sav
         made = shrunk_config(config, plan)
         found = logits(Decoder(made, TorchOps("cpu"), ShrunkSource(source, config, plan)))
         written = write_shrunk(checkpoint, source, config, plan, tmp_path / "out")
+        if kind != "merge":
+            lighter = without(load_decoder(checkpoint, config, TorchOps("cpu")), plan)
+            np.testing.assert_allclose(logits(lighter), found, atol=1e-5 * max(1, np.abs(found).max()))
         before = logits(load_decoder(checkpoint, config, TorchOps("cpu")))
     assert written.with_kv_format("fp32").layers == made.layers
     with open_checkpoint(tmp_path / "out") as smaller:

@@ -12,7 +12,7 @@ from halve.core.certificate import Measured
 from halve.evaluate import compare, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.models import CheckpointSource, Decoder, ModelConfig
-from halve.search.expert_moves import ExpertMove, expert_moves, expert_statistics
+from halve.search.expert_moves import ExpertMove, expert_moves, expert_statistics, without
 
 log = logging.getLogger("halve")
 
@@ -37,7 +37,8 @@ def judge_experts(
     """Measure the moves of a sparse model; a kind of move goes on as long as it is accepted.
 
     A move is accepted when its whole interval of KL is within the limit of a quality loss; what the limit leaves is for
-    formats. Nothing for a dense model, nor for a compressed one.
+    formats. Nothing for a dense model, nor for a compressed one;
+    in large ones experts are not merged, since both models would have to be in memory.
     """
     config = question.config
     if not config.sparse or question.checkpoint.config.get("quantization_config") is not None:
@@ -46,7 +47,7 @@ def judge_experts(
     text = first_tokens(question.texts.selection[::-1], JUDGED_TOKENS)
     found: list[JudgedMove] = []
     refused: set[str] = set()
-    moves = expert_moves(config, statistics)
+    moves = [m for m in expert_moves(config, statistics) if not (question.large and m.kind == "merge")]
     with progress.task("Measuring changes of experts", "moves") as advance:
         for done, move in enumerate(moves):
             if move.kind not in refused:
@@ -63,8 +64,11 @@ def _judge(
     question: Question, original: DecoderScorer, move: ExpertMove, text: Sequence[object], limit: float
 ) -> JudgedMove:
     config = shrunk_config(question.config, move.plan)
-    source = ShrunkSource(CheckpointSource(question.checkpoint), question.config, move.plan)
-    smaller = Decoder(config, original.decoder.ops, source)
+    if move.kind == "merge":
+        source = ShrunkSource(CheckpointSource(question.checkpoint), question.config, move.plan)
+        smaller = Decoder(config, original.decoder.ops, source)
+    else:
+        smaller = without(original.decoder, move.plan)
     scores = compare(original, DecoderScorer(smaller), list(text), window_tokens=question.texts.window_tokens)  # type: ignore[arg-type]
     kl = quality(scores).kl_mean
     accepted = kl.high <= log1p(limit)

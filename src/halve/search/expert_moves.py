@@ -5,8 +5,9 @@ length of what they give (REAP, arXiv:2510.13999), times how often they are aske
 that hardly anyone asks. An expert that is merged goes to the one whose mean output points most like its own.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 from halve.core.plan import ExpertGroup, ExpertPlan, LayerExperts
 from halve.kernels.ops import Array, TokenBatch
 from halve.models import Decoder, ModelConfig
+from halve.models.moe import ExpertCounts
 
 PRUNED_SHARES = (0.25, 0.5)  # of experts left out or merged, tried in turn until one loses too much
 
@@ -72,6 +74,23 @@ def _of_layer(outputs: Array, weights: Array, offsets: Array, num_tokens: int) -
         saliency=np.bincount(owner, said, len(tokens)) / num_tokens,
         mean=mean / np.maximum(tokens, 1)[:, None],
     )
+
+
+def without(decoder: Decoder, plan: ExpertPlan) -> Decoder:
+    """The decoder with the experts of a plan that merges none: over the same weights, so that it takes no memory."""
+    made = copy.copy(decoder)
+    made.layers = [copy.copy(layer) for layer in decoder.layers]
+    kept = {layer.layer: [g.members[0] for g in layer.groups] for layer in plan.layers}
+    for index, layer in enumerate(made.layers):
+        if layer.router is None:
+            continue
+        layer.router = router = copy.copy(layer.router)
+        count = router.experts.num_experts
+        router.counts = ExpertCounts(np.zeros(count, np.int64))
+        router.experts = replace(router.experts, top_k=plan.top_k or router.experts.top_k)
+        if index in kept:
+            router.left_out = np.setdiff1d(np.arange(count), kept[index])
+    return made
 
 
 def expert_moves(config: ModelConfig, statistics: dict[int, ExpertStatistics]) -> list[ExpertMove]:
