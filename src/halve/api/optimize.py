@@ -285,7 +285,7 @@ def _certificate(
     with open_checkpoint(outcome.directory) as bundle:
         size, weights_sha256 = bundle.weight_bytes, bundle.reader.sha256()
         pairs = zip(("original", "smaller"), (job.checkpoint, bundle), trial.speeds, strict=True)
-        found = [judged(name, checkpoint, job.config, speed) for name, checkpoint, speed in pairs]
+        found = [judged(name, checkpoint, load_config(checkpoint), speed) for name, checkpoint, speed in pairs]
     limits = rooflines([one for one in found if one is not None]) if job.device == "cpu" else ()
     if trial.replayed is not None:
         check_replay(trial.replayed, job.purpose.workload, limits)

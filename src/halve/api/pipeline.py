@@ -3,14 +3,16 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import expm1, log1p
 from pathlib import Path
 from typing import Literal
 
 from halve.api.bundle import read_plan
 from halve.api.certify import score
+from halve.api.expert_moves import judge_experts
 from halve.api.model import torch_ops
 from halve.api.plans import Plans, Purpose, find_plans
 from halve.api.preflight import preflight
@@ -19,18 +21,20 @@ from halve.api.study import Question, statistics_of, study
 from halve.api.texts import Texts
 from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
-from halve.compress import ModuleReport, Statistics, apply_plan
+from halve.compress import Energies, ModuleReport, Statistics, apply_plan, calibrate
+from halve.compress.shrink import write_shrunk
 from halve.core.certificate import Attempt, JudgedBy, Measured, Quality
 from halve.core.errors import ConfigError, QualityError
+from halve.core.plan import ExpertPlan
 from halve.core.record import from_dict, to_dict
 from halve.data.overlap import require_unseen
 from halve.evaluate import PairedScores, compare, documents_needed, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
 from halve.kernels.ops import Array, Ops
-from halve.models import Decoder, ModelConfig, load_config, load_decoder
+from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder
 from halve.models.names import num_parameters
-from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start, uniform_candidates
+from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start
 from halve.search import in_words as in_words_of
 
 log = logging.getLogger("halve")
@@ -64,6 +68,7 @@ class Job:
     texts: Texts
     workspace: Workspace
     progress: Progress
+    shrunk: dict[ExpertPlan, Energies] = field(default_factory=dict)  # of the model that lies with other experts
 
     @property
     def searched(self) -> bool:
@@ -104,6 +109,9 @@ def run(job: Job) -> Outcome:
     Raises QualityError, naming the best that was reached, when nothing passes within the attempts.
     """
     started = time.monotonic()
+    level = job.purpose.workload.service_level
+    if job.config.sparse and job.named is None and (level.ttft_s is not None or level.time_per_token_s is not None):
+        raise ConfigError("slo: plans of a sparse model are ranked by bytes, not by times; leave it out")
     original = original_scorer(job.checkpoint, job.config, job.device)
     parameters = 4 * num_parameters(job.config)
     selected = sum(map(len, job.texts.selection)) * job.config.hidden_size * 4
@@ -120,12 +128,10 @@ def run(job: Job) -> Outcome:
     ranked: tuple[Candidate, ...]
     if job.named is not None:
         statistics, ranked = _calibrate(job, job.named), (job.named,)
-    elif job.config.sparse:
-        ranked = _uniform_candidates(job)
-        statistics = _calibrate(job, ranked[-1])
     else:
         studied = study(job.question, original, job.workspace.path, job.progress, time_s=job.time_s)
-        plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress)
+        experts = () if job.limit is None else judge_experts(job.question, original, job.limit, job.progress)
+        plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress, experts)
         statistics, ranked = studied.statistics, plans.candidates
     first, judged = _search(job, original, statistics, ranked, started)
     attempts: list[Attempt] = []
@@ -154,25 +160,6 @@ def run(job: Job) -> Outcome:
         )
     best = min(attempts, key=lambda a: a.kl_mean.value)
     raise QualityError(_nothing_passed(job, ranked[-1], f"{best.plan} on the sealed text", best))
-
-
-def _uniform_candidates(job: Job) -> tuple[Candidate, ...]:
-    """One format for all of a sparse model, cheapest first by the bytes that a token reads.
-
-    What single groups lose is not told apart there yet, nor what their products take. Raises ConfigError for a service
-    level, which asks for times.
-    """
-    level = job.purpose.workload.service_level
-    if level.ttft_s is not None or level.time_per_token_s is not None:
-        raise ConfigError("slo: plans of a sparse model are ranked by bytes, not by times; leave it out")
-    question = job.question
-    return uniform_candidates(
-        job.config,
-        job.source,
-        portable=question.portable,
-        activations=question.activations,
-        kv_cache=question.kv_cache,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -393,19 +380,51 @@ def _make(job: Job, candidate: Candidate, statistics: Statistics) -> tuple[Path,
     for old in job.workspace.path.glob("model-*"):
         shutil.rmtree(old)
     directory = job.workspace.fresh_directory(name)
-    with job.progress.task(f"Writing {label(candidate)}", "matrices") as advance:
+    with (
+        _source(job, candidate.plan.experts, statistics) as (checkpoint, config, energies),
+        job.progress.task(f"Writing {label(candidate)}", "matrices") as advance,
+    ):
         modules = apply_plan(
-            job.checkpoint,
-            job.config,
+            checkpoint,
+            config,
             candidate.plan,
             directory,
-            energies=statistics.energies,
+            energies=energies,
             hessians=statistics.hessians,
             progress=advance,
         )
     job.workspace.state["made"] = {"name": name, "modules": [to_dict(m) for m in modules]}
     job.workspace.save_state()
     return directory, modules
+
+
+@contextmanager
+def _source(
+    job: Job, experts: ExpertPlan, statistics: Statistics
+) -> Iterator[tuple[Checkpoint, ModelConfig, Energies | None]]:
+    """What a plan is applied to: the original, or the original with other experts, written and calibrated once."""
+    if not experts.changes:
+        yield job.checkpoint, job.config, statistics.energies
+        return
+    folder = job.workspace.path / "experts"
+    if experts not in job.shrunk:
+        job.shrunk.clear()
+        shutil.rmtree(folder, ignore_errors=True)
+        with job.progress.task("Writing other experts", "matrices") as advance:
+            write_shrunk(job.checkpoint, CheckpointSource(job.checkpoint), job.config, experts, folder, advance)
+    with open_checkpoint(folder) as checkpoint:
+        config = load_config(checkpoint).with_kv_format("fp32")
+        if experts not in job.shrunk:
+            with job.progress.task("Calibrating other experts", "layers") as advance:
+                job.shrunk[experts] = calibrate(
+                    config,
+                    CheckpointSource(checkpoint),
+                    job.texts.calibration,
+                    window_tokens=job.texts.window_tokens,
+                    device=job.device,
+                    progress=advance,
+                )
+        yield checkpoint, config, job.shrunk[experts]
 
 
 def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory: Path) -> Quality:

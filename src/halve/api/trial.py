@@ -180,17 +180,18 @@ def in_turns(models: Sequence[Model], progress: Progress) -> Turns:
         for done in range(RUNS + 1):
             started = time.perf_counter()
             for model, taken in zip(models, times, strict=True):
-                taken.append(_run_once(model, seed=done))
+                taken.append(run_once(model, seed=done))
             if done == 0 and time.perf_counter() - started > SLOW_S * len(models):
                 break
             advance(done, RUNS)
     disturbed = others is None or others.cores() > DISTURBED_CORES
-    first, second = ([*zip(*(taken[1:] or taken), strict=True)] for taken in times)
+    rounds = [taken[1:] or taken for taken in times]
+    first, second = ([*zip(*taken, strict=True)] for taken in rounds)
     prefill, decode = (
         ratio_of_medians([1 / rate for rate in after], [1 / rate for rate in before])
         for before, after in zip(first, second, strict=True)
     )
-    return Turns(speeds=(_speed(*first), _speed(*second)), decode=decode, prefill=prefill, disturbed=disturbed)
+    return Turns(speeds=(speed_of(rounds[0]), speed_of(rounds[1])), decode=decode, prefill=prefill, disturbed=disturbed)
 
 
 def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resamples: int = 2000) -> Measured:
@@ -203,7 +204,7 @@ def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resa
     return Measured(value=value, low=min(float(low), value), high=max(float(high), value), n=pairs.shape[1])
 
 
-def _run_once(model: Model, seed: int) -> tuple[float, float]:
+def run_once(model: Model, seed: int) -> tuple[float, float]:
     """Prefill and decode tokens per second of one request of random tokens (speed does not depend on which)."""
     half = max(model.config.context // 2, 1)
     prompt_tokens, decode_tokens = min(PROMPT_TOKENS, half), min(DECODE_TOKENS, max(half - 1, 1))
@@ -214,7 +215,9 @@ def _run_once(model: Model, seed: int) -> tuple[float, float]:
     return prompt_tokens / (times[0] - started), (len(times) - 1) / (times[-1] - times[0])
 
 
-def _speed(prefill: Sequence[float], decode: Sequence[float]) -> Speed:
+def speed_of(times: Sequence[tuple[float, float]]) -> Speed:
+    """Median, lowest and highest of several runs' prefill and decode."""
+    prefill, decode = zip(*times, strict=True)
     return Speed(prefill_tok_s=_spread(prefill), decode_tok_s=_spread(decode))
 
 

@@ -467,6 +467,7 @@ def doctor(
 
 app.command()(cli_compare.compare)
 app.command()(cli_sparse.upcycle)
+app.command()(cli_sparse.sparsify)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.usage)
 app.command()(cli_price.price)

@@ -225,6 +225,10 @@ FAMILIES: Mapping[str, Family] = {
         experts=_qwen,
     ),
     "Qwen3MoeForCausalLM": Family(keys=_QWEN_KEYS, ignored=_QWEN_IGNORED, qk_norm="head", experts=_qwen),
+    # Ours alone: a Llama with biases in its attention, cut into experts by `halve sparsify`.
+    "HalveMoeForCausalLM": Family(
+        keys=_QWEN_KEYS | {"shared_expert_intermediate_size"}, ignored=_QWEN_IGNORED, experts=_qwen
+    ),
 }
 ARCHITECTURES = tuple(FAMILIES)
 

@@ -103,14 +103,26 @@ class DecoderLayer:
 
     def __call__(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
         """[T, H] -> [T, H]."""
-        ops = self.ops
-        x = ops.add(x, self._attention(ops.rms_norm(x, self.norms[0], self.config.rms_norm_eps), batch, cache))
-        return ops.add(x, self._feed_forward(ops.rms_norm(x, self.norms[1], self.config.rms_norm_eps)))
+        x = self.attend(x, batch, cache)
+        return self.ops.add(x, self.feed_forward(x))
+
+    def attend(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
+        """The stream after attention, before the feed-forward: [T, H] -> [T, H]."""
+        normed = self.ops.rms_norm(x, self.norms[0], self.config.rms_norm_eps)
+        return self.ops.add(x, self._attention(normed, batch, cache))
+
+    def normed(self, x: Buffer) -> Buffer:
+        """The stream after attention as the feed-forward takes it."""
+        return self.ops.rms_norm(x, self.norms[1], self.config.rms_norm_eps)
+
+    def feed_forward(self, x: Buffer) -> Buffer:
+        """What the feed-forward adds to the stream after attention."""
+        return self._feed_forward(self.normed(x))
 
     def _attention(self, x: Buffer, batch: TokenBatch, cache: Any | None) -> Buffer:
         q, k, v = self.projections["qkv"](x)
         if self.qk_norms is not None:
-            q, k = (self._normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
+            q, k = (self._head_normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
         if self.spec.rope is not None:
             cos, sin = self.rope.at(batch.positions, self.spec.rope)
             q = self.ops.rope(q, cos, sin, self.config.head_dim)
@@ -118,7 +130,7 @@ class DecoderLayer:
         (out,) = self.projections["o"](self.ops.attention(q, k, v, batch, self.attention_spec, cache, self.sinks))
         return out
 
-    def _normed(self, x: Buffer, gain: Buffer) -> Buffer:
+    def _head_normed(self, x: Buffer, gain: Buffer) -> Buffer:
         """Queries or keys [T, heads * D] normed, each head by itself or all of a token's together."""
         rows = x.reshape(-1, self.config.head_dim) if self.spec.qk_norm == "head" else x
         return self.ops.rms_norm(rows, gain, self.config.rms_norm_eps).reshape(x.shape)
