@@ -25,7 +25,7 @@ from halve.evaluate.scorer import DecoderScorer
 from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
 from halve.models import load_config, load_decoder, stored_formats
-from halve.search import plain_bytes_per_token
+from halve.models.sizes import bytes_per_token
 from halve.text import Tokenizer
 
 GROUP = 32
@@ -62,7 +62,7 @@ def main() -> None:
     with torch.inference_mode():
         decoder.hidden(TokenBatch.whole([t[:512] for t in texts.calibration[:32]]))
     down_bytes = sum(source[d.group.members[0].name].size_bytes(d.group.members[0].shape) for d in downs)
-    most = down_bytes / plain_bytes_per_token(config, source)
+    most = down_bytes / bytes_per_token(config, source)
 
     def skipping(group, x, outputs):  # type: ignore[no-untyped-def]
         kept = x * (x.abs() >= thresholds[group.name])
