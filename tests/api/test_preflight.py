@@ -44,7 +44,7 @@ def test_too_little_disk_is_refused(tmp_path):
 
 def test_more_memory_than_the_machine_has_is_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match="needs up to 1e\\+06 TB of memory, this machine has .*; take a larger machine"
+        ConfigError, match=r"needs up to 1e\+06 TB of memory, this machine has .*; take a larger machine"
     ):
         checked(tmp_path, replace(FOUND, memory_bytes=10**18))
 

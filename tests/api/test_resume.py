@@ -96,7 +96,7 @@ def test_what_was_damaged_on_disk_is_done_again_and_that_alone(tiny, text, tmp_p
         expected = "can't be used and is made again"
     elif damage == "judged":
         raw = json.loads(state.read_text())
-        raw["judged"] = dict.fromkeys(raw["judged"], {"format": 3})
+        raw["judged"] = {key: {"format": 3} for key in raw["judged"]}
         state.write_text(json.dumps(raw))
         expected = "can't be read and is judged again"
     else:

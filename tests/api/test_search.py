@@ -184,7 +184,7 @@ def test_the_shell_shows_what_the_workload_costs(tiny, text, cache, tmp_path):
     )  # fmt: skip
     assert ran.code == 0, ran.err
     if native_library.available() is None:
-        assert re.search(r"workload batch, \d+ requests run \d times in turns", ran.out)
+        assert re.search(r"workload batch, \d+ requests, \d rounds?", ran.out)
         assert "at $0.5 an hour" in ran.out
     assert "best so far" not in ran.err
 

@@ -18,7 +18,7 @@ from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, front_of, reload, run
 from halve.api.plans import Purpose
 from halve.api.preflight import check, in_words, preflight
 from halve.api.progress import SILENT, Progress
-from halve.api.questions import judge_tasks, read_tasks
+from halve.api.questions import judge_tasks, keep_tasks, read_tasks
 from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
 from halve.api.study import LARGE, Question
@@ -35,6 +35,7 @@ from halve.core.plan import ActivationFormat, KVFormat
 from halve.core.record import to_json
 from halve.core.units import parse_percent
 from halve.data import write_documents
+from halve.evaluate.canary import canary
 from halve.formats import Format, format_named
 from halve.models import ModelConfig, load_config, sizes, stored_formats
 from halve.models.names import num_parameters
@@ -45,7 +46,6 @@ from halve.text import Tokenizer
 
 log = logging.getLogger("halve")
 
-NUM_SAMPLES = 2  # answers of both models that the report shows
 DEFAULT_FORMAT = "int8"  # without a limit there is nothing to search for: the format that hardly loses anything
 
 DEFAULT_WORKLOAD = "chat"
@@ -233,7 +233,7 @@ def optimize(
                     checkpoint.path,
                     outcome.directory,
                     reload(smaller, device),
-                    texts.sealed[:NUM_SAMPLES],
+                    texts.sealed,
                     served,
                     progress,
                     None if outcome.plans is None else outcome.plans.paced(outcome.candidate),
@@ -252,6 +252,8 @@ def optimize(
             )
             certificate = _certificate(job, outcome, inputs, trial, asked, before, keep_text=keep_text)
             _finish(job, outcome, trial, certificate, keep_text=keep_text)
+            if keep_text:
+                keep_tasks(outcome.directory, tasks)
             workspace.publish(outcome.directory)
     path = Path(out)
     return Optimized(path=path, certificate=certificate, report=path / REPORT_FILE)
@@ -361,6 +363,7 @@ def _certificate(
         seen_sha256=hashlib.sha256(job.texts.seen.to_json().encode()).hexdigest(),
         served=trial.served,
         tasks=asked,
+        canary=canary(trial.parted, trial.answer_tokens, outcome.quality.flip_rate, asked),
         speed_ratios=trial.ratios,
         rooflines=limits,
         judged_by=job.judged_by,

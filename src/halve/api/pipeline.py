@@ -23,7 +23,7 @@ from halve.core.certificate import Attempt, JudgedBy, Measured, Quality
 from halve.core.errors import ConfigError, HalveError, QualityError
 from halve.core.record import from_dict, to_dict
 from halve.data.overlap import require_unseen
-from halve.evaluate import PairedScores, compare, fails, passes, quality
+from halve.evaluate import PairedScores, compare, documents_needed, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
 from halve.kernels.ops import Array, Ops
@@ -394,7 +394,11 @@ def _picked(pick: int | None, num_plans: int) -> int:
 
 
 def _nothing_passed(job: Job, dearest: Candidate, what: str, best: Attempt | Judged) -> str:
-    advice = "allow more, give more text (--calibration), or leave out --max-quality-loss to have it made and measured"
+    assert job.limit is not None, "only under a limit is there something to pass"
+    more, needed = "give more text (--calibration)", documents_needed(best, job.limit, job.judged_by)
+    if needed is not None and needed > best.ppl_ratio.n:
+        more = f"give more text (--calibration): about {needed} documents, not {best.ppl_ratio.n}, to judge this one on"
+    advice = f"allow more, {more}, or leave out --max-quality-loss to have it made and measured"
     if flags := _exact_flags(dearest):
         advice = f"round less ({flags}), {advice}"
     subject = "no plan meets" if job.searched else "this format does not meet"

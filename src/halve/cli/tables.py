@@ -64,6 +64,10 @@ def show_certificate(certificate: Certificate) -> None:
     show_quality(certificate)
     if certificate.tasks:
         _show_tasks(certificate)
+    if certificate.canary is not None:
+        from halve.evaluate.canary import canary_words
+
+        typer.echo(canary_words(certificate.canary))
     _show_cost(certificate)
     limit = certificate.max_quality_loss
     against = "no limit was set" if limit is None else f"limit {limit:.3%}"
@@ -78,7 +82,7 @@ def _show_cost(certificate: Certificate) -> None:
         return
     table = Table()
     run = cost.replayed
-    how = "simulated" if run is None else f"{run.num_requests} requests run {run.num_rounds} times in turns"
+    how = "simulated" if run is None else f"{run.num_requests} requests, {run.num_rounds} rounds"
     table.add_column(f"workload {escape(cost.workload)}, {how}")
     for column in ("original", "smaller", "smaller / original"):
         table.add_column(column, justify="right")
@@ -154,6 +158,8 @@ def show_verified(result: "Verified") -> None:
     show_quality(result.certificate, result.text)
     for difference in result.differences:
         typer.echo(f"does not reproduce: {difference}")
+    for what in result.not_compared:
+        typer.echo(f"not compared: {what}")
     limit = result.recorded.max_quality_loss
     against = "no limit was set" if limit is None else f"limit {limit:.3%}"
     typer.echo(f"{result.answer} ({against}; text: {result.text})")

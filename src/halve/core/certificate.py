@@ -238,9 +238,10 @@ class TaskResult:
 class Canary:
     """What greedy answers tell that the likelihood of a text does not.
 
-    kind "task": `task` names the result above whose original beats chance. kind "divergence": both models continue the
-    beginnings of sealed documents; divergence is the token at which they first part (max_tokens where they never do),
-    its median with a bootstrap interval over prompts; p10 and p90 its quantiles; same: share of answers that never do.
+    kind "task": `task` names the result above where the original beats chance, and so does the smaller model; kind
+    "divergence": there is none. Both models continue the beginnings of sealed documents; divergence is the tokens after
+    which they first part (max_tokens where they never do), its median with a bootstrap interval over prompts; p10 and
+    p90 its quantiles; same: share of answers that never do.
     """
 
     kind: Literal["task", "divergence"]
