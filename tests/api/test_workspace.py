@@ -204,3 +204,30 @@ def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space"):
         write_atomic(path, json.dumps({"a": 2}))
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_of_a_damaged_state_the_one_before_it_is_taken_up(tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", {"a": 1}, force=False, resume=False) as first:
+        for step in range(3):
+            first.state["step"] = step
+            first.save_state()
+        raise KeyboardInterrupt
+    (first.path / "state.json").write_text('{"key": ')
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", {"a": 1}, force=False, resume=True) as second:
+        assert (second.state["step"], second.resumed) == (1, True)
+        raise KeyboardInterrupt
+    assert "state.json: can't be read" in caplog.text
+    assert "going on from the step before it" in caplog.text
+
+
+def test_where_no_state_can_be_read_the_run_begins_afresh(tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", {"a": 1}, force=False, resume=False) as first:
+        first.state["step"] = 1
+        first.save_state()
+        raise KeyboardInterrupt
+    (first.path / "state.json").write_text("[]")
+    (first.path / "state.before.json").write_bytes(b"\xff")
+    with Workspace(tmp_path / "out", {"a": 1}, force=False, resume=True) as second:
+        assert (second.state, second.resumed) == ({"key": {"a": 1}}, False)
+    assert "holds no state of a run" in caplog.text
+    assert "the run begins afresh" in caplog.text
