@@ -88,8 +88,8 @@ def test_what_was_damaged_on_disk_is_done_again_and_that_alone(tiny, text, tmp_p
     data[-1] ^= 1
     weights.write_bytes(data)
     state = json.loads((work / "state.json").read_text())
-    format, _, method = state["made"]["name"].removeprefix("model-").rpartition("-")
-    state["judged"][f"{format} ({method})"] = {"format": 3}
+    fmt, _, method = state["made"]["name"].removeprefix("model-").rpartition("-")
+    state["judged"][f"{fmt} ({method})"] = {"format": 3}
     (work / "state.json").write_text(json.dumps(state))
     resumed = halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, resume=True).certificate
     assert "can't be used and is made again" in caplog.text
