@@ -15,8 +15,7 @@ from halve.api.certify import score
 from halve.api.expert_moves import judge_experts
 from halve.api.model import torch_ops
 from halve.api.plans import Plans, Purpose, find_plans
-from halve.api.preflight import preflight
-from halve.api.progress import Advance, Progress
+from halve.api.progress import Advance, Progress, Standing, Tried
 from halve.api.study import Question, statistics_of, study
 from halve.api.texts import Texts
 from halve.api.workspace import Workspace
@@ -24,7 +23,7 @@ from halve.checkpoint import Checkpoint, open_checkpoint
 from halve.compress import Energies, ModuleReport, Statistics, apply_plan, calibrate
 from halve.compress.shrink import write_shrunk
 from halve.core.certificate import Attempt, JudgedBy, Measured, Quality
-from halve.core.errors import ConfigError, QualityError
+from halve.core.errors import ConfigError, HalveError, QualityError
 from halve.core.plan import ExpertPlan
 from halve.core.record import from_dict, to_dict
 from halve.data.overlap import require_unseen
@@ -32,7 +31,7 @@ from halve.evaluate import PairedScores, compare, documents_needed, fails, passe
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
 from halve.kernels.ops import Array, Ops
-from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder
+from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder, sizes
 from halve.models.names import num_parameters
 from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start
 from halve.search import in_words as in_words_of
@@ -68,6 +67,7 @@ class Job:
     texts: Texts
     workspace: Workspace
     progress: Progress
+    foretold_s: float  # a rough guess of the whole run
     shrunk: dict[ExpertPlan, Energies] = field(default_factory=dict)  # of the model that lies with other experts
 
     @property
@@ -113,17 +113,6 @@ def run(job: Job) -> Outcome:
     if job.config.sparse and job.named is None and (level.ttft_s is not None or level.time_per_token_s is not None):
         raise ConfigError("slo: plans of a sparse model are ranked by bytes, not by times; leave it out")
     original = original_scorer(job.checkpoint, job.config, job.device)
-    parameters = 4 * num_parameters(job.config)
-    selected = sum(map(len, job.texts.selection)) * job.config.hidden_size * 4
-    preflight(
-        job.question,
-        original,
-        job.workspace.out,
-        searched=job.named is None,
-        scorer_bytes=parameters if parameters <= WIDEN_BYTES else job.checkpoint.weight_bytes,
-        kept_bytes=min(KEEP_BYTES, selected),
-        time_s=job.time_s,
-    )
     plans: Plans | None = None
     ranked: tuple[Candidate, ...]
     if job.named is not None:
@@ -133,7 +122,7 @@ def run(job: Job) -> Outcome:
         experts = () if job.limit is None else judge_experts(job.question, original, job.limit, job.progress)
         plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress, experts)
         statistics, ranked = studied.statistics, plans.candidates
-    first, judged = _search(job, original, statistics, ranked, started)
+    first, judged = _search(job, original, statistics, ranked, started, plans)
     attempts: list[Attempt] = []
     last = min(first + (MAX_ATTEMPTS if job.searched else 1), len(ranked))
     for index in range(first, last):
@@ -264,7 +253,12 @@ def _calibrate(job: Job, candidate: Candidate) -> Statistics:
 
 
 def _search(
-    job: Job, original: DecoderScorer, statistics: Statistics, ranked: Sequence[Candidate], started: float
+    job: Job,
+    original: DecoderScorer,
+    statistics: Statistics,
+    ranked: Sequence[Candidate],
+    started: float,
+    plans: Plans | None,
 ) -> tuple[int, list[Judged]]:
     """Index of the cheapest candidate that passes on the selection text. What was named or picked is not judged there.
 
@@ -279,8 +273,8 @@ def _search(
 
     def judge(candidate: Candidate) -> Judged:
         stored = job.workspace.state.setdefault("judged", {})
-        if label(candidate) in stored:
-            return noted(candidate, from_dict(Judged, stored[label(candidate)]))
+        if (known := _judged_before(stored, candidate)) is not None:
+            return noted(candidate, known)
         if passed_so_far and job.time_s is not None and time.monotonic() - started > job.time_s:
             log.info("the time is over: going on with the best so far")
             raise _OverError
@@ -320,6 +314,7 @@ def _search(
         found[index] = result
         if result.passed:
             passed_so_far.append(index)
+        job.progress.standing(_standing(job, plans, ranked, found, started))
         return result
 
     try:
@@ -333,6 +328,43 @@ def _search(
         best = min(found.values(), key=lambda j: j.kl_mean.value)
         raise QualityError(_nothing_passed(job, ranked[-1], label(best), best))
     return index, [found[i] for i in sorted(found)]
+
+
+def _judged_before(stored: Mapping[str, object], candidate: Candidate) -> Judged | None:
+    """What a run that was killed knew of a plan; None, and that is said, where its record is broken."""
+    if label(candidate) not in stored:
+        return None
+    try:
+        return from_dict(Judged, stored[label(candidate)])
+    except ConfigError as error:
+        log.warning("what was known of %s can't be read and is judged again: %s", label(candidate), error)
+        return None
+
+
+def _standing(
+    job: Job, plans: Plans | None, ranked: Sequence[Candidate], found: Mapping[int, Judged], started: float
+) -> Standing:
+    """Where the search stands. Each plan's cost is told over the original's."""
+    assert job.limit is not None
+    whole = sizes.bytes_per_token(job.config, job.source)
+    seconds = plans is not None and plans.table is not None
+    tried = tuple(
+        Tried(
+            plan=label(ranked[i]),
+            cost_ratio=plans.cost_ratio(ranked[i]) if seconds and plans else ranked[i].bytes_per_token / whole,
+            ppl_ratio=found[i].ppl_ratio,
+            passed=found[i].passed,
+        )
+        for i in sorted(found)
+    )
+    left = (job.time_s or job.foretold_s) - (time.monotonic() - started)
+    return Standing(
+        tried=tried,
+        limit=job.limit,
+        basis="seconds" if seconds else "bytes",
+        seconds_left=max(0.0, left),
+        guessed=job.time_s is None,
+    )
 
 
 class _OverError(Exception):
@@ -374,9 +406,8 @@ def _make(job: Job, candidate: Candidate, statistics: Statistics) -> tuple[Path,
     """Write a candidate's model into the workspace; only the newest is kept on disk."""
     name = f"model-{candidate.format}-{candidate.method}"
     directory = job.workspace.path / name
-    made = job.workspace.state.get("made")
-    if made is not None and made["name"] == name and directory.exists():
-        return directory, tuple(from_dict(ModuleReport, raw) for raw in made["modules"])
+    if (modules := _made_before(job, directory)) is not None:
+        return directory, modules
     for old in job.workspace.path.glob("model-*"):
         shutil.rmtree(old)
     directory = job.workspace.fresh_directory(name)
@@ -393,8 +424,11 @@ def _make(job: Job, candidate: Candidate, statistics: Statistics) -> tuple[Path,
             hessians=statistics.hessians,
             progress=advance,
         )
-    job.workspace.state["made"] = {"name": name, "modules": [to_dict(m) for m in modules]}
+    with open_checkpoint(directory) as made:
+        sha256 = made.reader.sha256()
+    job.workspace.state["made"] = {"name": name, "modules": [to_dict(m) for m in modules], "sha256": sha256}
     job.workspace.save_state()
+    job.workspace.made_here.add(name)
     return directory, modules
 
 
@@ -427,11 +461,34 @@ def _source(
         yield checkpoint, config, job.shrunk[experts]
 
 
+def _made_before(job: Job, directory: Path) -> tuple[ModuleReport, ...] | None:
+    """Modules of a candidate that lies whole in the workspace; None where it must be made, said where it is damaged.
+
+    What another run left is read and compared with the hash that it noted.
+    """
+    made = job.workspace.state.get("made")
+    if not isinstance(made, dict) or made.get("name") != directory.name or not directory.exists():
+        return None
+    try:
+        if directory.name not in job.workspace.made_here:
+            with open_checkpoint(directory) as found:
+                if found.reader.sha256() != made["sha256"]:
+                    raise ConfigError(f"{directory}: its weights are not those that were written")
+            job.workspace.made_here.add(directory.name)
+        return tuple(from_dict(ModuleReport, raw) for raw in made["modules"])
+    except (HalveError, OSError, KeyError, TypeError) as error:
+        log.warning("%s can't be used and is made again: %s", directory.name, error)
+        return None
+
+
 def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory: Path) -> Quality:
     """Open the sealed text for this candidate; the opening is on record before the first token is read."""
     opened = job.workspace.state.setdefault("opened", {})
     if isinstance(opened.get(label(candidate)), dict):
-        return from_dict(Quality, opened[label(candidate)])
+        try:
+            return from_dict(Quality, opened[label(candidate)])
+        except ConfigError as error:
+            log.warning("the certified figures of %s can't be read and are taken again: %s", label(candidate), error)
     require_unseen(job.texts.sealed_documents, job.texts.seen, "sealed text")
     opened[label(candidate)] = "begun"
     job.workspace.save_state()

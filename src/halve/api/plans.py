@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -55,6 +55,7 @@ class Plans:
     purpose: Purpose
     table: DeviceTable | None
     experts: tuple[JudgedMove, ...] = ()
+    _ratios: dict[str, float] = field(default_factory=dict, compare=False)  # tokens a second, once simulated
 
     def simulation(self, formats: Mapping[str, str]) -> Simulation:
         """The workload on a model whose groups are stored so."""
@@ -74,6 +75,14 @@ class Plans:
             paces=(original[0], smaller[0]),
             foretold_s=(original[1].duration_s, smaller[1].duration_s),
         )
+
+    def cost_ratio(self, candidate: Candidate) -> float:
+        """Seconds of an answered token over the original's, by the simulation."""
+        if not self._ratios:
+            self._ratios[""] = self.simulation(_original_formats(self.question)).output_tok_s
+        if candidate.format not in self._ratios:
+            self._ratios[candidate.format] = self.simulation(_formats(candidate)).output_tok_s
+        return self._ratios[""] / self._ratios[candidate.format]
 
     def cost(self, candidate: Candidate, replayed: WorkloadReplay | None) -> WorkloadCost | None:
         """What the workload takes with a plan, beside the original; None where times were not measured.

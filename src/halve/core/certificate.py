@@ -114,6 +114,32 @@ class WorkloadCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Preflight:
+    """What a run was expected to need before it began, and what no plan can be faster than.
+
+    kernels: that will run the plans here. memory_bytes, disk_bytes: at most, beside what else runs; free_*: at the
+    start, null where the system does not say. seconds: a rough guess from the model's size, the text and how fast this
+    machine multiplies; a factor of two either way is common. floor_bytes: fewest bytes of weights that a token can read
+    in any format that was allowed; original_bytes: those of the original. floor_s: floor_bytes, less what the
+    processor's cache may hold, at the read speed read_gb_s that was measured just then; null where it was not.
+    floor_loss: below it no limit can be told from the rounding of float32. warnings: what may go wrong, in words.
+    """
+
+    kernels: str
+    memory_bytes: int
+    free_memory_bytes: int | None
+    disk_bytes: int
+    free_disk_bytes: int | None
+    seconds: float
+    floor_bytes: int
+    original_bytes: int
+    read_gb_s: float | None
+    floor_s: float | None
+    floor_loss: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
     """Tokens per second on `inputs.device`, median with the lowest and highest run; null where not measured."""
 
@@ -291,4 +317,5 @@ class Certificate:
     rooflines: tuple[Roofline, ...] = ()
     workload_cost: WorkloadCost | None = None
     judged_by: JudgedBy = "both"
+    preflight: Preflight | None = None
     version: int = 1
