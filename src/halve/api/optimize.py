@@ -368,6 +368,7 @@ def _certificate(
         rooflines=limits,
         judged_by=job.judged_by,
         workload_cost=None if outcome.plans is None else outcome.plans.cost(outcome.candidate, trial.replayed),
+        tuning=outcome.tuning,
         preflight=before,
     )
 

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import expm1, log1p
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,8 @@ from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
 from halve.compress import Energies, ModuleReport, Statistics, apply_plan, calibrate
 from halve.compress.shrink import write_shrunk
-from halve.core.certificate import Attempt, JudgedBy, Measured, Quality
+from halve.compress.tune import tune, write_tuned
+from halve.core.certificate import Attempt, JudgedBy, Measured, Quality, Tuning
 from halve.core.errors import ConfigError, HalveError, QualityError
 from halve.core.plan import ExpertPlan
 from halve.core.record import from_dict, to_dict
@@ -38,6 +39,9 @@ from halve.search import in_words as in_words_of
 
 log = logging.getLogger("halve")
 
+TUNE_STEPS = 48
+TUNE_S = 90.0  # and no longer, on a slow machine
+TUNED_SHARE = 0.65  # of a plan's KL that is expected to be left when its scales are tuned
 MAX_ATTEMPTS = 3  # openings of the sealed text when formats are searched, each at a third of the error rate
 CONFIDENCE = 0.95
 # Candidates are judged on these shares of the selection text in turn, as long as the answer is unclear.
@@ -93,6 +97,7 @@ class Outcome:
     judged: tuple[Judged, ...]
     ranked: tuple[Candidate, ...]
     plans: Plans | None  # None when the format was named
+    tuning: Tuning | None = None  # of the candidate's scales
 
     def moves(self) -> list[Move]:
         """What the chosen plan left undone, best first; it had room up to the next cheaper plan that failed."""
@@ -123,9 +128,13 @@ def run(job: Job) -> Outcome:
         plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress, experts)
         statistics, ranked = studied.statistics, plans.candidates
     first, judged = _search(job, original, statistics, ranked, started, plans)
+    order = list(range(first, len(ranked)))
+    if (tuned := _tuned(job, original, statistics, ranked, first, judged, started)) is not None:
+        index, candidate, result = tuned
+        ranked = (*ranked[:index], candidate, *ranked[index + 1 :])
+        order, judged = [index, *order], [*judged, result]
     attempts: list[Attempt] = []
-    last = min(first + (MAX_ATTEMPTS if job.searched else 1), len(ranked))
-    for index in range(first, last):
+    for index in order[: MAX_ATTEMPTS if job.searched else 1]:
         candidate = ranked[index]
         directory, modules = _make(job, candidate, statistics)
         measured = _certify(job, original, candidate, directory)
@@ -143,6 +152,7 @@ def run(job: Job) -> Outcome:
                 judged=tuple(judged),
                 ranked=ranked,
                 plans=plans,
+                tuning=from_dict(Tuning, job.workspace.state["tuning"]) if tuned and candidate is tuned[1] else None,
             )
         log.info(
             "%s with %s does not hold on the sealed text: %s", label(candidate), _rounded(candidate), in_words(measured)
@@ -279,35 +289,7 @@ def _search(
             log.info("the time is over: going on with the best so far")
             raise _OverError
         directory, _ = _make(job, candidate, statistics)
-        with job.progress.task(f"Judging {label(candidate)}", "tokens") as advance, open_checkpoint(directory) as made:
-            measured, passed = judge_early(
-                original,
-                DecoderScorer(reload(made, job.device)),
-                job.texts.selection,
-                job.texts.window_tokens,
-                limit,
-                job.confidence,
-                advance,
-                job.judged_by,
-            )
-        result = Judged(
-            format=candidate.format,
-            method=candidate.method,
-            bytes_per_token=candidate.bytes_per_token,
-            ppl_ratio=measured.ppl_ratio,
-            kl_mean=measured.kl_mean,
-            passed=passed,
-        )
-        log.info(
-            "%s with %s: quality loss %s on the selection text: %s",
-            label(candidate),
-            _rounded(candidate),
-            in_words(measured),
-            "within the limit" if result.passed else "beyond the limit",
-        )
-        stored[label(candidate)] = to_dict(result)
-        job.workspace.save_state()
-        return noted(candidate, result)
+        return noted(candidate, _judged(job, original, candidate, directory))
 
     def noted(candidate: Candidate, result: Judged) -> Judged:
         index = ranked.index(candidate)
@@ -365,6 +347,125 @@ def _standing(
         seconds_left=max(0.0, left),
         guessed=job.time_s is None,
     )
+
+
+def _judged(job: Job, original: DecoderScorer, candidate: Candidate, directory: Path) -> Judged:
+    """Measure a candidate on the selection text, and note it."""
+    assert job.limit is not None
+    with job.progress.task(f"Judging {label(candidate)}", "tokens") as advance, open_checkpoint(directory) as made:
+        measured, passed = judge_early(
+            original,
+            DecoderScorer(reload(made, job.device)),
+            job.texts.selection,
+            job.texts.window_tokens,
+            job.limit,
+            job.confidence,
+            advance,
+            job.judged_by,
+        )
+    result = Judged(
+        format=candidate.format,
+        method=candidate.method,
+        bytes_per_token=candidate.bytes_per_token,
+        ppl_ratio=measured.ppl_ratio,
+        kl_mean=measured.kl_mean,
+        passed=passed,
+    )
+    log.info(
+        "%s with %s: quality loss %s on the selection text: %s",
+        label(candidate),
+        _rounded(candidate),
+        in_words(measured),
+        "within the limit" if result.passed else "beyond the limit",
+    )
+    job.workspace.state.setdefault("judged", {})[label(candidate)] = to_dict(result)
+    job.workspace.save_state()
+    return result
+
+
+def _tuned(
+    job: Job,
+    original: DecoderScorer,
+    statistics: Statistics,
+    ranked: Sequence[Candidate],
+    first: int,
+    judged: Sequence[Judged],
+    started: float,
+) -> tuple[int, Candidate, Judged] | None:
+    """A cheaper plan than the cheapest that passes, which passes once its scales are tuned: its place, and itself.
+
+    None where none is expected to, where the time is over, or at Ctrl-C.
+    """
+    if not job.searched or job.config.sparse or job.question.large:
+        return None
+    assert job.limit is not None
+    own = next((j for j in judged if label(j) == label(ranked[first])), None)
+    predicted = ranked[first].predicted_kl
+    left_s = TUNE_S if job.time_s is None else job.time_s - (time.monotonic() - started)
+    if own is None or not predicted or left_s <= 0:
+        return None
+    expected, aim = TUNED_SHARE * own.kl_mean.value / predicted, EXPECTED_SHARE * log1p(job.limit)
+    index = next((i for i, c in enumerate(ranked[:first]) if expected * (c.predicted_kl or aim) <= aim), None)
+    if index is None:
+        return None
+    candidate = replace(ranked[index], format=f"{ranked[index].format}-tuned")
+    try:
+        directory = _make_tuned(job, original, ranked[index], candidate, statistics, min(TUNE_S, left_s))
+        stored = job.workspace.state.setdefault("judged", {})
+        result = _judged_before(stored, candidate) or _judged(job, original, candidate, directory)
+    except KeyboardInterrupt:
+        log.info("stopped: going on with %s, whose scales are as they were rounded", label(ranked[first]))
+        return None
+    return (index, candidate, result) if result.passed else None
+
+
+def _make_tuned(
+    job: Job,
+    original: DecoderScorer,
+    base: Candidate,
+    candidate: Candidate,
+    statistics: Statistics,
+    seconds: float,
+) -> Path:
+    """Write a candidate whose scales and norms are tuned on calibration text, under its own name."""
+    state, directory = job.workspace.state, job.workspace.path / f"model-{candidate.format}-{candidate.method}"
+    if _made_before(job, directory) is not None and "tuning" in state:
+        return directory
+    # What was known of another one of this name is not known of this one; an opening of the sealed text still counts.
+    state.get("judged", {}).pop(label(candidate), None)
+    if (opened := state.get("opened", {}).pop(label(candidate), None)) is not None:
+        state["opened"][f"{label(candidate)}, made before"] = opened
+    source, modules = _make(job, base, statistics)
+    directory = job.workspace.fresh_directory(directory.name)
+    with open_checkpoint(source) as bundle, job.progress.task(f"Tuning {label(candidate)}", "steps") as advance:
+        plan = read_plan(bundle)
+        config = load_config(bundle, plan)
+        smaller = load_decoder(bundle, config.with_kv_format("fp32"), torch_ops(job.device, "fp32", widened=False))
+        tuned = tune(
+            original.decoder,
+            smaller,
+            job.texts.calibration,
+            window_tokens=job.texts.window_tokens,
+            steps=TUNE_STEPS,
+            seconds=seconds,
+            progress=advance,
+        )
+        write_tuned(bundle, config, plan, tuned, directory)
+    shutil.rmtree(source)
+    record = tuned.record
+    log.info(
+        "scales and norms tuned in %d steps: KL %.4g to %.4g on calibration text",
+        record.steps,
+        record.first_kl,
+        record.last_kl,
+    )
+    with open_checkpoint(directory) as made:
+        sha256 = made.reader.sha256()
+    state["tuning"] = to_dict(record)
+    state["made"] = {"name": directory.name, "modules": [to_dict(m) for m in modules], "sha256": sha256}
+    job.workspace.save_state()
+    job.workspace.made_here.add(directory.name)
+    return directory
 
 
 class _OverError(Exception):

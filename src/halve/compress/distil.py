@@ -116,7 +116,7 @@ def recover(
     )
     losses: list[float] = []
     tokens = 0
-    for step, batch in enumerate(_batches(documents, window_tokens, np.random.default_rng(seed))):
+    for step, batch in enumerate(batches(documents, window_tokens, np.random.default_rng(seed))):
         done = max(step / steps, 0.0 if seconds is None else (clock() - started) / seconds)
         if step and done >= 1:
             break
@@ -155,7 +155,7 @@ def _detached(made: SplitFeedForward) -> SplitFeedForward:
     return replace(made, shared_gate=gate, **found)
 
 
-def _batches(documents: Sequence[Array], window_tokens: int, random: np.random.Generator) -> Iterator[TokenBatch]:
+def batches(documents: Sequence[Array], window_tokens: int, random: np.random.Generator) -> Iterator[TokenBatch]:
     """Windows in a new order each time round, packed into steps."""
     windows = [
         document[start : start + window_tokens]

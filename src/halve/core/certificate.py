@@ -288,6 +288,19 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """How scales and norms were tuned under codes that stay. first_kl, last_kl: nats per token of calibration text,
+    original against smaller with activations as they are, over the first and the last steps.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    first_kl: float
+    last_kl: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
     """verdict: `pass` or `fail` against max_quality_loss, `measured` when no limit was set.
 
@@ -318,4 +331,5 @@ class Certificate:
     workload_cost: WorkloadCost | None = None
     judged_by: JudgedBy = "both"
     preflight: Preflight | None = None
+    tuning: Tuning | None = None  # of the scales, where the plan's were tuned
     version: int = 1
