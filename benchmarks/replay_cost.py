@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from decimal import Decimal
 from pathlib import Path
 from statistics import median
@@ -108,6 +109,7 @@ def main() -> None:
         for name in names:
             asked = workload.first(1) if done < 0 else workload
             played = play(models[name], asked, math.inf, seed=done + 1)
+            print(f"round {done} {name}: {played.num_tokens} tokens in {played.seconds:.2f} s", file=sys.stderr)
             if done >= 0:
                 seconds[name].append(played.seconds / played.num_tokens)
     record = {
