@@ -15,6 +15,7 @@ from tests.api.tiny import environment
 RUN = """
 import sys
 import halve
+from halve.api.workspace import Workspace
 
 model, out, text, awaited = sys.argv[1:5]
 real = Workspace.save_state
