@@ -54,6 +54,16 @@ def make(model: Path, directory: Path, plan: Plan) -> None:
         apply_plan(checkpoint, load_config(checkpoint), plan, directory)
 
 
+def reference(model: Path, directory: Path) -> None:
+    """The same files, run with activations and cache in bf16: a plain checkpoint would run them in float32, slower."""
+    (directory / "halve").mkdir(parents=True, exist_ok=True)
+    for path in model.iterdir():
+        if path.is_file() and not (directory / path.name).exists():
+            (directory / path.name).symlink_to(path.resolve())
+    plan = Plan(activations=Activations(format="bf16"), kv_cache=KVCache(format="bf16"))
+    (directory / "halve" / "plan.json").write_text(plan.to_json())
+
+
 def plan_of(formats: dict[str, Format], activations: str, kv_cache: str) -> Plan:
     """A plan that names every module."""
     rules = tuple(
@@ -92,9 +102,7 @@ def main() -> None:
         make(options.model, options.work / name, one)
     if options.make_only:
         return
-    original = options.work / "bf16"
-    if not original.exists():  # the same weights, its cache in bf16 like the plans' own: the fairer reference
-        original.symlink_to(options.model.resolve())
+    reference(options.model, options.work / "bf16")
     preset = PRESETS["chat"]
     workload = Workload.poisson(
         requests_per_s=math.inf,
