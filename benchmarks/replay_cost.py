@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from decimal import Decimal
 from pathlib import Path
 from statistics import median
@@ -51,6 +52,16 @@ def make(model: Path, directory: Path, plan: Plan) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with open_checkpoint(model) as checkpoint:
         apply_plan(checkpoint, load_config(checkpoint), plan, directory)
+
+
+def reference(model: Path, directory: Path) -> None:
+    """The same files, run with activations and cache in bf16: a plain checkpoint would run them in float32, slower."""
+    (directory / "halve").mkdir(parents=True, exist_ok=True)
+    for path in model.iterdir():
+        if path.is_file() and not (directory / path.name).exists():
+            (directory / path.name).symlink_to(path.resolve())
+    plan = Plan(activations=Activations(format="bf16"), kv_cache=KVCache(format="bf16"))
+    (directory / "halve" / "plan.json").write_text(plan.to_json())
 
 
 def plan_of(formats: dict[str, Format], activations: str, kv_cache: str) -> Plan:
@@ -91,9 +102,7 @@ def main() -> None:
         make(options.model, options.work / name, one)
     if options.make_only:
         return
-    original = options.work / "bf16"
-    if not original.exists():  # the same weights, its cache in bf16 like the plans' own: the fairer reference
-        original.symlink_to(options.model.resolve())
+    reference(options.model, options.work / "bf16")
     preset = PRESETS["chat"]
     workload = Workload.poisson(
         requests_per_s=math.inf,
@@ -108,6 +117,7 @@ def main() -> None:
         for name in names:
             asked = workload.first(1) if done < 0 else workload
             played = play(models[name], asked, math.inf, seed=done + 1)
+            print(f"round {done} {name}: {played.num_tokens} tokens in {played.seconds:.2f} s", file=sys.stderr)
             if done >= 0:
                 seconds[name].append(played.seconds / played.num_tokens)
     record = {
