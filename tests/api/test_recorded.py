@@ -157,7 +157,9 @@ def test_a_clock_that_lied_when_it_was_certified_is_said(passed):
     assert speed_differences(lied, both, now.speed_ratios, disturbed=True) == []
     alone = with_speeds(passed.certificate, 100, 2000)
     found = speed_differences(alone, both, now.speed_ratios, disturbed=True)
-    assert found == ["speed_ratios (original, same engine): recorded 0.05 [0.0475, 0.0525], now 0.5 [0.475, 0.525]"]
+    assert found == [
+        "speed_ratios (original in bf16, same engine): recorded 0.05 [0.0475, 0.0525], now 0.5 [0.475, 0.525]"
+    ]
 
 
 def test_a_ratio_that_its_speeds_do_not_make_is_said(passed):
