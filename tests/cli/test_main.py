@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -139,7 +140,11 @@ def test_edited_figures_do_not_reproduce_and_exit_1(optimized, tiny, tmp_path, s
     assert ran.code == 1
     assert "does not reproduce: kl_mean.value: recorded 0, now" in ran.out
     ran = shell("verify", bundle, "--against", tiny, "--json")
-    assert (ran.code, len(ran.json["differences"])) == (1, 1)
+    assert ran.code == 1
+    # On a machine under load speeds may not reproduce either.
+    assert [d.partition(":")[0] for d in ran.json["differences"] if "tok_s" not in d and "ratio" not in d] == [
+        "kl_mean.value"
+    ]
 
 
 def _copy(optimized, tmp_path, **changes):
@@ -362,12 +367,15 @@ def test_demo_shows_both_answers(tmp_path, monkeypatch, shell, tiny, text):
     monkeypatch.setattr("halve.api.demo.embedded_model_path", lambda: tiny)
     monkeypatch.setattr("halve.api.demo.LIMIT", "5%")
     import halve.api.demo as demo
+    import halve.api.shape_cost as shape
 
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2}
+    monkeypatch.setattr(shape, "LLAMA_1B", replace(shape.LLAMA_1B, head_dim=16, **sizes))
     real = demo.optimize
     monkeypatch.setattr(demo, "optimize", lambda *a, **k: real(*a, **{**k, "calibration": text}))
     ran = shell("demo", "-o", tmp_path / "demo", "--json")
     assert ran.code == 0, ran.err
-    assert ran.json.keys() == {"certificate", "prompt", "original", "smaller", "bundle", "report"}
+    assert ran.json.keys() == {"certificate", "prompt", "original", "smaller", "shape_cost", "bundle", "report"}
     assert ran.json["smaller"]["peak_memory_bytes"] > 0
     assert shell("demo", "-o", tmp_path / "demo").code == 0  # an earlier demo's bundle is replaced
     assert sys.argv[0] == "halve"

@@ -26,7 +26,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class Task:
     questions: tuple[Question, ...]
     sha256: str
     number: bool = False  # written answers are numbers
-    lines: tuple[str, ...] = ()  # of the file, as they were read
+    lines: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of the file, as they were read
 
     @property
     def chance(self) -> float | None:
