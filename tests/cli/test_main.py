@@ -141,10 +141,9 @@ def test_edited_figures_do_not_reproduce_and_exit_1(optimized, tiny, tmp_path, s
     assert "does not reproduce: kl_mean.value: recorded 0, now" in ran.out
     ran = shell("verify", bundle, "--against", tiny, "--json")
     assert ran.code == 1
-    # On a machine under load speeds may not reproduce either.
-    assert [d.partition(":")[0] for d in ran.json["differences"] if "tok_s" not in d and "ratio" not in d] == [
-        "kl_mean.value"
-    ]
+    # The figure is not that of the attempt either. On a machine under load speeds may not reproduce as well.
+    named = {d.partition(":")[0] for d in ran.json["differences"] if "tok_s" not in d and "ratio" not in d}
+    assert named == {"attempts", "kl_mean.value"}
 
 
 def _copy(optimized, tmp_path, **changes):
