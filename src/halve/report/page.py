@@ -124,7 +124,19 @@ def _comparison(page: ReportPage) -> list[tuple[str, str, str, str]]:
     ):
         ratio = words.times_faster(now, before)
         rows.append((name, words.measured(before), words.measured(now), words.faster(ratio.value) if ratio else "—"))
+    run = None if c.workload_cost is None else c.workload_cost.replayed
     was, price = c.cost.original_usd_per_mtok, c.cost.usd_per_mtok
+    if run is not None and c.workload_cost is not None:
+        was, price = run.original_usd_per_mtok, run.usd_per_mtok
+        speedup = words.times_faster(run.output_tok_s, run.original_output_tok_s)
+        rows.append(
+            (
+                f"workload {c.workload_cost.workload}, {run.num_requests} requests: tokens of answers/s",
+                words.measured(run.original_output_tok_s),
+                words.measured(run.output_tok_s),
+                words.faster(speedup.value) if speedup else "—",
+            )
+        )
     rows.append(("cost per million tokens", words.dollars(was), words.dollars(price), _price_ratio(was, price)))
     return rows
 
