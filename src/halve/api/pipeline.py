@@ -108,7 +108,7 @@ def run(job: Job) -> Outcome:
     ranked: tuple[Candidate, ...]
     if job.named is not None:
         statistics, ranked = _calibrate(job, job.named), (job.named,)
-    elif job.config.sparse:
+    elif not job.config.plain:
         ranked = _uniform_candidates(job)
         statistics = _calibrate(job, ranked[-1])
     else:
