@@ -20,6 +20,7 @@ from typing import Any
 
 from halve.api.demo import Answered, Demonstrated
 from halve.api.optimize import Optimized
+from halve.api.shape_cost import ShapeCost
 from halve.checkpoint.quantization_config import storage_of
 from halve.cli.tables import percent, rate, show_demo, spread
 from halve.core.certificate import Certificate
@@ -55,7 +56,12 @@ def read_record(path: Path) -> Record:
     answers = {name: from_dict(Answered, raw[name]) for name in ("original", "smaller")}
     return Record(
         date=path.stem.rpartition("_")[2],
-        shown=Demonstrated(optimized=optimized, prompt=raw["prompt"], **answers),
+        shown=Demonstrated(
+            optimized=optimized,
+            prompt=raw["prompt"],
+            shape_cost=raw.get("shape_cost") and from_dict(ShapeCost, raw["shape_cost"]),
+            **answers,
+        ),
     )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halve.api.bench import bench as bench
+    from halve.api.compare import compare as compare
     from halve.api.demo import demo as demo
     from halve.api.describe import doctor as doctor
     from halve.api.describe import inspect as inspect
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
     from halve.api.verify import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "bench", "demo", "doctor", "inspect", "load", "optimize", "verify"]
+__all__ = ["__version__", "bench", "compare", "demo", "doctor", "inspect", "load", "optimize", "verify"]
 
 # Verbs load on first use: `import halve` reads no disk, and running a model never loads torch.
 _HOMES = {
     "bench": "halve.api.bench",
+    "compare": "halve.api.compare",
     "demo": "halve.api.demo",
     "doctor": "halve.api.describe",
     "inspect": "halve.api.describe",

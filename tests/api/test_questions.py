@@ -1,11 +1,12 @@
 """Tasks beside the text: the same questions to both models."""
 
 import json
+import shutil
 
 import pytest
 
 import halve
-from halve.core.errors import ConfigError, DataError, QualityError
+from halve.core.errors import CheckpointError, ConfigError, DataError, QualityError
 from tests.api.tiny import words
 
 
@@ -51,3 +52,55 @@ def test_what_can_not_be_asked_is_refused_before_anything_runs(tiny, text, tmp_p
     ):
         with pytest.raises(error, match=message):
             halve.optimize(tiny, tmp_path / "out", format="int8", calibration=text, quality=quality, task_margin=margin)
+
+
+@pytest.fixture(scope="module")
+def asked(tiny, text, tmp_path_factory):
+    """A bundle with sixty questions, and their file."""
+    folder = tmp_path_factory.mktemp("asked")
+    word = write(folder / "mine.jsonl", 60)
+    made = halve.optimize(tiny, folder / "out", format="int8", calibration=text, quality=[word], task_margin="30%")
+    return made, folder / "mine.jsonl"
+
+
+def test_verify_asks_the_questions_again_that_the_bundle_keeps(asked, tiny):
+    made, _ = asked
+    result = halve.verify(made.path, against=tiny)
+    assert result.differences == ()
+    assert result.certificate.tasks == made.certificate.tasks
+    assert result.certificate.quality.tasks.keys() == {"mine"}
+
+
+def test_questions_that_are_gone_or_others_are_told(asked, tiny, tmp_path):
+    made, file = asked
+    bundle = shutil.copytree(made.path, tmp_path / "bundle")
+    (bundle / "halve/tasks/mine.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"task 'mine' are not in the bundle; give their file by --tasks"):
+        halve.verify(bundle, against=tiny)
+    write(tmp_path / "mine.jsonl", 61)
+    with pytest.raises(CheckpointError, match="not the questions that were asked"):
+        halve.verify(bundle, against=tiny, tasks=[tmp_path / "mine.jsonl"])
+    write(tmp_path / "other.jsonl", 60)
+    with pytest.raises(ConfigError, match="'other' was not asked"):
+        halve.verify(bundle, against=tiny, tasks=[tmp_path / "other.jsonl"])
+    assert halve.verify(bundle, against=tiny, tasks=[file]).differences == ()
+
+
+def test_an_accuracy_that_was_edited_is_said(asked, tiny, tmp_path):
+    made, _ = asked
+    bundle = shutil.copytree(made.path, tmp_path / "bundle")
+    path = bundle / "halve/certificate.json"
+    raw = json.loads(path.read_text())
+    raw["tasks"][0]["accuracy"]["value"] = 1.0
+    path.write_text(json.dumps(raw))
+    found = halve.verify(bundle, against=tiny).differences
+    assert any(line.startswith("tasks.mine.accuracy: recorded 1, now 0.") for line in found)
+    assert "tasks.mine.accuracy: does not follow from its 60 questions" in found
+
+
+def test_without_kept_text_questions_are_not_kept_either(tiny, text, tmp_path):
+    word = write(tmp_path / "mine.jsonl", 20)
+    made = halve.optimize(
+        tiny, tmp_path / "out", format="int8", method="rtn", calibration=text, quality=[word], keep_text=False
+    )
+    assert not (made.path / "halve/tasks").exists()

@@ -79,3 +79,21 @@ def test_of_two_runs_at_once_the_second_is_refused_and_the_first_finishes(tiny, 
     _, errors = first.communicate("go on\n" * 100, timeout=120)
     assert first.returncode == 0, errors
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_damaged_on_disk_is_done_again_and_that_alone(tiny, text, tmp_path, unbroken, caplog):
+    end(start(tiny, tmp_path / "out", text, "judged"), signal.SIGKILL)
+    work = tmp_path / ".out.partial"
+    (weights,) = work.glob("model-*/*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    state = json.loads((work / "state.json").read_text())
+    fmt, _, method = state["made"]["name"].removeprefix("model-").rpartition("-")
+    state["judged"][f"{fmt} ({method})"] = {"format": 3}
+    (work / "state.json").write_text(json.dumps(state))
+    resumed = halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, resume=True).certificate
+    assert "can't be used and is made again" in caplog.text
+    assert "can't be read and is judged again" in caplog.text
+    assert resumed.quality == unbroken.quality
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

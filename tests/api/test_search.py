@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -57,7 +58,20 @@ def test_the_certificate_says_what_the_workload_costs_and_how_to_repeat_it(found
         cost = certificate.workload_cost
         assert cost.workload == "batch"
         assert cost.usd_per_mtok == pytest.approx(0.5 / (cost.output_tok_s * 3600 / 1e6))
+        run = cost.replayed
+        assert cost.basis == "replayed"
+        assert 8 <= run.num_requests <= 64
+        assert 1 <= run.num_rounds <= 3
+        assert run.usd_per_mtok.value == pytest.approx(0.5 / (run.output_tok_s.value * 3600 / 1e6))
+        assert run.usd_per_mtok.low <= run.usd_per_mtok.value <= run.usd_per_mtok.high
+        assert run.ratio.n == run.num_rounds
+        assert run.level_met
         assert front_of(found)["basis"] == "seconds"
+    before = certificate.preflight
+    assert before.memory_bytes > 0
+    assert before.disk_bytes > certificate.size.bytes
+    assert before.floor_bytes < before.original_bytes
+    assert before.seconds > 0
 
 
 def test_the_report_tells_the_plan_in_words(found):
@@ -170,7 +184,7 @@ def test_the_shell_shows_what_the_workload_costs(tiny, text, cache, tmp_path):
     )  # fmt: skip
     assert ran.code == 0, ran.err
     if native_library.available() is None:
-        assert "workload batch, simulated" in ran.out
+        assert re.search(r"workload batch, \d+ requests, \d rounds?", ran.out)
         assert "at $0.5 an hour" in ran.out
     assert "best so far" not in ran.err
 

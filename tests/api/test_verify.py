@@ -1,23 +1,71 @@
 """A certificate computed again."""
 
+import hashlib
 import json
 import shutil
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import halve
 from halve.api import texts
+from halve.api import verify as verb
+from halve.api.bundle import read_certificate
+from halve.api.trial import Trial
 from halve.checkpoint import open_checkpoint
-from halve.core.errors import CheckpointError, DataError
+from halve.core.certificate import Served
+from halve.core.errors import CheckpointError, DataError, QualityError
 from halve.data import Document, documents_sha256, read_documents, write_documents
 from tests.api.tiny import make_model, write_text
+
+
+@pytest.fixture(autouse=True)
+def _what_was_recorded(request, monkeypatch):
+    """Both models as the certificate says that they ran: one test in the file has them run again."""
+    if "runs_again" in request.fixturenames:
+        return
+
+    def as_recorded(original, smaller, *_):
+        with open_checkpoint(smaller) as opened:
+            recorded = read_certificate(opened)
+        return Trial(
+            speeds=(recorded.original_speed, recorded.speed),
+            answers=(),
+            agreement=0.0,
+            kernels={},
+            served=recorded.served or SERVED,
+            ratios=recorded.speed_ratios,
+            parted=(48, 48),
+            answer_tokens=48,
+            disturbed=False,
+        )
+
+    monkeypatch.setattr(verb, "run_trial", as_recorded)
+    monkeypatch.setattr(verb, "rooflines", lambda speeds: ())
+    monkeypatch.setattr(verb, "canary_differences", lambda recorded, again: [])
+
+
+@pytest.fixture
+def runs_again():
+    """Asks for both models to run, as users do."""
 
 
 @pytest.fixture
 def bundle(passed, tmp_path):
     """A copy of the bundle that a test may spoil."""
     return shutil.copytree(passed.path, tmp_path / "bundle")
+
+
+SERVED = Served(
+    ops="native",
+    batch=32,
+    step_tokens=512,
+    activations="int8",
+    kv_cache="bf16",
+    decoded_share=0.5,
+    reference_kl=0.0,
+)
 
 
 def edit(bundle, change):
@@ -27,9 +75,14 @@ def edit(bundle, change):
     path.write_text(json.dumps(raw))
 
 
-def test_an_untouched_bundle_holds_and_every_figure_reproduces(passed, tiny):
+def test_an_untouched_bundle_holds_and_every_figure_reproduces(passed, tiny, runs_again):
     result = halve.verify(passed.path, against=tiny)
     assert result.answer == "holds"
+    again = result.certificate
+    assert again.speed.decode_tok_s.n == passed.certificate.speed.decode_tok_s.n
+    assert again.speed != passed.certificate.speed  # they were measured, not copied
+    assert again.canary == passed.certificate.canary  # greedy answers are the same each time
+    assert again.served == passed.certificate.served
     assert result.differences == ()
     assert result.certificate.quality.num_tokens == passed.certificate.quality.num_tokens
     assert result.text == "halve/sealed.jsonl"
@@ -77,16 +130,17 @@ def unrounded(tiny, text, tmp_path_factory):
 @pytest.mark.parametrize("figure", ["kl_mean", "flip_rate", "ppl_ratio"])
 def test_a_figure_edited_to_a_tenth_does_not_reproduce_through_rounded_activations(bundle, tiny, figure):
     edit(bundle, lambda raw: raw["quality"][figure].update(value=raw["quality"][figure]["value"] * 0.1))
-    (difference,) = halve.verify(bundle, against=tiny).differences
-    assert difference.startswith(f"{figure}.value: recorded ")
+    found = halve.verify(bundle, against=tiny).differences
+    assert [line for line in found if line.startswith(f"{figure}.value: recorded ")]
+    assert all(line.startswith((figure, "attempts: the last has")) for line in found)
 
 
 @pytest.mark.parametrize("figure", ["kl_mean", "kl_p99", "flip_rate", "ppl_ratio"])
 def test_an_edited_figure_does_not_reproduce(unrounded, tmp_path, tiny, figure):
     bundle = shutil.copytree(unrounded.path, tmp_path / "bundle")
     edit(bundle, lambda raw: raw["quality"][figure].update(value=raw["quality"][figure]["value"] * 0.5))
-    (difference,) = halve.verify(bundle, against=tiny).differences
-    assert difference.startswith(f"{figure}.value: recorded")
+    found = halve.verify(bundle, against=tiny).differences
+    assert [line for line in found if line.startswith(f"{figure}.value: recorded")]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +155,8 @@ def test_edited_bytes_do_not_reproduce(bundle, tiny, section, name):
 @pytest.mark.parametrize("verdict", ["measured", "fail"])
 def test_a_verdict_that_its_own_figures_do_not_bear_out_is_told(bundle, tiny, verdict):
     edit(bundle, lambda raw: raw.update(verdict=verdict))
-    assert halve.verify(bundle, against=tiny).differences == (
-        f"verdict: recorded {verdict}; by the recorded figures and limit it is pass",
-    )
+    found = halve.verify(bundle, against=tiny).differences
+    assert found == (f"verdict: recorded {verdict}; by the recorded figures and limit it is pass",)
 
 
 def test_one_changed_byte_of_the_weights_is_noticed(bundle, tiny):
@@ -238,3 +291,38 @@ def test_sealed_text_that_a_broken_split_shares_is_never_opened(tiny, text, tmp_
     with pytest.raises(DataError, match="holds text that calibration or search saw"):
         halve.optimize(tiny, tmp_path / "out", format="int8", calibration=text)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_clock_that_lies_while_it_is_verified_is_caught(passed, tiny, monkeypatch, runs_again):
+    real = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() * 0.1)
+    with pytest.raises(QualityError, match="no speed can be certified by it"):
+        halve.verify(passed.path, against=tiny)
+
+
+def test_a_clock_that_lies_while_it_is_certified_leaves_no_bundle(tiny, text, tmp_path, monkeypatch):
+    real = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() * 0.1)
+    with pytest.raises(QualityError, match="no speed can be certified by it"):
+        halve.optimize(tiny, tmp_path / "out", format="int8", method="rtn", calibration=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_certificate_of_another_model_is_caught(bundle, measured, tiny):
+    shutil.copy(measured.path / "halve/certificate.json", bundle / "halve/certificate.json")
+    with pytest.raises(CheckpointError, match="is not the plan that was certified"):
+        halve.verify(bundle, against=tiny)
+    own = hashlib.sha256((bundle / "halve/plan.json").read_bytes()).hexdigest()
+    edit(bundle, lambda raw: raw.update(plan_sha256=own))
+    with pytest.raises(CheckpointError, match="the weight files are not the ones that were certified"):
+        halve.verify(bundle, against=tiny)
+
+
+def test_the_certificate_of_another_model_is_caught_even_under_this_ones_hashes(bundle, measured, tiny):
+    own = json.loads((bundle / "halve/certificate.json").read_text())
+    hashes = {name: own[name] for name in ("weights_sha256", "plan_sha256", "seen_sha256", "inputs", "sealed")}
+    shutil.copy(measured.path / "halve/certificate.json", bundle / "halve/certificate.json")
+    edit(bundle, lambda raw: raw.update(hashes))
+    found = halve.verify(bundle, against=tiny).differences
+    for figure in ("kl_mean.value", "flip_rate.value", "size.bytes", "cost.ratio"):
+        assert any(line.startswith(figure) for line in found), figure

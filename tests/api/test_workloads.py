@@ -75,7 +75,8 @@ def run(level, seconds=lambda step: 0.01, rate=math.inf):
     workload = Workload.poisson(
         requests_per_s=rate, num_requests=12, prompt_tokens=20, output_tokens=10, service_level=level
     )
-    return workload, replay(workload, seconds, engine=EngineConfig(max_num_seqs=4), num_blocks=64, context=64)
+    _, found = replay(workload, seconds, engine=EngineConfig(max_num_seqs=4), num_blocks=64, context=64)
+    return workload, found
 
 
 def test_without_a_level_all_requests_come_at_once():
@@ -101,8 +102,8 @@ def test_a_level_that_requests_alone_break_is_told():
 def test_dollars_are_an_hours_price_over_an_hours_tokens():
     workload, fast = run(LEVEL)
     _, slow = run(LEVEL, lambda step: 0.03)
-    cost = workload_cost(workload, fast, slow, Decimal("0.36"))
+    cost = workload_cost(workload, fast, slow, Decimal("0.36"), None)
     assert cost.usd_per_mtok == pytest.approx(0.36 / (fast.output_tok_s * 3600 / 1e6))
     assert cost.original_usd_per_mtok == pytest.approx(3 * cost.usd_per_mtok)
     assert cost.basis == "simulated"
-    assert workload_cost(workload, fast, slow, None).usd_per_mtok is None
+    assert workload_cost(workload, fast, slow, None, None).usd_per_mtok is None

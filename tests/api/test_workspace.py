@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from halve.api.workspace import LOCK_FILE, STATE_FILE, Workspace, refuse_existing, write_atomic
+from halve.api.workspace import EARLIER_STATE_FILE, LOCK_FILE, STATE_FILE, Workspace, refuse_existing, write_atomic
 from halve.core.errors import OutputError, QualityError
 
 KEY = {"model": "abc", "limit": 0.01}
@@ -204,3 +204,36 @@ def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space"):
         write_atomic(path, json.dumps({"a": 2}))
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def killed(out, steps, *, resume=False):
+    """A run that notes its steps one by one and is then interrupted."""
+    run = workspace(out, resume=resume)
+    try:
+        with run:
+            taken_up = dict(run.state), run.resumed
+            for step in steps:
+                run.state["step"] = step
+                run.save_state()
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        return run.path, taken_up
+
+
+def test_of_a_damaged_state_the_one_before_it_is_taken_up(tmp_path, caplog):
+    path, _ = killed(tmp_path / "out", range(3))
+    (path / STATE_FILE).write_text('{"key": ')
+    _, (state, resumed) = killed(tmp_path / "out", (), resume=True)
+    assert (state["step"], resumed) == (1, True)
+    assert "state.json: can't be read" in caplog.text
+    assert "going on from the step before it" in caplog.text
+
+
+def test_where_no_state_can_be_read_the_run_begins_afresh(tmp_path, caplog):
+    path, _ = killed(tmp_path / "out", range(3))
+    (path / STATE_FILE).write_text("[]")
+    (path / EARLIER_STATE_FILE).write_bytes(b"\xff")
+    _, (state, resumed) = killed(tmp_path / "out", (), resume=True)
+    assert (state, resumed) == ({"key": KEY}, False)
+    assert "holds no state of a run" in caplog.text
+    assert "the run begins afresh" in caplog.text

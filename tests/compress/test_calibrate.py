@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halve.compress import Energies, Hessians, calibrate
-from halve.compress.calibrate import BATCH_TOKENS, _flat_batches
+from halve.compress.calibrate import BATCH_TOKENS, flat_batches
 from halve.core.errors import CheckpointError, DataError
 from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
@@ -104,7 +104,7 @@ def test_second_moments_are_those_of_each_groups_inputs(changes, tmp_path):
     decoder.logits(decoder.hidden(TokenBatch.whole(texts)))
     hessians = Hessians(folder=tmp_path)
     energies = run(model, texts, window_tokens=100, hessians=hessians)
-    assert len(_flat_batches(texts, 100)) == 2
+    assert len(flat_batches(texts, 100)) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{name}.npy" for name in inputs)
     for name, x in inputs.items():
         found = hessians.of(name)
@@ -137,14 +137,14 @@ def test_streamed_layer_by_layer_equals_the_whole_model_at_once(model):
 
 def test_texts_of_many_batches_are_averaged_over_all_tokens(model):
     texts = documents(*[100] * (BATCH_TOKENS // 100 + 5))
-    assert len(_flat_batches(texts, 100)) == 2
+    assert len(flat_batches(texts, 100)) == 2
     assert_same(run(model, texts, window_tokens=100), direct(model, texts))
 
 
 @pytest.mark.parametrize("window", [1, 7, 100, 5000])
 def test_batches_hold_every_window_once_and_no_more_than_fit(window):
     texts = documents(3000, 1, 0, 2047, 4999)
-    batches = _flat_batches(texts, window)
+    batches = flat_batches(texts, window)
     windows = [w for batch in batches for w in batch]
     assert all(0 < len(w) <= window for w in windows)
     np.testing.assert_array_equal(np.concatenate(windows), np.concatenate(texts))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from halve.core.certificate import Measured, Quality
-from halve.evaluate import answer, compare, differences, fails, passes, quality
+from halve.evaluate import answer, compare, differences, documents_needed, fails, passes, quality
 
 
 def measured(value, low=None, high=None, n=40):
@@ -151,3 +151,16 @@ def test_noise_of_float32_reproduces_and_a_change_of_the_weights_does_not():
     assert {"kl_mean", "ppl_ratio"} & {line.split(".")[0] for line in unlike}
     names = {line.split(".")[0] for line in differences(recorded, figures(change=0.21))}
     assert {"kl_mean", "ppl_ratio"} <= names
+
+
+def test_how_many_documents_would_do_follows_from_the_interval():
+    wide = replace(with_ratio(0.99, 1.012), kl_mean=measured(0.0))  # 1.001, half of the interval 0.011
+    assert documents_needed(wide, 0.01) == 60  # 40 * (0.011 / 0.009)^2
+    assert documents_needed(wide, 0.02) < 40
+    assert documents_needed(replace(wide, kl_mean=measured(0.009, 0.008, 0.0105)), 0.01) == 100  # by KL
+    assert documents_needed(replace(wide, kl_mean=measured(0.009, 0.008, 0.0105)), 0.01, "ppl") == 60
+
+
+def test_no_text_is_enough_for_a_value_beyond_the_limit():
+    assert documents_needed(with_ratio(1.005, 1.02), 0.01) is None
+    assert documents_needed(replace(with_ratio(0.99, 1.001), kl_mean=measured(0.02)), 0.01) is None

@@ -12,8 +12,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from halve.api.describe import inspect
 from halve.checkpoint import open_checkpoint
 from halve.compress import apply_plan, uniform_plan
+from halve.compress.shrink import shrunk_config
 from halve.core.errors import CheckpointError, ConfigError, PlanError
-from halve.core.plan import Plan
+from halve.core.plan import ExpertGroup, ExpertPlan, LayerExperts, Plan
 from halve.engine import EngineCore, ModelRunner
 from halve.formats import FORMATS
 from halve.kernels.native import NativeOps
@@ -22,6 +23,7 @@ from halve.kernels.reference import TorchOps
 from halve.models.config import Experts, read_config
 from halve.models.load import load_config
 from halve.models.moe import route
+from halve.search.expert_moves import expert_moves
 from tests.engine.toy import finish, request
 from tests.models.test_moe import FAMILIES, IDS, loaded, raw, sparse_model
 
@@ -269,3 +271,15 @@ def test_attention_from_latents_and_experts_are_not_spread_over_ranks():
 
     with pytest.raises(ConfigError, match="DeepseekV3ForCausalLM over 2 ranks"):
         Shard(read_config(raw("deepseek_v3")), 0, 2)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_experts_with_biases_or_in_groups_are_kept_whole(family):
+    config = read_config(raw(family))
+    kept = tuple(ExpertGroup(members=(e,), weights=(1.0,)) for e in range(4))
+    sparse = [i for i, layer in enumerate(config.layers) if layer.experts]
+    plan = ExpertPlan(layers=tuple(LayerExperts(layer=i, groups=kept) for i in sparse))
+    with pytest.raises(PlanError, match="has biases or groups of experts, which are kept whole; change top_k alone"):
+        shrunk_config(config, plan)
+    assert {move.kind for move in expert_moves(config, {})} == {"top_k"}
+    assert shrunk_config(config, ExpertPlan(top_k=2)).layers[-1].experts.top_k == 2

@@ -10,6 +10,7 @@ PLAN_FILE = "halve/plan.json"
 CERTIFICATE_FILE = "halve/certificate.json"
 SEALED_FILE = "halve/sealed.jsonl"
 SEEN_FILE = "halve/seen.json"
+TASKS_FOLDER = "halve/tasks"
 FRONT_FILE = "halve/front.json"
 REPORT_FILE = "halve/report.html"
 

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from halve.api.bundle import PLAN_FILE, SEEN_FILE
+from halve.api.bundle import PLAN_FILE, SEALED_FILE, SEEN_FILE
 from halve.api.model import Model, load
 from halve.api.progress import Advance
+from halve.api.texts import sealed_again
 from halve.checkpoint import Checkpoint
 from halve.core.certificate import Certificate, Quality, Served
 from halve.core.errors import CheckpointError, KernelError
 from halve.core.plan import Speculation
-from halve.data import Document
+from halve.data import Document, documents_sha256, read_documents
 from halve.data.overlap import Fingerprint, require_unseen
 from halve.engine import EngineCore, ModelRunner, Request, SamplingParams
 from halve.engine.forced import PROMPT_SHARE, step_tokens_of
@@ -120,12 +121,34 @@ def check_unseen(bundle: Checkpoint, recorded: Certificate, documents: Sequence[
     CheckpointError for a fingerprint that is missing or edited, DataError for a document that was seen; an older
     certificate has none.
     """
+    seen = seen_by(bundle, recorded)
+    if seen is not None:
+        require_unseen(documents, seen, what)
+
+
+def seen_by(bundle: Checkpoint, recorded: Certificate) -> Fingerprint | None:
+    """The fingerprint of what the search of a bundle saw; None in an older one. Raises CheckpointError as above."""
     if recorded.seen_sha256 is None:
-        return
+        return None
     path = bundle.path / SEEN_FILE
     if not path.exists():
         raise CheckpointError(f"{path}: is missing; put it back, or make the bundle again by `halve optimize`")
     raw = path.read_bytes()
     if hashlib.sha256(raw).hexdigest() != recorded.seen_sha256:
         raise CheckpointError(f"{path}: is not the file that was certified (its hash differs); put the original back")
-    require_unseen(documents, Fingerprint.from_json(raw.decode(), str(path)), what)
+    return Fingerprint.from_json(raw.decode(), str(path))
+
+
+def text_to_judge(bundle: Checkpoint, recorded: Certificate, text: str | Path | None) -> tuple[list[Document], str]:
+    """The sealed text of a bundle, or other text, and where it came from. Raises CheckpointError, DataError."""
+    if text is not None:
+        return read_documents(Path(text)), str(text)
+    if not recorded.sealed.kept:
+        return sealed_again(recorded.sealed.source, recorded.inputs.sealed_sha256), recorded.sealed.source
+    path = bundle.path / SEALED_FILE
+    if not path.exists():
+        raise CheckpointError(f"{path}: is missing from the bundle; judge it on other text with --text FILE")
+    documents = read_documents(path)
+    if documents_sha256(documents) != recorded.inputs.sealed_sha256:
+        raise CheckpointError(f"{path}: is not the text that was certified (its hash differs)")
+    return documents, SEALED_FILE

@@ -193,6 +193,7 @@ def load(
     cores: Sequence[int] = (),
     keep: bool = True,
     speculation: str | Speculation | None = None,
+    plan: Plan | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
@@ -207,12 +208,13 @@ def load(
     keep: whether compressed weights, once packed for the C++ kernels, are kept on disk for the next start
     (`halve.models.ready` says where) and read from there. speculation: where guesses of the next tokens come from,
     which change how fast answers come and nothing else: `ngram`, the place of a draft model with the same tokenizer,
-    `off`; None is what `engine` or else the bundle's plan says. progress: layers done, layers in all.
+    `off`; None is what `engine` or else the bundle's plan says. plan: whose formats of activations and of the cache are
+    taken instead of the bundle's; a plain checkpoint runs in float32 without one. progress: layers done, layers in all.
     Raises CheckpointError, ConfigError, TextError naming what is wrong with the files, RequestError for cache_bytes
     that hold nothing.
     """
     checkpoint = open_checkpoint(resolve(str(model)))
-    plan = read_plan(checkpoint)
+    plan = read_plan(checkpoint) if plan is None else plan
     config = load_config(checkpoint, plan)
     check_served(device, plan.activations.format, plan.kv_cache.format)
     ops = make_ops(device, plan.activations.format, num_threads, cores)

@@ -16,10 +16,12 @@ from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
 from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, front_of, reload, run
 from halve.api.plans import Purpose
+from halve.api.preflight import check, in_words, preflight
 from halve.api.progress import SILENT, Progress
-from halve.api.questions import judge_tasks, read_tasks
+from halve.api.questions import judge_tasks, keep_tasks, read_tasks
+from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
-from halve.api.study import Question
+from halve.api.study import LARGE, Question
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
 from halve.api.workloads import level_of, price_of, seconds_of, workload_of
@@ -27,12 +29,13 @@ from halve.api.workspace import Workspace, refuse_existing, write_atomic
 from halve.checkpoint import open_checkpoint, resolve
 from halve.compress import ActivationChoice, KVChoice, rounded_format
 from halve.compress import resolve as resolve_plan
-from halve.core.certificate import Certificate, Cost, Inputs, JudgedBy, SealedText, Size, TaskResult
+from halve.core.certificate import Certificate, Cost, Inputs, JudgedBy, Preflight, SealedText, Size, TaskResult
 from halve.core.errors import ConfigError, FormatError, OutputError, PlanError
 from halve.core.plan import ActivationFormat, KVFormat
 from halve.core.record import to_json
 from halve.core.units import parse_percent
 from halve.data import write_documents
+from halve.evaluate.canary import canary
 from halve.formats import Format, format_named
 from halve.models import ModelConfig, load_config, sizes, stored_formats
 from halve.models.names import num_parameters
@@ -43,7 +46,6 @@ from halve.text import Tokenizer
 
 log = logging.getLogger("halve")
 
-NUM_SAMPLES = 2  # answers of both models that the report shows
 DEFAULT_FORMAT = "int8"  # without a limit there is nothing to search for: the format that hardly loses anything
 
 DEFAULT_WORKLOAD = "chat"
@@ -156,6 +158,30 @@ def optimize(
             keep_text=keep_text,
             device=device,
         )
+        before = preflight(
+            config,
+            source,
+            texts,
+            Path(out),
+            weight_bytes=checkpoint.weight_bytes,
+            formats=None if named is None else _stored(named, config, source),
+            searched=searched,
+            gptq=_may_gptq(named, method, config),
+            portable=portable,
+            device=device,
+            activations=rounded[0],
+        )
+        warnings = check(
+            before,
+            Path(out),
+            limit=limit,
+            level=purpose.workload.service_level,
+            time_s=time_s,
+            activations=rounded[0] if named is None else named.plan.activations.format,
+        )
+        before = replace(before, warnings=warnings)
+        for line in in_words(before):
+            log.info("%s", line)
         with progress.task("Hashing the weights", "bytes") as advance:
             model_sha256 = checkpoint.sha256(advance)
         key = {
@@ -199,6 +225,7 @@ def optimize(
                 texts=texts,
                 workspace=workspace,
                 progress=progress,
+                foretold_s=before.seconds,
             )
             outcome = run(job)
             with open_checkpoint(outcome.directory) as smaller:
@@ -206,9 +233,11 @@ def optimize(
                     checkpoint.path,
                     outcome.directory,
                     reload(smaller, device),
-                    texts.sealed[:NUM_SAMPLES],
+                    texts.sealed,
                     served,
                     progress,
+                    None if outcome.plans is None else outcome.plans.paced(outcome.candidate),
+                    price,
                 )
             asked = judge_tasks(checkpoint.path, outcome.directory, tasks, margin, device, progress)
             inputs = Inputs(
@@ -221,8 +250,10 @@ def optimize(
                 versions=versions(),
                 command=command,
             )
-            certificate = _certificate(job, outcome, inputs, trial, asked, keep_text=keep_text)
+            certificate = _certificate(job, outcome, inputs, trial, asked, before, keep_text=keep_text)
             _finish(job, outcome, trial, certificate, keep_text=keep_text)
+            if keep_text:
+                keep_tasks(outcome.directory, tasks)
             workspace.publish(outcome.directory)
     path = Path(out)
     return Optimized(path=path, certificate=certificate, report=path / REPORT_FILE)
@@ -274,14 +305,35 @@ def _named(
     return Candidate(format=fmt.name, method=chosen, plan=plan, bytes_per_token=size, choices={})
 
 
+def _stored(named: Candidate, config: ModelConfig, source: Mapping[str, Format]) -> dict[str, Format]:
+    """The format of every module by a named plan."""
+    return {a.module.name: a.format or source[a.module.name] for a in resolve_plan(named.plan, config)}
+
+
+def _may_gptq(named: Candidate | None, method: MethodChoice, config: ModelConfig) -> bool:
+    """Whether any plan of this run may be rounded by gptq, which needs second moments."""
+    if named is not None:
+        return named.method == "gptq"
+    return method == "gptq" or (method == "auto" and num_parameters(config) < LARGE)
+
+
 def _certificate(
-    job: Job, outcome: Outcome, inputs: Inputs, trial: Trial, asked: tuple[TaskResult, ...], *, keep_text: bool
+    job: Job,
+    outcome: Outcome,
+    inputs: Inputs,
+    trial: Trial,
+    asked: tuple[TaskResult, ...],
+    before: Preflight,
+    *,
+    keep_text: bool,
 ) -> Certificate:
     with open_checkpoint(outcome.directory) as bundle:
         size, weights_sha256 = bundle.weight_bytes, bundle.reader.sha256()
         pairs = zip(("original", "smaller"), (job.checkpoint, bundle), trial.speeds, strict=True)
-        found = [judged(name, checkpoint, job.config, speed) for name, checkpoint, speed in pairs]
+        found = [judged(name, checkpoint, load_config(checkpoint), speed) for name, checkpoint, speed in pairs]
     limits = rooflines([one for one in found if one is not None]) if job.device == "cpu" else ()
+    if trial.replayed is not None:
+        check_replay(trial.replayed, job.purpose.workload, limits)
     float32 = 4 * num_parameters(job.config)
     original_bytes_per_token = sizes.bytes_per_token(job.config, job.source)
     return Certificate(
@@ -311,10 +363,13 @@ def _certificate(
         seen_sha256=hashlib.sha256(job.texts.seen.to_json().encode()).hexdigest(),
         served=trial.served,
         tasks=asked,
+        canary=canary(trial.parted, trial.answer_tokens, outcome.quality.flip_rate, asked),
         speed_ratios=trial.ratios,
         rooflines=limits,
         judged_by=job.judged_by,
-        workload_cost=None if outcome.plans is None else outcome.plans.cost(outcome.candidate),
+        workload_cost=None if outcome.plans is None else outcome.plans.cost(outcome.candidate, trial.replayed),
+        tuning=outcome.tuning,
+        preflight=before,
     )
 
 

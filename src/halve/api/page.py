@@ -6,6 +6,7 @@ from halve.api.pipeline import Job, Outcome, label
 from halve.api.trial import Trial
 from halve.compress import ModuleReport
 from halve.core.certificate import Certificate
+from halve.evaluate.canary import canary_words
 from halve.models.names import EMBEDDING, groups
 from halve.report import Candidate, GroupSize, LayerError, ReportPage, Sample
 from halve.search import Judged, in_words
@@ -46,9 +47,24 @@ def report_page(job: Job, outcome: Outcome, trial: Trial, certificate: Certifica
         ),
         candidates=_candidates(outcome),
         samples=tuple(Sample(prompt=a.prompt, original=a.original, smaller=a.smaller) for a in trial.answers),
-        notes=_notes(job, outcome, trial),
+        notes=(*_notes(job, outcome, trial), *_told_by_answers(certificate)),
         created=created,
     )
+
+
+def _told_by_answers(certificate: Certificate) -> list[str]:
+    """Tasks and canary in words."""
+    told = [
+        f"Task {task.name}: {task.accuracy.value:.1%} of {task.num_items:,} questions, the original "
+        f"{task.original_accuracy.value:.1%}; {task.harmed} answered by the original alone, {task.fixed} by the "
+        f"smaller model alone (McNemar's test: p = {task.mcnemar_p:.3f})"
+        + ("" if task.margin is None else f"; a loss of {task.margin:.1%} or more is excluded at 95 %")
+        + "."
+        for task in certificate.tasks
+    ]
+    if certificate.canary is not None:
+        told.append(canary_words(certificate.canary))
+    return told
 
 
 def _words(name: str, kinds: Mapping[str, tuple[str, int | None]], *, tied: bool) -> str:

@@ -3,37 +3,45 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from math import expm1, log1p
 from pathlib import Path
 from typing import Literal
 
 from halve.api.bundle import read_plan
 from halve.api.certify import score
+from halve.api.expert_moves import judge_experts
 from halve.api.model import torch_ops
 from halve.api.plans import Plans, Purpose, find_plans
-from halve.api.progress import Advance, Progress
+from halve.api.progress import Advance, Progress, Standing, Tried
 from halve.api.study import Question, statistics_of, study
 from halve.api.texts import Texts
 from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
-from halve.compress import ModuleReport, Statistics, apply_plan
-from halve.core.certificate import Attempt, JudgedBy, Measured, Quality
-from halve.core.errors import ConfigError, QualityError
+from halve.compress import Energies, ModuleReport, Statistics, apply_plan, calibrate
+from halve.compress.shrink import write_shrunk
+from halve.compress.tune import tune, write_tuned
+from halve.core.certificate import Attempt, JudgedBy, Measured, Quality, Tuning
+from halve.core.errors import ConfigError, HalveError, QualityError
+from halve.core.plan import ExpertPlan
 from halve.core.record import from_dict, to_dict
 from halve.data.overlap import require_unseen
-from halve.evaluate import PairedScores, compare, fails, passes, quality
+from halve.evaluate import PairedScores, compare, documents_needed, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
 from halve.kernels.ops import Array, Ops
-from halve.models import Decoder, ModelConfig, load_config, load_decoder
+from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder, sizes
 from halve.models.names import num_parameters
-from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start, uniform_candidates
+from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start
 from halve.search import in_words as in_words_of
 
 log = logging.getLogger("halve")
 
+TUNE_STEPS = 48
+TUNE_S = 90.0  # and no longer, on a slow machine
+TUNED_SHARE = 0.65  # of a plan's KL that is expected to be left when its scales are tuned
 MAX_ATTEMPTS = 3  # openings of the sealed text when formats are searched, each at a third of the error rate
 CONFIDENCE = 0.95
 # Candidates are judged on these shares of the selection text in turn, as long as the answer is unclear.
@@ -63,6 +71,8 @@ class Job:
     texts: Texts
     workspace: Workspace
     progress: Progress
+    foretold_s: float  # a rough guess of the whole run
+    shrunk: dict[ExpertPlan, Energies] = field(default_factory=dict)  # of the model that lies with other experts
 
     @property
     def searched(self) -> bool:
@@ -87,6 +97,7 @@ class Outcome:
     judged: tuple[Judged, ...]
     ranked: tuple[Candidate, ...]
     plans: Plans | None  # None when the format was named
+    tuning: Tuning | None = None  # of the candidate's scales
 
     def moves(self) -> list[Move]:
         """What the chosen plan left undone, best first; it had room up to the next cheaper plan that failed."""
@@ -103,22 +114,27 @@ def run(job: Job) -> Outcome:
     Raises QualityError, naming the best that was reached, when nothing passes within the attempts.
     """
     started = time.monotonic()
+    level = job.purpose.workload.service_level
+    if not job.config.plain and job.named is None and (level.ttft_s is not None or level.time_per_token_s is not None):
+        raise ConfigError("slo: plans of a model of this kind are ranked by bytes, not by times; leave it out")
     original = original_scorer(job.checkpoint, job.config, job.device)
     plans: Plans | None = None
     ranked: tuple[Candidate, ...]
     if job.named is not None:
         statistics, ranked = _calibrate(job, job.named), (job.named,)
-    elif not job.config.plain:
-        ranked = _uniform_candidates(job)
-        statistics = _calibrate(job, ranked[-1])
     else:
         studied = study(job.question, original, job.workspace.path, job.progress, time_s=job.time_s)
-        plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress)
+        experts = () if job.limit is None else judge_experts(job.question, original, job.limit, job.progress)
+        plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress, experts)
         statistics, ranked = studied.statistics, plans.candidates
-    first, judged = _search(job, original, statistics, ranked, started)
+    first, judged = _search(job, original, statistics, ranked, started, plans)
+    order = list(range(first, len(ranked)))
+    if (tuned := _tuned(job, original, statistics, ranked, first, judged, started)) is not None:
+        index, candidate, result = tuned
+        ranked = (*ranked[:index], candidate, *ranked[index + 1 :])
+        order, judged = [index, *order], [*judged, result]
     attempts: list[Attempt] = []
-    last = min(first + (MAX_ATTEMPTS if job.searched else 1), len(ranked))
-    for index in range(first, last):
+    for index in order[: MAX_ATTEMPTS if job.searched else 1]:
         candidate = ranked[index]
         directory, modules = _make(job, candidate, statistics)
         measured = _certify(job, original, candidate, directory)
@@ -136,31 +152,13 @@ def run(job: Job) -> Outcome:
                 judged=tuple(judged),
                 ranked=ranked,
                 plans=plans,
+                tuning=from_dict(Tuning, job.workspace.state["tuning"]) if tuned and candidate is tuned[1] else None,
             )
         log.info(
             "%s with %s does not hold on the sealed text: %s", label(candidate), _rounded(candidate), in_words(measured)
         )
     best = min(attempts, key=lambda a: a.kl_mean.value)
     raise QualityError(_nothing_passed(job, ranked[-1], f"{best.plan} on the sealed text", best))
-
-
-def _uniform_candidates(job: Job) -> tuple[Candidate, ...]:
-    """One format for all of a sparse model, cheapest first by the bytes that a token reads.
-
-    What single groups lose is not told apart there yet, nor what their products take. Raises ConfigError for a service
-    level, which asks for times.
-    """
-    level = job.purpose.workload.service_level
-    if level.ttft_s is not None or level.time_per_token_s is not None:
-        raise ConfigError("slo: plans of a sparse model are ranked by bytes, not by times; leave it out")
-    question = job.question
-    return uniform_candidates(
-        job.config,
-        job.source,
-        portable=question.portable,
-        activations=question.activations,
-        kv_cache=question.kv_cache,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,7 +263,12 @@ def _calibrate(job: Job, candidate: Candidate) -> Statistics:
 
 
 def _search(
-    job: Job, original: DecoderScorer, statistics: Statistics, ranked: Sequence[Candidate], started: float
+    job: Job,
+    original: DecoderScorer,
+    statistics: Statistics,
+    ranked: Sequence[Candidate],
+    started: float,
+    plans: Plans | None,
 ) -> tuple[int, list[Judged]]:
     """Index of the cheapest candidate that passes on the selection text. What was named or picked is not judged there.
 
@@ -280,47 +283,20 @@ def _search(
 
     def judge(candidate: Candidate) -> Judged:
         stored = job.workspace.state.setdefault("judged", {})
-        if label(candidate) in stored:
-            return noted(candidate, from_dict(Judged, stored[label(candidate)]))
+        if (known := _judged_before(stored, candidate)) is not None:
+            return noted(candidate, known)
         if passed_so_far and job.time_s is not None and time.monotonic() - started > job.time_s:
             log.info("the time is over: going on with the best so far")
             raise _OverError
         directory, _ = _make(job, candidate, statistics)
-        with job.progress.task(f"Judging {label(candidate)}", "tokens") as advance, open_checkpoint(directory) as made:
-            measured, passed = judge_early(
-                original,
-                DecoderScorer(reload(made, job.device)),
-                job.texts.selection,
-                job.texts.window_tokens,
-                limit,
-                job.confidence,
-                advance,
-                job.judged_by,
-            )
-        result = Judged(
-            format=candidate.format,
-            method=candidate.method,
-            bytes_per_token=candidate.bytes_per_token,
-            ppl_ratio=measured.ppl_ratio,
-            kl_mean=measured.kl_mean,
-            passed=passed,
-        )
-        log.info(
-            "%s with %s: quality loss %s on the selection text: %s",
-            label(candidate),
-            _rounded(candidate),
-            in_words(measured),
-            "within the limit" if result.passed else "beyond the limit",
-        )
-        stored[label(candidate)] = to_dict(result)
-        job.workspace.save_state()
-        return noted(candidate, result)
+        return noted(candidate, _judged(job, original, candidate, directory))
 
     def noted(candidate: Candidate, result: Judged) -> Judged:
         index = ranked.index(candidate)
         found[index] = result
         if result.passed:
             passed_so_far.append(index)
+        job.progress.standing(_standing(job, plans, ranked, found, started))
         return result
 
     try:
@@ -334,6 +310,162 @@ def _search(
         best = min(found.values(), key=lambda j: j.kl_mean.value)
         raise QualityError(_nothing_passed(job, ranked[-1], label(best), best))
     return index, [found[i] for i in sorted(found)]
+
+
+def _judged_before(stored: Mapping[str, object], candidate: Candidate) -> Judged | None:
+    """What a run that was killed knew of a plan; None, and that is said, where its record is broken."""
+    if label(candidate) not in stored:
+        return None
+    try:
+        return from_dict(Judged, stored[label(candidate)])
+    except ConfigError as error:
+        log.warning("what was known of %s can't be read and is judged again: %s", label(candidate), error)
+        return None
+
+
+def _standing(
+    job: Job, plans: Plans | None, ranked: Sequence[Candidate], found: Mapping[int, Judged], started: float
+) -> Standing:
+    """Where the search stands. Each plan's cost is told over the original's."""
+    assert job.limit is not None
+    whole = sizes.bytes_per_token(job.config, job.source)
+    seconds = plans is not None and plans.table is not None
+    tried = tuple(
+        Tried(
+            plan=label(ranked[i]),
+            cost_ratio=plans.cost_ratio(ranked[i]) if seconds and plans else ranked[i].bytes_per_token / whole,
+            ppl_ratio=found[i].ppl_ratio,
+            passed=found[i].passed,
+        )
+        for i in sorted(found)
+    )
+    left = (job.time_s or job.foretold_s) - (time.monotonic() - started)
+    return Standing(
+        tried=tried,
+        limit=job.limit,
+        basis="seconds" if seconds else "bytes",
+        seconds_left=max(0.0, left),
+        guessed=job.time_s is None,
+    )
+
+
+def _judged(job: Job, original: DecoderScorer, candidate: Candidate, directory: Path) -> Judged:
+    """Measure a candidate on the selection text, and note it."""
+    assert job.limit is not None
+    with job.progress.task(f"Judging {label(candidate)}", "tokens") as advance, open_checkpoint(directory) as made:
+        measured, passed = judge_early(
+            original,
+            DecoderScorer(reload(made, job.device)),
+            job.texts.selection,
+            job.texts.window_tokens,
+            job.limit,
+            job.confidence,
+            advance,
+            job.judged_by,
+        )
+    result = Judged(
+        format=candidate.format,
+        method=candidate.method,
+        bytes_per_token=candidate.bytes_per_token,
+        ppl_ratio=measured.ppl_ratio,
+        kl_mean=measured.kl_mean,
+        passed=passed,
+    )
+    log.info(
+        "%s with %s: quality loss %s on the selection text: %s",
+        label(candidate),
+        _rounded(candidate),
+        in_words(measured),
+        "within the limit" if result.passed else "beyond the limit",
+    )
+    job.workspace.state.setdefault("judged", {})[label(candidate)] = to_dict(result)
+    job.workspace.save_state()
+    return result
+
+
+def _tuned(
+    job: Job,
+    original: DecoderScorer,
+    statistics: Statistics,
+    ranked: Sequence[Candidate],
+    first: int,
+    judged: Sequence[Judged],
+    started: float,
+) -> tuple[int, Candidate, Judged] | None:
+    """A cheaper plan than the cheapest that passes, which passes once its scales are tuned: its place, and itself.
+
+    None where none is expected to, where the time is over, or at Ctrl-C.
+    """
+    if not job.searched or not job.config.plain or job.question.large:
+        return None
+    assert job.limit is not None
+    own = next((j for j in judged if label(j) == label(ranked[first])), None)
+    predicted = ranked[first].predicted_kl
+    left_s = TUNE_S if job.time_s is None else job.time_s - (time.monotonic() - started)
+    if own is None or not predicted or left_s <= 0:
+        return None
+    expected, aim = TUNED_SHARE * own.kl_mean.value / predicted, EXPECTED_SHARE * log1p(job.limit)
+    index = next((i for i, c in enumerate(ranked[:first]) if expected * (c.predicted_kl or aim) <= aim), None)
+    if index is None:
+        return None
+    candidate = replace(ranked[index], format=f"{ranked[index].format}-tuned")
+    try:
+        directory = _make_tuned(job, original, ranked[index], candidate, statistics, min(TUNE_S, left_s))
+        stored = job.workspace.state.setdefault("judged", {})
+        result = _judged_before(stored, candidate) or _judged(job, original, candidate, directory)
+    except KeyboardInterrupt:
+        log.info("stopped: going on with %s, whose scales are as they were rounded", label(ranked[first]))
+        return None
+    return (index, candidate, result) if result.passed else None
+
+
+def _make_tuned(
+    job: Job,
+    original: DecoderScorer,
+    base: Candidate,
+    candidate: Candidate,
+    statistics: Statistics,
+    seconds: float,
+) -> Path:
+    """Write a candidate whose scales and norms are tuned on calibration text, under its own name."""
+    state, directory = job.workspace.state, job.workspace.path / f"model-{candidate.format}-{candidate.method}"
+    if _made_before(job, directory) is not None and "tuning" in state:
+        return directory
+    # What was known of another one of this name is not known of this one; an opening of the sealed text still counts.
+    state.get("judged", {}).pop(label(candidate), None)
+    if (opened := state.get("opened", {}).pop(label(candidate), None)) is not None:
+        state["opened"][f"{label(candidate)}, made before"] = opened
+    source, modules = _make(job, base, statistics)
+    directory = job.workspace.fresh_directory(directory.name)
+    with open_checkpoint(source) as bundle, job.progress.task(f"Tuning {label(candidate)}", "steps") as advance:
+        plan = read_plan(bundle)
+        config = load_config(bundle, plan)
+        smaller = load_decoder(bundle, config.with_kv_format("fp32"), torch_ops(job.device, "fp32", widened=False))
+        tuned = tune(
+            original.decoder,
+            smaller,
+            job.texts.calibration,
+            window_tokens=job.texts.window_tokens,
+            steps=TUNE_STEPS,
+            seconds=seconds,
+            progress=advance,
+        )
+        write_tuned(bundle, config, plan, tuned, directory)
+    shutil.rmtree(source)
+    record = tuned.record
+    log.info(
+        "scales and norms tuned in %d steps: KL %.4g to %.4g on calibration text",
+        record.steps,
+        record.first_kl,
+        record.last_kl,
+    )
+    with open_checkpoint(directory) as made:
+        sha256 = made.reader.sha256()
+    state["tuning"] = to_dict(record)
+    state["made"] = {"name": directory.name, "modules": [to_dict(m) for m in modules], "sha256": sha256}
+    job.workspace.save_state()
+    job.workspace.made_here.add(directory.name)
+    return directory
 
 
 class _OverError(Exception):
@@ -350,7 +482,11 @@ def _picked(pick: int | None, num_plans: int) -> int:
 
 
 def _nothing_passed(job: Job, dearest: Candidate, what: str, best: Attempt | Judged) -> str:
-    advice = "allow more, give more text (--calibration), or leave out --max-quality-loss to have it made and measured"
+    assert job.limit is not None, "only under a limit is there something to pass"
+    more, needed = "give more text (--calibration)", documents_needed(best, job.limit, job.judged_by)
+    if needed is not None and needed > best.ppl_ratio.n:
+        more = f"give more text (--calibration): about {needed} documents, not {best.ppl_ratio.n}, to judge this one on"
+    advice = f"allow more, {more}, or leave out --max-quality-loss to have it made and measured"
     if flags := _exact_flags(dearest):
         advice = f"round less ({flags}), {advice}"
     subject = "no plan meets" if job.searched else "this format does not meet"
@@ -371,32 +507,89 @@ def _make(job: Job, candidate: Candidate, statistics: Statistics) -> tuple[Path,
     """Write a candidate's model into the workspace; only the newest is kept on disk."""
     name = f"model-{candidate.format}-{candidate.method}"
     directory = job.workspace.path / name
-    made = job.workspace.state.get("made")
-    if made is not None and made["name"] == name and directory.exists():
-        return directory, tuple(from_dict(ModuleReport, raw) for raw in made["modules"])
+    if (modules := _made_before(job, directory)) is not None:
+        return directory, modules
     for old in job.workspace.path.glob("model-*"):
         shutil.rmtree(old)
     directory = job.workspace.fresh_directory(name)
-    with job.progress.task(f"Writing {label(candidate)}", "matrices") as advance:
+    with (
+        _source(job, candidate.plan.experts, statistics) as (checkpoint, config, energies),
+        job.progress.task(f"Writing {label(candidate)}", "matrices") as advance,
+    ):
         modules = apply_plan(
-            job.checkpoint,
-            job.config,
+            checkpoint,
+            config,
             candidate.plan,
             directory,
-            energies=statistics.energies,
+            energies=energies,
             hessians=statistics.hessians,
             progress=advance,
         )
-    job.workspace.state["made"] = {"name": name, "modules": [to_dict(m) for m in modules]}
+    with open_checkpoint(directory) as made:
+        sha256 = made.reader.sha256()
+    job.workspace.state["made"] = {"name": name, "modules": [to_dict(m) for m in modules], "sha256": sha256}
     job.workspace.save_state()
+    job.workspace.made_here.add(name)
     return directory, modules
+
+
+@contextmanager
+def _source(
+    job: Job, experts: ExpertPlan, statistics: Statistics
+) -> Iterator[tuple[Checkpoint, ModelConfig, Energies | None]]:
+    """What a plan is applied to: the original, or the original with other experts, written and calibrated once."""
+    if not experts.changes:
+        yield job.checkpoint, job.config, statistics.energies
+        return
+    folder = job.workspace.path / "experts"
+    if experts not in job.shrunk:
+        job.shrunk.clear()
+        shutil.rmtree(folder, ignore_errors=True)
+        with job.progress.task("Writing other experts", "matrices") as advance:
+            write_shrunk(job.checkpoint, CheckpointSource(job.checkpoint), job.config, experts, folder, advance)
+    with open_checkpoint(folder) as checkpoint:
+        config = load_config(checkpoint).with_kv_format("fp32")
+        if experts not in job.shrunk:
+            with job.progress.task("Calibrating other experts", "layers") as advance:
+                job.shrunk[experts] = calibrate(
+                    config,
+                    CheckpointSource(checkpoint),
+                    job.texts.calibration,
+                    window_tokens=job.texts.window_tokens,
+                    device=job.device,
+                    progress=advance,
+                )
+        yield checkpoint, config, job.shrunk[experts]
+
+
+def _made_before(job: Job, directory: Path) -> tuple[ModuleReport, ...] | None:
+    """Modules of a candidate that lies whole in the workspace; None where it must be made, said where it is damaged.
+
+    What another run left is read and compared with the hash that it noted.
+    """
+    made = job.workspace.state.get("made")
+    if not isinstance(made, dict) or made.get("name") != directory.name or not directory.exists():
+        return None
+    try:
+        if directory.name not in job.workspace.made_here:
+            with open_checkpoint(directory) as found:
+                if found.reader.sha256() != made["sha256"]:
+                    raise ConfigError(f"{directory}: its weights are not those that were written")
+            job.workspace.made_here.add(directory.name)
+        return tuple(from_dict(ModuleReport, raw) for raw in made["modules"])
+    except (HalveError, OSError, KeyError, TypeError) as error:
+        log.warning("%s can't be used and is made again: %s", directory.name, error)
+        return None
 
 
 def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory: Path) -> Quality:
     """Open the sealed text for this candidate; the opening is on record before the first token is read."""
     opened = job.workspace.state.setdefault("opened", {})
     if isinstance(opened.get(label(candidate)), dict):
-        return from_dict(Quality, opened[label(candidate)])
+        try:
+            return from_dict(Quality, opened[label(candidate)])
+        except ConfigError as error:
+            log.warning("the certified figures of %s can't be read and are taken again: %s", label(candidate), error)
     require_unseen(job.texts.sealed_documents, job.texts.seen, "sealed text")
     opened[label(candidate)] = "begun"
     job.workspace.save_state()

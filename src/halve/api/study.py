@@ -155,11 +155,11 @@ def _analyse(
 ) -> Sensitivity:
     source = CheckpointSource(question.checkpoint)
     large = question.large
-    swapped = [] if large else _tokens(question.texts.selection[::-1], SWAP_TOKENS)
+    swapped = [] if large else first_tokens(question.texts.selection[::-1], SWAP_TOKENS)
     screen: Screen | None = None
     if not known.keys() >= options.keys():
         ops = rough_ops(question.device) if large else TorchOps(question.device)
-        text = _tokens(question.texts.calibration, FISHER_TOKENS // (2 if large else 1))
+        text = first_tokens(question.texts.calibration, FISHER_TOKENS // (2 if large else 1))
         with progress.task("Weighing outputs", "layers") as advance:
             weighed = fisher(question.config, source, ops, text, progress=advance)
         if large:
@@ -228,7 +228,7 @@ def statistics_of(
     return Statistics(energies=energies, hessians=found)
 
 
-def _tokens(documents: Sequence[Array], most: int) -> list[Array]:
+def first_tokens(documents: Sequence[Array], most: int) -> list[Array]:
     """Windows of documents, so many tokens in all: the first of each document, then the second, so that all speak."""
     cut = [windows(document, WINDOW) for document in documents]
     turns = (parts[turn] for turn in range(max(map(len, cut), default=0)) for parts in cut if turn < len(parts))

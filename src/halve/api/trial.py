@@ -6,6 +6,7 @@ Speeds are taken in turns, so that a drifting machine slows each model alike.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from statistics import median
 
@@ -15,11 +16,15 @@ from halve.api.certify import served
 from halve.api.clock import witnessed
 from halve.api.model import Model, load
 from halve.api.progress import Progress
+from halve.api.replayed import Paced, replay_in_turns
 from halve.api.texts import WINDOW_TOKENS
-from halve.core.certificate import Measured, Served, Speed, SpeedRatio
+from halve.api.versus.processes import Others
+from halve.core.certificate import Measured, Served, Speed, SpeedRatio, WorkloadReplay
 from halve.core.errors import KernelError
+from halve.core.plan import Activations, KVCache, Plan
 from halve.engine import SamplingParams
 from halve.evaluate import compare
+from halve.evaluate.canary import first_difference
 from halve.evaluate.scorer import DecoderScorer
 from halve.evaluate.verdict import NOISE
 from halve.kernels.ops import Array
@@ -28,10 +33,19 @@ from halve.models import Decoder
 PROMPT_TOKENS = 128
 DECODE_TOKENS = 32
 RUNS = 5
+DISTURBED_CORES = 0.15  # of other programs, as `halve bench` takes it
 SLOW_S = 10.0  # a warm-up longer than this is itself the measurement: a slow model is measured once, not RUNS times
+
+# Speeds and costs are told over the original as other engines run it. In float32, as `load` runs a plain checkpoint,
+# it is slower, which would flatter the smaller model.
+BF16 = Plan(activations=Activations(format="bf16"), kv_cache=KVCache(format="bf16"))
+AGAINST = "original in bf16, same engine"
 
 SAMPLE_PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 40
+NUM_SAMPLES = 2  # answers of both models that the report shows
+NUM_PROMPTS = 24  # answers of both models that are held against each other
+CANARY_TOKENS = 48  # of an answer that is held against the original's
 
 # Two right sets of kernels differ by the order of their sums: measured, 1e-7 nats per token. Where activations are
 # rounded, that order decides what falls to which side, and noise e in the logits costs a KL of up to e^2 / 2:
@@ -54,7 +68,9 @@ class Answer:
 class Trial:
     """speeds: of the original and the smaller model. agreement: KL to the reference kernels. served: how it runs.
 
-    ratios: of seconds per decoded token, smaller over original, both measured in turns.
+    ratios: of seconds per decoded token, smaller over original, both measured in turns. parted: tokens after which the
+    greedy answers of both part, for each prompt; answer_tokens: of such an answer. disturbed: as in `Turns`. replayed:
+    the workload, run by both; None where none was asked for.
     """
 
     speeds: tuple[Speed, Speed]
@@ -63,32 +79,58 @@ class Trial:
     kernels: dict[str, str]
     served: Served
     ratios: tuple[SpeedRatio, ...]
+    parted: tuple[int, ...]
+    answer_tokens: int
+    disturbed: bool
+    replayed: WorkloadReplay | None = None
 
 
 def run_trial(
-    original: Path, smaller: Path, reference: Decoder, documents: Sequence[Array], device: str, progress: Progress
+    original: Path,
+    smaller: Path,
+    reference: Decoder,
+    sealed: Sequence[Array],
+    device: str,
+    progress: Progress,
+    asked: Paced | None = None,
+    usd_per_hour: Decimal | None = None,
 ) -> Trial:
-    """Load both models as `halve.load` does, measure and sample them.
+    """Load both models as `halve.load` does, measure and sample them, and run a workload where one is asked for.
 
-    reference: the smaller model by the reference kernels. documents: token ids; their beginnings are the prompts.
+    reference: the smaller model by the reference kernels. sealed: token ids of the sealed documents, whose beginnings
+    are the prompts.
     Raises KernelError when the kernels that will serve the smaller model disagree with the reference.
     """
-    models = [load(path, device=device, keep=False) for path in (original, smaller)]
+    ours = load(smaller, device=device, keep=False)
+    models = [load(original, device=device, keep=False, plan=BF16), ours]
     with witnessed():
-        speeds, ratio = _speeds(models, progress)
+        turns = in_turns(models, progress)
+    replayed = None
+    if asked is not None:
+        with progress.task("Replaying the workload", "rounds") as advance:
+            replayed = replay_in_turns(models, asked, usd_per_hour, advance)
+    models.pop(0).close()
+    models.insert(0, load(original, device=device, keep=False))  # what it says is not rounded
+    documents = sealed[:NUM_SAMPLES]
     with progress.task("Sampling", "answers") as advance:
         answers = []
         for done, prompt in enumerate(documents):
             answers.append(_answer(models, prompt[:SAMPLE_PROMPT_TOKENS].tolist()))
             advance(done + 1, len(documents))
+    answer_tokens = min(CANARY_TOKENS, models[0].config.context - SAMPLE_PROMPT_TOKENS)
+    parted = _parted(models, sealed[:NUM_PROMPTS], answer_tokens, progress)
     agreement = _agreement(models[1], reference, documents)
     return Trial(
-        speeds=(speeds[0], speeds[1]),
+        speeds=turns.speeds,
         answers=tuple(answers),
         agreement=agreement,
         kernels=models[1].kernels,
         served=served(models[1], agreement, documents),
-        ratios=(ratio,),
+        ratios=(SpeedRatio(against=AGAINST, batch=1, ratio=turns.decode),),
+        parted=parted,
+        answer_tokens=answer_tokens,
+        disturbed=turns.disturbed,
+        replayed=replayed,
     )
 
 
@@ -96,6 +138,20 @@ def _answer(models: Sequence[Model], prompt: list[int]) -> Answer:
     room = models[0].config.context - len(prompt)
     original, smaller = (model.generate(prompt, max_tokens=min(SAMPLE_TOKENS, room)).text for model in models)
     return Answer(prompt=models[0].tokenizer.decode(prompt), original=original, smaller=smaller)
+
+
+def _parted(
+    models: Sequence[Model], documents: Sequence[Array], max_tokens: int, progress: Progress
+) -> tuple[int, ...]:
+    """How many tokens the greedy answers of both models share, for each document's beginning."""
+    prompts = [document[:SAMPLE_PROMPT_TOKENS].tolist() for document in documents if len(document)]
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    answers = []
+    with progress.task("Answering", "models") as advance:
+        for done, model in enumerate(models):
+            answers.append([answer.token_ids for answer in model.generate_all(prompts, sampling)])
+            advance(done + 1, len(models))
+    return tuple(first_difference(one, other) for one, other in zip(*answers, strict=True))
 
 
 def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> float:
@@ -112,21 +168,39 @@ def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> 
     return divergence
 
 
-def _speeds(models: Sequence[Model], progress: Progress) -> tuple[list[Speed], SpeedRatio]:
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Speeds of two models that ran in turns, and seconds of the second over the first for a token.
+
+    disturbed: whether other programs used the processors meanwhile, or nothing here says that they did not.
+    """
+
+    speeds: tuple[Speed, Speed]
+    decode: Measured
+    prefill: Measured
+    disturbed: bool
+
+
+def in_turns(models: Sequence[Model], progress: Progress) -> Turns:
     """Prefill and decode at batch 1, tokens per second: median, lowest and highest run after one that warms up."""
     times: list[list[tuple[float, float]]] = [[] for _ in models]
+    others = Others({}) if Path("/proc/stat").exists() else None
     with progress.task("Measuring speed", "runs") as advance:
         for done in range(RUNS + 1):
             started = time.perf_counter()
             for model, taken in zip(models, times, strict=True):
-                taken.append(_run_once(model, seed=done))
+                taken.append(run_once(model, seed=done))
             if done == 0 and time.perf_counter() - started > SLOW_S * len(models):
                 break
             advance(done, RUNS)
+    disturbed = others is None or others.cores() > DISTURBED_CORES
     rounds = [taken[1:] or taken for taken in times]
-    before, after = ([1 / decode for _, decode in taken] for taken in rounds)
-    ratio = SpeedRatio(against="original, same engine", batch=1, ratio=ratio_of_medians(after, before))
-    return [_speed(taken) for taken in rounds], ratio
+    first, second = ([*zip(*taken, strict=True)] for taken in rounds)
+    prefill, decode = (
+        ratio_of_medians([1 / rate for rate in after], [1 / rate for rate in before])
+        for before, after in zip(first, second, strict=True)
+    )
+    return Turns(speeds=(speed_of(rounds[0]), speed_of(rounds[1])), decode=decode, prefill=prefill, disturbed=disturbed)
 
 
 def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resamples: int = 2000) -> Measured:
@@ -139,7 +213,7 @@ def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resa
     return Measured(value=value, low=min(float(low), value), high=max(float(high), value), n=pairs.shape[1])
 
 
-def _run_once(model: Model, seed: int) -> tuple[float, float]:
+def run_once(model: Model, seed: int) -> tuple[float, float]:
     """Prefill and decode tokens per second of one request of random tokens (speed does not depend on which)."""
     half = max(model.config.context // 2, 1)
     prompt_tokens, decode_tokens = min(PROMPT_TOKENS, half), min(DECODE_TOKENS, max(half - 1, 1))
@@ -150,7 +224,8 @@ def _run_once(model: Model, seed: int) -> tuple[float, float]:
     return prompt_tokens / (times[0] - started), (len(times) - 1) / (times[-1] - times[0])
 
 
-def _speed(times: Sequence[tuple[float, float]]) -> Speed:
+def speed_of(times: Sequence[tuple[float, float]]) -> Speed:
+    """Median, lowest and highest of several runs' prefill and decode."""
     prefill, decode = zip(*times, strict=True)
     return Speed(prefill_tok_s=_spread(prefill), decode_tok_s=_spread(decode))
 

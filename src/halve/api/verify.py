@@ -1,19 +1,35 @@
 """The verb `verify`: compute a bundle's certificate again, from its files and the original's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from halve.api.bundle import SEALED_FILE, read_certificate, read_plan
-from halve.api.certify import check_plan, check_unseen, score
+from halve.api.bundle import read_certificate, read_plan
+from halve.api.certify import check_plan, check_unseen, score, served_device, text_to_judge
+from halve.api.cost_again import CostAgain, cost_again
+from halve.api.facts import environment, versions
 from halve.api.model import torch_ops
-from halve.api.pipeline import original_scorer
+from halve.api.pipeline import original_scorer, reload
 from halve.api.progress import SILENT, Progress
-from halve.api.texts import sealed_again
+from halve.api.questions import ask, tasks_again
+from halve.api.recorded import (
+    canary_differences,
+    cost_differences,
+    inconsistencies,
+    roofline_differences,
+    served_differences,
+    speed_differences,
+    task_differences,
+)
+from halve.api.replayed import check_replay
+from halve.api.roofline import judged, rooflines
+from halve.api.trial import Trial, run_trial
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
-from halve.core.certificate import Answer, Certificate, Size
+from halve.core.certificate import Answer, Certificate, Size, TaskResult, WorkloadCost
 from halve.core.errors import CheckpointError
-from halve.data import Document, documents_sha256, encode, read_documents
-from halve.evaluate import answer, differences, passes, require_enough
+from halve.data import encode
+from halve.evaluate import answer, differences, require_enough
+from halve.evaluate.canary import canary
 from halve.models import ModelConfig, load_config, stored_formats
 from halve.models.names import num_parameters
 from halve.models.sizes import bytes_per_token
@@ -25,13 +41,16 @@ class Verified:
     """A certificate computed again.
 
     answer: `holds`, `inconclusive` or `contradicted` against the recorded limit, `measured` where there is none.
-    differences: recorded figures that did not come out again, in words; empty on other text, which has no record.
+    certificate: with everything that was measured now; on other text quality, sizes and bytes alone.
+    differences: recorded figures that did not come out again, in words; on other text, which has no record, only what
+    its own figures do not bear out. not_compared: what was measured, and why nothing follows from it.
     """
 
     answer: Answer
-    certificate: Certificate  # with the quality and size measured now
+    certificate: Certificate
     recorded: Certificate
     differences: tuple[str, ...]
+    not_compared: tuple[str, ...]
     text: str
 
 
@@ -40,21 +59,26 @@ def verify(
     *,
     against: str | Path,
     text: str | Path | None = None,
+    tasks: Sequence[str | Path] = (),
     device: str = "cpu",
     progress: Progress = SILENT,
 ) -> Verified:
     """Measure a bundle against its original again, on its sealed text or on `text`.
 
+    On the sealed text everything is measured again: quality, sizes, both speeds and their limits, the canary, tasks and
+    cost; on other text quality and sizes. tasks: the files of questions, where the bundle does not keep them.
     Raises CheckpointError when the bundle is broken: a file is missing or changed since it was certified, or
-    `against` is not the model it was made from; DataError for text that is too little or not the one certified.
+    `against` is not the model it was made from; DataError for text that is too little or not the one certified;
+    QualityError for a clock that lies, and for answers that part far more often than the text explains.
     """
     torch_ops(device)  # a device that is not there is refused now, not after minutes of hashing
     with open_checkpoint(resolve(str(bundle))) as smaller, open_checkpoint(resolve(str(against))) as original:
         recorded = read_certificate(smaller)
         check_plan(smaller, recorded)
         _check_files(smaller, original, recorded, progress)
-        documents, source = _documents(smaller, recorded, text)
+        documents, source = text_to_judge(smaller, recorded, text)
         check_unseen(smaller, recorded, documents, source)
+        asked = [] if text is not None else tasks_again(smaller.path, recorded.tasks, tasks)
         config = load_config(original).with_kv_format("fp32")
         tokenizer = Tokenizer.from_directory(original.path, vocab_size=config.vocab_size)
         tokens = encode(documents, tokenizer, vocab_size=config.vocab_size)
@@ -83,19 +107,102 @@ def verify(
             ),
             cost=replace(recorded.cost, ratio=_bytes_ratio(smaller, original, config)),
         )
-    found = (
-        differences(recorded.quality, measured, activations=read_plan(smaller).activations.format)
-        if text is None
-        else []
-    )
-    found += _recorded_wrongly(recorded, again)
+        found = [*inconsistencies(recorded), *_byte_differences(recorded, again)]
+        skipped: list[str] = []
+        if text is None:
+            plan = read_plan(smaller)
+            results = ask(
+                original.path,
+                smaller.path,
+                [(task, result.margin) for task, result in zip(asked, recorded.tasks, strict=True)],
+                device,
+                progress,
+            )
+            same = recorded.inputs.device == environment(device) and recorded.inputs.versions == versions()
+            costed = cost_again(recorded, (original, smaller), config, plan, progress) if same else ""
+            trial = run_trial(
+                original.path,
+                smaller.path,
+                reload(smaller, device),
+                tokens,
+                served_device(device),
+                progress,
+                costed.paced if isinstance(costed, CostAgain) else None,
+                costed.usd_per_hour if isinstance(costed, CostAgain) else None,
+            )
+            again = _measured_again(again, trial, results, (original, smaller), config, device)
+            # Tasks are told apart by their counts below.
+            unasked = (replace(quality, tasks={}) for quality in (recorded.quality, measured))
+            found += differences(*unasked, activations=plan.activations.format)
+            found += task_differences(recorded.tasks, results)
+            if trial.replayed is not None and isinstance(costed, CostAgain):
+                check_replay(trial.replayed, costed.paced.workload, again.rooflines)
+            more, skipped, cost = _of_this_machine(recorded, again, trial, costed, same_machine=same)
+            again = replace(again, workload_cost=cost)
+            found += more
     return Verified(
         answer=answer(measured, recorded.max_quality_loss),
         certificate=again,
         recorded=recorded,
         differences=tuple(found),
+        not_compared=tuple(skipped),
         text=source,
     )
+
+
+def _measured_again(
+    again: Certificate,
+    trial: Trial,
+    results: tuple[TaskResult, ...],
+    checkpoints: tuple[Checkpoint, Checkpoint],
+    config: ModelConfig,
+    device: str,
+) -> Certificate:
+    """The certificate with what both models did just now. checkpoints: of the original and the smaller model."""
+    pairs = zip(("original", "smaller"), checkpoints, trial.speeds, strict=True)
+    found = [judged(name, checkpoint, config, speed) for name, checkpoint, speed in pairs]
+    return replace(
+        again,
+        quality=replace(again.quality, tasks={result.name: result.accuracy for result in results}),
+        speed=trial.speeds[1],
+        original_speed=trial.speeds[0],
+        speed_ratios=(*trial.ratios, *(ratio for ratio in again.speed_ratios if ratio.basis == "given")),
+        rooflines=rooflines([one for one in found if one is not None]) if device == "cpu" else (),
+        served=trial.served,
+        tasks=results,
+        canary=canary(trial.parted, trial.answer_tokens, again.quality.flip_rate, results),
+    )
+
+
+def _of_this_machine(
+    recorded: Certificate,
+    again: Certificate,
+    trial: Trial,
+    costed: CostAgain | str,
+    *,
+    same_machine: bool,
+) -> tuple[list[str], list[str], WorkloadCost | None]:
+    """What depends on the machine: differences, what was not compared, and the workload's cost as it is now."""
+    assert again.served is not None
+    assert again.canary is not None
+    found = served_differences(recorded.served, again.served, same_machine=same_machine)
+    found += canary_differences(recorded.canary, again.canary)
+    if not same_machine:
+        other = f"they were certified on {recorded.inputs.device}, with {recorded.inputs.versions}"
+        return found, [f"speeds and cost: {other}"], None
+    found += speed_differences(recorded, trial.speeds, again.speed_ratios, disturbed=trial.disturbed)
+    found += roofline_differences(recorded.rooflines, again.rooflines)
+    skipped = []
+    if trial.disturbed:
+        skipped.append("speeds alone: other programs used the processors meanwhile; their ratio was compared")
+    cost = None
+    if recorded.workload_cost is not None:
+        if isinstance(costed, str):
+            skipped.append(f"workload_cost: {costed}")
+        else:
+            cost = costed.cost(trial.replayed)
+            found += cost_differences(recorded.workload_cost, cost, disturbed=trial.disturbed)
+    return found, skipped, cost
 
 
 def _check_files(smaller: Checkpoint, original: Checkpoint, recorded: Certificate, progress: Progress) -> None:
@@ -119,8 +226,8 @@ def _bytes_ratio(smaller: Checkpoint, original: Checkpoint, config: ModelConfig)
     return after / before
 
 
-def _recorded_wrongly(recorded: Certificate, again: Certificate) -> list[str]:
-    """What needs no text to be found: bytes, and a verdict that its own figures do not bear out."""
+def _byte_differences(recorded: Certificate, again: Certificate) -> list[str]:
+    """Bytes, which need no text to be counted."""
     found = []
     for field in ("bytes", "original_bytes", "float32_bytes", "ratio"):
         one, other = getattr(recorded.size, field), getattr(again.size, field)
@@ -128,23 +235,4 @@ def _recorded_wrongly(recorded: Certificate, again: Certificate) -> list[str]:
             found.append(f"size.{field}: recorded {one}, now {other}")
     if recorded.cost.ratio != again.cost.ratio:
         found.append(f"cost.ratio: recorded {recorded.cost.ratio}, now {again.cost.ratio}")
-    limit = recorded.max_quality_loss
-    verdict = "measured" if limit is None else "pass" if passes(recorded.quality, limit, recorded.judged_by) else "fail"
-    if recorded.verdict != verdict:
-        found.append(f"verdict: recorded {recorded.verdict}; by the recorded figures and limit it is {verdict}")
     return found
-
-
-def _documents(bundle: Checkpoint, recorded: Certificate, text: str | Path | None) -> tuple[list[Document], str]:
-    """The text to judge on, and where it came from."""
-    if text is not None:
-        return read_documents(Path(text)), str(text)
-    if not recorded.sealed.kept:
-        return sealed_again(recorded.sealed.source, recorded.inputs.sealed_sha256), recorded.sealed.source
-    path = bundle.path / SEALED_FILE
-    if not path.exists():
-        raise CheckpointError(f"{path}: is missing from the bundle; judge it on other text with --text FILE")
-    documents = read_documents(path)
-    if documents_sha256(documents) != recorded.inputs.sealed_sha256:
-        raise CheckpointError(f"{path}: is not the text that was certified (its hash differs)")
-    return documents, SEALED_FILE

@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from halve.api.versus.figures import usd_per_mtok
-from halve.core.certificate import WorkloadCost
+from halve.core.certificate import WorkloadCost, WorkloadReplay
 from halve.core.errors import ConfigError
 from halve.core.workload import ServiceLevel, Workload
 from halve.data.traces import read_trace
@@ -112,10 +112,11 @@ def replay(
     engine: EngineConfig,
     num_blocks: int,
     context: int,
-) -> Simulation:
-    """The workload at the highest pace that keeps its service level; all at once where it has none.
+) -> tuple[float, Simulation]:
+    """The highest pace at which a workload keeps its service level, and what comes of it.
 
-    Where not even requests that come alone keep the level, that is what is returned, with level_met false.
+    All at once, an infinite pace, where it has none. Where not even requests that come alone keep the level, that
+    is what is returned, with level_met false.
     """
 
     def at(pace: float) -> Simulation:
@@ -123,13 +124,13 @@ def replay(
 
     level = workload.service_level
     if level.ttft_s is None and level.time_per_token_s is None:
-        return at(math.inf)
+        return math.inf, at(math.inf)
     full = at(math.inf)
     if full.level_met:
-        return full
+        return math.inf, full
     alone = at(SINGLE)
     if not alone.level_met or workload.duration_s == 0:
-        return alone
+        return SINGLE, alone
     best, low = alone, SINGLE
     high = full.num_requests / full.duration_s * workload.duration_s / max(1, full.num_requests - 1)
     for _ in range(NUM_LOADS):
@@ -139,11 +140,15 @@ def replay(
             best, low = found, pace
         else:
             high = pace
-    return best
+    return low, best
 
 
 def workload_cost(
-    workload: Workload, smaller: Simulation, original: Simulation, usd_per_hour: Decimal | None
+    workload: Workload,
+    smaller: Simulation,
+    original: Simulation,
+    usd_per_hour: Decimal | None,
+    replayed: WorkloadReplay | None,
 ) -> WorkloadCost:
     """What both models make of a workload, as the certificate holds it."""
     return WorkloadCost(
@@ -159,4 +164,6 @@ def workload_cost(
         usd_per_hour=None if usd_per_hour is None else str(usd_per_hour),
         usd_per_mtok=usd_per_mtok(usd_per_hour, smaller.output_tok_s),
         original_usd_per_mtok=usd_per_mtok(usd_per_hour, original.output_tok_s),
+        basis="simulated" if replayed is None else "replayed",
+        replayed=replayed,
     )

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,7 +19,10 @@ from typing import IO, Any, Self
 
 from halve.core.errors import HalveError, OutputError
 
+log = logging.getLogger("halve")
+
 STATE_FILE = "state.json"
+EARLIER_STATE_FILE = "state.before.json"
 LOCK_FILE = "lock"
 BUNDLE_MARK = "halve/plan.json"
 
@@ -38,6 +42,7 @@ class Workspace:
         self.force, self.resume = force, resume
         self.resumed = False
         self.state: dict[str, Any] = {}
+        self.made_here: set[str] = set()  # directories that this process wrote or has checked
         self._lock: IO[str] | None = None
         self._made_parents: list[Path] = []
         refuse_existing(self.out, force=force)
@@ -49,8 +54,9 @@ class Workspace:
             self.path.mkdir(exist_ok=True)
             self._take_lock()
             state_file = self.path / STATE_FILE
-            if self.resume and state_file.exists():
-                self._take_up(json.loads(state_file.read_text()))
+            before = self._read_state() if self.resume and state_file.exists() else None
+            if before is not None:
+                self._take_up(before)
             else:
                 self._clear()
                 self.state = {"key": self.key}
@@ -88,6 +94,22 @@ class Workspace:
         if not file.exists() or not os.path.samestat(os.fstat(self._lock.fileno()), file.stat()):
             raise busy
 
+    def _read_state(self) -> dict[str, Any] | None:
+        """The newest state that can be read: the last one, else the one before it; None, and that is said, for none."""
+        for name in (STATE_FILE, EARLIER_STATE_FILE):
+            try:
+                state = json.loads((self.path / name).read_text(encoding="utf-8"))
+                if isinstance(state, dict) and isinstance(state.get("key"), dict):
+                    if name == EARLIER_STATE_FILE:
+                        log.warning("going on from the step before it: %s", self.path / name)
+                    return state
+                reason = "holds no state of a run"
+            except (OSError, ValueError) as error:
+                reason = f"can't be read ({error})"
+            log.warning("%s: %s", self.path / name, reason)
+        log.warning("%s: what was done can't be told any more; the run begins afresh", self.path)
+        return None
+
     def _take_up(self, state: dict[str, Any]) -> None:
         if state.get("key") != self.key:
             old = state.get("key", {})
@@ -108,7 +130,12 @@ class Workspace:
                 entry.unlink()
 
     def save_state(self) -> None:
-        """Write the state so that a kill at any moment leaves the old or the new one."""
+        """Write the state so that a kill at any moment leaves the old or the new one; the old one stays beside it.
+
+        Should a disk damage the new one, only the last step is lost.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(self.path / STATE_FILE, self.path / EARLIER_STATE_FILE)
         write_atomic(self.path / STATE_FILE, json.dumps(self.state, indent=1))
 
     def fresh_directory(self, name: str) -> Path:

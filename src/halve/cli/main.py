@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from halve import __version__
+from halve.cli import compare as cli_compare
 from halve.cli import margin as cli_margin
 from halve.cli import price as cli_price
 from halve.cli import prompts as cli_prompts
@@ -188,6 +189,10 @@ def verify(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="What `halve optimize` wrote.")],
     against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The original it was made from.")],
     text: Annotated[Path | None, typer.Option(help="Judge on this text instead of the bundle's sealed text.")] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Questions that the bundle does not keep. May be repeated."),
+    ] = None,
     device: DeviceOption = "cpu",
     json: Json = False,
 ) -> None:
@@ -199,7 +204,7 @@ def verify(
     from halve.cli.tables import show_verified
     from halve.core.record import to_dict
 
-    result = verb(bundle, against=against, text=text, device=device, progress=ShellProgress())
+    result = verb(bundle, against=against, text=text, tasks=tasks or (), device=device, progress=ShellProgress())
     if json:
         print_json(
             {
@@ -207,6 +212,7 @@ def verify(
                 "verdict": result.answer,
                 "recorded_verdict": result.recorded.verdict,
                 "differences": list(result.differences),
+                "not_compared": list(result.not_compared),
                 "text": result.text,
             }
         )
@@ -347,6 +353,7 @@ def demo(
                 "prompt": result.prompt,
                 "original": to_dict(result.original),
                 "smaller": to_dict(result.smaller),
+                "shape_cost": None if result.shape_cost is None else to_dict(result.shape_cost),
                 "bundle": str(result.optimized.path),
                 "report": str(result.optimized.report),
             }
@@ -458,7 +465,9 @@ def doctor(
         show_machine(facts)
 
 
+app.command()(cli_compare.compare)
 app.command()(cli_sparse.upcycle)
+app.command()(cli_sparse.sparsify)
 app.command()(cli_serve.serve)
 app.command()(cli_serve.usage)
 app.command()(cli_price.price)

@@ -31,3 +31,48 @@ def upcycle(
         f"{made.active_parameters:,} run for a token (the dense model has {made.dense_parameters:,})\n"
         "it computes what the dense model computes until it is trained on"
     )
+
+
+def sparsify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense model: a directory, or ORG/NAME.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the sparse model goes.")],
+    experts: Annotated[int, typer.Option(help="Equal slices of each feed-forward.")] = 8,
+    active: Annotated[int, typer.Option(help="Of those that are not shared, how many a token runs through.")] = 2,
+    shared: Annotated[int, typer.Option(help="Of the slices, how many every token runs through.")] = 0,
+    recover: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Distil from the dense model on this text afterwards.")
+    ] = None,
+    recover_steps: Annotated[int, typer.Option(help="Most steps of that.")] = 400,
+    recover_time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Most time that it may take, as 10m.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to cut and to judge on. Without it: a mixed text we ship.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which recovery reads.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, or a torch device.")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Cut a dense model's feed-forwards into experts without training, and say whether dense is better."""
+    from halve.api.sparsify import sparsify as verb
+    from halve.cli.sparse_tables import sparsified
+    from halve.core.record import to_dict
+
+    made = verb(
+        model,
+        out,
+        experts=experts,
+        active=active,
+        shared=shared,
+        recover_on=recover,
+        recover_steps=recover_steps,
+        recover_time=recover_time,
+        calibration=calibration,
+        seed=seed,
+        device=device,
+        progress=ShellProgress(),
+    )
+    if json:
+        print_json(to_dict(made))
+    else:
+        sparsified(made)

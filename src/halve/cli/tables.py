@@ -8,12 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from halve.cli.screen import console
-from halve.core.certificate import Certificate, Measured
+from halve.core.certificate import Certificate, Measured, WorkloadCost, WorkloadReplay
 from halve.core.units import format_bytes
 
 if TYPE_CHECKING:  # the verbs' modules load torch, which looking at a model does not need
     from halve.api.demo import Demonstrated
     from halve.api.describe import MachineFacts, ModelFacts, ProcessorFacts
+    from halve.api.shape_cost import ShapeCost
     from halve.api.verify import Verified
     from halve.kernels.ceilings import Ceilings
 
@@ -63,6 +64,10 @@ def show_certificate(certificate: Certificate) -> None:
     show_quality(certificate)
     if certificate.tasks:
         _show_tasks(certificate)
+    if certificate.canary is not None:
+        from halve.evaluate.canary import canary_words
+
+        typer.echo(canary_words(certificate.canary))
     _show_cost(certificate)
     limit = certificate.max_quality_loss
     against = "no limit was set" if limit is None else f"limit {limit:.3%}"
@@ -76,9 +81,15 @@ def _show_cost(certificate: Certificate) -> None:
         typer.echo("cost not priced: no workload was replayed; the bytes that one token reads stand for it")
         return
     table = Table()
-    table.add_column(f"workload {escape(cost.workload)}, simulated")
+    run = cost.replayed
+    how = "simulated" if run is None else f"{run.num_requests} requests, {run.num_rounds} rounds"
+    table.add_column(f"workload {escape(cost.workload)}, {how}")
     for column in ("original", "smaller", "smaller / original"):
         table.add_column(column, justify="right")
+    if run is not None:
+        _show_replay(table, cost, run)
+        console().print(table)
+        return
     before, after = cost.original_output_tok_s, cost.output_tok_s
     table.add_row("tokens/s of answers", _rounded(before), _rounded(after), f"{after / before:.2f}x")
     if cost.usd_per_mtok is not None and cost.original_usd_per_mtok is not None:
@@ -91,6 +102,23 @@ def _show_cost(certificate: Certificate) -> None:
     ):
         table.add_row(f"{words}, median and 99th percentile", "", f"{1e3 * low:.3g} ms, {1e3 * high:.3g} ms", "")
     console().print(table)
+
+
+def _show_replay(table: Table, cost: WorkloadCost, run: WorkloadReplay) -> None:
+    before, after = run.original_output_tok_s, run.output_tok_s
+    table.add_row("tokens/s of answers", rate(before), rate(after), f"{after.value / before.value:.2f}x")
+    table.add_row("seconds", "", "", escape(spread(run.ratio, ".2f")))
+    if run.usd_per_mtok is not None and run.original_usd_per_mtok is not None:
+        priced = (escape(spread(value, ".3g")) for value in (run.original_usd_per_mtok, run.usd_per_mtok))
+        table.add_row(f"$ a million of them, at ${escape(cost.usd_per_hour or '')} an hour", *priced, "")
+    for words, low, high in (
+        ("first token after", run.ttft_p50_s, run.ttft_p99_s),
+        ("time per token", run.time_per_token_p50_s, run.time_per_token_p99_s),
+    ):
+        table.add_row(f"{words}, median and 99th percentile", "", f"{1e3 * low:.3g} ms, {1e3 * high:.3g} ms", "")
+    table.add_row(
+        "foretold of the whole workload", _rounded(cost.original_output_tok_s), _rounded(cost.output_tok_s), ""
+    )
 
 
 def _show_tasks(certificate: Certificate) -> None:
@@ -130,6 +158,8 @@ def show_verified(result: "Verified") -> None:
     show_quality(result.certificate, result.text)
     for difference in result.differences:
         typer.echo(f"does not reproduce: {difference}")
+    for what in result.not_compared:
+        typer.echo(f"not compared: {what}")
     limit = result.recorded.max_quality_loss
     against = "no limit was set" if limit is None else f"limit {limit:.3%}"
     typer.echo(f"{result.answer} ({against}; text: {result.text})")
@@ -139,11 +169,28 @@ def show_demo(result: "Demonstrated") -> None:
     """Before and after, both answers, where to look next."""
     show_certificate(result.optimized.certificate)
     before, after = result.original.peak_memory_bytes, result.smaller.peak_memory_bytes
+    if result.shape_cost is not None:
+        _show_shape(result.shape_cost)
     typer.echo(f"memory of a process that answers: {format_bytes(before)} before, {format_bytes(after)} after")
     typer.echo(f"\nprompt    {result.prompt}")
     typer.echo(f"original  {result.original.text.lstrip()}")
     typer.echo(f"smaller   {result.smaller.text.lstrip()}")
     typer.echo(f"\nbundle  {result.optimized.path}\nreport  {result.optimized.report}")
+
+
+def _show_shape(found: "ShapeCost") -> None:
+    """What the plan would save in a model that is not all overhead."""
+    title = (
+        f"the same plan in {found.shape}'s shape: {found.layers_built} of {found.layers} layers timed, random weights"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("decode step", "bf16", "smaller", r"smaller / bf16 \[middle 80% of rounds]"):
+        table.add_column(column, justify="left" if column == "decode step" else "right")
+    for step in found.steps:
+        times = (f"{1e3 * s:.3g} ms, {_rounded(step.batch / s)} tokens/s" for s in (step.original_s, step.smaller_s))
+        name = f"{step.batch} sequence{'s' * (step.batch > 1)}, context {found.context}"
+        table.add_row(name, *times, escape(spread(step.ratio, ".2f")))
+    console().print(table)
 
 
 def show_model(facts: "ModelFacts") -> None:

@@ -2,6 +2,7 @@
 
 from halve.compress.apply import ModuleReport, apply_plan
 from halve.compress.calibrate import Energies, Hessians, Statistics, calibrate
+from halve.compress.distil import Recovery, recover
 from halve.compress.resolve import (
     ActivationChoice,
     Assignment,
@@ -12,6 +13,15 @@ from halve.compress.resolve import (
     rounded_format,
     uniform_plan,
 )
+from halve.compress.sparsify import (
+    LayerFacts,
+    sparsify_refusal,
+    split_layers,
+    split_of,
+    target_of,
+    trained_gains,
+    write_sparse,
+)
 from halve.compress.upcycle import upcycle, upcycle_refusal
 
 __all__ = [
@@ -21,14 +31,23 @@ __all__ = [
     "Energies",
     "Hessians",
     "KVChoice",
+    "LayerFacts",
     "ModuleReport",
+    "Recovery",
     "Statistics",
     "apply_plan",
     "calibrate",
     "grouped_plan",
+    "recover",
     "resolve",
     "rounded_format",
+    "sparsify_refusal",
+    "split_layers",
+    "split_of",
+    "target_of",
+    "trained_gains",
     "uniform_plan",
     "upcycle",
     "upcycle_refusal",
+    "write_sparse",
 ]

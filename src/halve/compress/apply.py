@@ -74,7 +74,7 @@ def apply_plan(
         specs[name] = (info.dtype, info.shape)
     config_json = _config_json(checkpoint.config, stored, plan)
     reports = []
-    _make_directory(directory / "halve")
+    make_directory(directory / "halve")
     with TensorWriter(directory, specs) as writer:
         for i, a in enumerate(assignments):
             weight, report = _convert(checkpoint, a, stored[a.module.name], energies, hessians)
@@ -172,7 +172,8 @@ def _config_json(raw: Mapping[str, Any], stored: Mapping[str, Format], plan: Pla
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
+    """Make a folder and those above it. Raises OutputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

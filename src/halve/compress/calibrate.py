@@ -108,7 +108,7 @@ def calibrate(
     original model itself makes NaN or infinity, DataError when there are no tokens. progress: layers done, in all.
     """
     ops = rough_ops(device) if num_parameters(config) >= ROUGH_PARAMETERS else TorchOps(device)
-    batches = [TokenBatch.whole(b) for b in _flat_batches(documents, window_tokens)]
+    batches = [TokenBatch.whole(b) for b in flat_batches(documents, window_tokens)]
     num_tokens = sum(batch.num_tokens for batch in batches)
     if num_tokens == 0:
         raise DataError("the calibration text holds no tokens; give documents that are not empty")
@@ -182,7 +182,7 @@ def _require_finite(streams: list[Buffer], where: str) -> None:
         raise CheckpointError(f"{where}: the original model computes NaN or infinity on the calibration text")
 
 
-def _flat_batches(documents: Sequence[Array], window_tokens: int) -> list[list[Array]]:
+def flat_batches(documents: Sequence[Array], window_tokens: int) -> list[list[Array]]:
     """Windows of documents, packed into batches of about BATCH_TOKENS tokens."""
     batches: list[list[Array]] = []
     room = 0

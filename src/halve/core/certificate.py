@@ -62,12 +62,39 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadReplay:
+    """A workload run for real by the bundle and by the original, in the same engine, in turns.
+
+    num_requests: of the workload, its first ones. output_tok_s: tokens of answers a second, prompts included, from the
+    first request to the last answer, at the pace that `WorkloadCost` found for each model; median, lowest and highest
+    round. ratio: of seconds, smaller over original, within a round. Times are in seconds, percentiles over requests,
+    medians over rounds; within_level: the share of requests that kept the service level. usd_per_mtok: of a million
+    tokens of answers; null without a price.
+    """
+
+    num_requests: int
+    num_rounds: int
+    output_tok_s: Measured
+    original_output_tok_s: Measured
+    ratio: Measured
+    ttft_p50_s: float
+    ttft_p99_s: float
+    time_per_token_p50_s: float
+    time_per_token_p99_s: float
+    within_level: float
+    level_met: bool
+    usd_per_mtok: Measured | None
+    original_usd_per_mtok: Measured | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkloadCost:
     """What a workload takes by the engine's own scheduler, over step times that were measured in parts on this device.
 
-    basis "simulated": no request was run. output_tok_s: tokens of answers a second, at the highest pace that keeps the
-    workload's service level (all requests at once where it has none). Times are in seconds, percentiles over requests.
-    level_met: whether the level is kept at all. usd_per_mtok: of a million tokens of answers; null without a price.
+    basis "simulated": no request was run; "replayed": `replayed` says what came of running it. output_tok_s: tokens of
+    answers a second, at the highest pace that keeps the workload's service level (all requests at once where it has
+    none). Times are in seconds, percentiles over requests. level_met: whether the level is kept at all. usd_per_mtok:
+    of a million tokens of answers; null without a price.
     """
 
     workload: str
@@ -82,7 +109,34 @@ class WorkloadCost:
     usd_per_hour: str | None
     usd_per_mtok: float | None
     original_usd_per_mtok: float | None
-    basis: Literal["simulated"] = "simulated"
+    basis: Literal["simulated", "replayed"] = "simulated"
+    replayed: WorkloadReplay | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflight:
+    """What a run was expected to need before it began, and what no plan can be faster than.
+
+    kernels: that will run the plans here. memory_bytes, disk_bytes: at most, beside what else runs; free_*: at the
+    start, null where the system does not say. seconds: a rough guess from the model's size, the text and how fast this
+    machine multiplies; a factor of two either way is common. floor_bytes: fewest bytes of weights that a token can read
+    in any format that was allowed; original_bytes: those of the original. floor_s: floor_bytes, less what the
+    processor's cache may hold, at the read speed read_gb_s that was measured just then; null where it was not.
+    floor_loss: below it no limit can be told from the rounding of float32. warnings: what may go wrong, in words.
+    """
+
+    kernels: str
+    memory_bytes: int
+    free_memory_bytes: int | None
+    disk_bytes: int
+    free_disk_bytes: int | None
+    seconds: float
+    floor_bytes: int
+    original_bytes: int
+    read_gb_s: float | None
+    floor_s: float | None
+    floor_loss: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,9 +238,10 @@ class TaskResult:
 class Canary:
     """What greedy answers tell that the likelihood of a text does not.
 
-    kind "task": `task` names the result above whose original beats chance. kind "divergence": both models continue the
-    beginnings of sealed documents; divergence is the token at which they first part (max_tokens where they never do),
-    its median with a bootstrap interval over prompts; p10 and p90 its quantiles; same: share of answers that never do.
+    kind "task": `task` names the result above where the original beats chance, and so does the smaller model; kind
+    "divergence": there is none. Both models continue the beginnings of sealed documents; divergence is the tokens after
+    which they first part (max_tokens where they never do), its median with a bootstrap interval over prompts; p10 and
+    p90 its quantiles; same: share of answers that never do.
     """
 
     kind: Literal["task", "divergence"]
@@ -233,6 +288,19 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """How scales and norms were tuned under codes that stay. first_kl, last_kl: nats per token of calibration text,
+    original against smaller with activations as they are, over the first and the last steps.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    first_kl: float
+    last_kl: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
     """verdict: `pass` or `fail` against max_quality_loss, `measured` when no limit was set.
 
@@ -262,4 +330,6 @@ class Certificate:
     rooflines: tuple[Roofline, ...] = ()
     workload_cost: WorkloadCost | None = None
     judged_by: JudgedBy = "both"
+    preflight: Preflight | None = None
+    tuning: Tuning | None = None  # of the scales, where the plan's were tuned
     version: int = 1

@@ -25,6 +25,7 @@ MIGRATIONS: dict[str, dict[int, Migration]] = {
     "weights": {},
     "activations": {},
     "kv_cache": {},
+    "experts": {},
     "speculation": {},
 }
 
@@ -78,6 +79,61 @@ class KVCache:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertGroup:
+    """Experts of one layer that become one, by their numbers in the original: their mean by `weights`, which sum to 1.
+
+    Raises PlanError.
+    """
+
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.members or len(self.members) != len(self.weights) or min(self.members) < 0:
+            raise PlanError(
+                f"experts: group {list(self.members)} with weights {list(self.weights)}; each needs its own"
+            )
+        if abs(sum(self.weights) - 1) > 1e-3 or min(self.weights) < 0:
+            raise PlanError(f"experts: weights {list(self.weights)} of {list(self.members)}: none below 0, sum 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerExperts:
+    """What becomes of the experts of one layer. groups: one for each that stays; who is in none is left out."""
+
+    layer: int
+    groups: tuple[ExpertGroup, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertPlan:
+    """Which experts of a sparse model stay, and how many of them a token runs through.
+
+    top_k: None for as many as in the original. layers: every sparse layer, all with as many groups, since a
+    config.json has one number of experts; empty where all experts stay. Raises PlanError.
+    """
+
+    top_k: int | None = None
+    layers: tuple[LayerExperts, ...] = ()
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise PlanError(f"experts.top_k: {self.top_k} must be at least 1")
+        if len({len(layer.groups) for layer in self.layers}) > 1 or any(not layer.groups for layer in self.layers):
+            raise PlanError("experts.layers: every sparse layer must keep the same number of experts, at least one")
+        for layer in self.layers:
+            members = [m for group in layer.groups for m in group.members]
+            if len(set(members)) < len(members):
+                raise PlanError(f"experts.layers: layer {layer.layer} names an expert twice")
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything becomes of the experts at all."""
+        return self.top_k is not None or bool(self.layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Speculation:
     """Where guesses of the next tokens come from; answers are the same with and without.
 
@@ -113,6 +169,7 @@ class Plan:
     weights: Weights = field(default_factory=lambda: Weights(rules=()))
     activations: Activations = field(default_factory=Activations)
     kv_cache: KVCache = field(default_factory=KVCache)
+    experts: ExpertPlan = field(default_factory=ExpertPlan)
     speculation: Speculation = field(default_factory=Speculation)
     version: int = 1
 
@@ -131,7 +188,7 @@ class Plan:
 
 # The version that this Halve writes, by section; "plan" is the outer object. It rises when what an older file says
 # would be read as something else; a new value of a field does not raise it: a Halve without it refuses it by name.
-VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 1, "speculation": 1}
+VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 1, "experts": 1, "speculation": 1}
 
 
 def migrate(

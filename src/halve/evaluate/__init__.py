@@ -10,7 +10,7 @@ from halve.evaluate.fidelity import (
     require_enough,
     windows,
 )
-from halve.evaluate.verdict import answer, differences, fails, passes
+from halve.evaluate.verdict import answer, differences, documents_needed, fails, passes
 
 __all__ = [
     "MINIMUM",
@@ -20,6 +20,7 @@ __all__ = [
     "answer",
     "compare",
     "differences",
+    "documents_needed",
     "fails",
     "passes",
     "quality",

@@ -24,7 +24,7 @@ from halve.evaluate.paired import (
     mcnemar_p,
     wilson,
 )
-from halve.evaluate.tasks import MAX_ANSWER_TOKENS, STOPS, Question, Task
+from halve.evaluate.tasks import MAX_ANSWER_TOKENS, STOPS, Kind, Question, Task
 
 ABOVE_CHANCE = 0.001  # p-value below which a model is said to beat a guess
 
@@ -150,7 +150,31 @@ def result_of(
     task: Task, original: Sequence[bool], smaller: Sequence[bool], *, margin: float | None, confidence: float = 0.95
 ) -> TaskResult:
     """The record of both models' answers to a task."""
-    pairs = Pairs.of(original, smaller)
+    return counted(task, Pairs.of(original, smaller), margin=margin, confidence=confidence)
+
+
+class Asking(Protocol):
+    """What a result takes over from its task."""
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+
+    @property
+    def kind(self) -> Kind:
+        """What is asked."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the questions."""
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of a guess."""
+
+
+def counted(task: Asking, pairs: Pairs, *, margin: float | None, confidence: float = 0.95) -> TaskResult:
+    """The record of a task whose answers were counted."""
     right, n = pairs.both + pairs.harmed, pairs.n
     bound = lower_bound(pairs)
     changed = (pairs.harmed + pairs.fixed) / n

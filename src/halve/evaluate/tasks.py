@@ -68,6 +68,7 @@ class Task:
     questions: tuple[Question, ...]
     sha256: str
     number: bool = False  # written answers are numbers
+    lines: tuple[str, ...] = ()  # of the file, as they were read
 
     @property
     def chance(self) -> float | None:
@@ -125,6 +126,7 @@ def read_task(path: Path | str) -> Task:
         questions=tuple(asking),
         sha256=_sha256([line for _, line in lines]),
         number=reader.number,
+        lines=tuple(line for _, line in lines),
     )
 
 

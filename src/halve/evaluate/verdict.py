@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
-from math import log1p
+from math import ceil, log1p
+from typing import Protocol
 
 from halve.core.certificate import Answer, JudgedBy, Measured, Quality
 from halve.core.plan import ActivationFormat
@@ -32,6 +33,34 @@ def fails(quality: Quality, limit: float, by: JudgedBy = "both") -> bool:
     """Whether all of an interval that counts is beyond `limit`; what neither passes nor fails is still open."""
     ppl, kl = quality.ppl_ratio.low > 1 + limit, quality.kl_mean.low > log1p(limit)
     return (ppl and by != "kl") or (kl and by != "ppl")
+
+
+class Losses(Protocol):
+    """What is said of a quality, a judged plan, or an opening of the sealed text."""
+
+    @property
+    def ppl_ratio(self) -> Measured:
+        """Perplexity of the smaller model over the original."""
+
+    @property
+    def kl_mean(self) -> Measured:
+        """Nats per token."""
+
+
+def documents_needed(found: Losses, limit: float, by: JudgedBy = "both") -> int | None:
+    """Documents like those measured with which these values would be within the limit, intervals and all.
+
+    Half of an interval narrows with the root of their number. None where a value itself is beyond the limit, so that no
+    text is enough.
+    """
+    needed = 0.0
+    for name, value, most in (("ppl", found.ppl_ratio, 1 + limit), ("kl", found.kl_mean, log1p(limit))):
+        if by not in ("both", name):
+            continue
+        if value.value >= most:
+            return None
+        needed = max(needed, value.n * ((value.high - value.value) / (most - value.value)) ** 2)
+    return ceil(needed)
 
 
 def answer(quality: Quality, limit: float | None) -> Answer:

@@ -146,6 +146,10 @@ FAMILIES: Mapping[str, Family] = {
         ignored=ROUTER_HARMLESS | {"for_llm_compression"},
         finish=families.llama4,
     ),
+    # Ours alone: a Llama with biases in its attention, cut into experts by `halve sparsify`.
+    "HalveMoeForCausalLM": Family(
+        keys=_QWEN_KEYS | {"shared_expert_intermediate_size"}, ignored=_QWEN_IGNORED, experts=_qwen
+    ),
 }
 ARCHITECTURES = tuple(FAMILIES)
 

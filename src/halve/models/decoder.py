@@ -108,9 +108,21 @@ class DecoderLayer:
 
     def __call__(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
         """[T, H] -> [T, H]."""
-        ops = self.ops
-        x = ops.add(x, self._attention(ops.rms_norm(x, self.norms[0], self.config.rms_norm_eps), batch, cache))
-        return ops.add(x, self._feed_forward(ops.rms_norm(x, self.norms[1], self.config.rms_norm_eps)))
+        x = self.attend(x, batch, cache)
+        return self.ops.add(x, self.feed_forward(x))
+
+    def attend(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
+        """The stream after attention, before the feed-forward: [T, H] -> [T, H]."""
+        normed = self.ops.rms_norm(x, self.norms[0], self.config.rms_norm_eps)
+        return self.ops.add(x, self._attention(normed, batch, cache))
+
+    def normed(self, x: Buffer) -> Buffer:
+        """The stream after attention as the feed-forward takes it."""
+        return self.ops.rms_norm(x, self.norms[1], self.config.rms_norm_eps)
+
+    def feed_forward(self, x: Buffer) -> Buffer:
+        """What the feed-forward adds to the stream after attention."""
+        return self._feed_forward(self.normed(x))
 
     def _attention(self, x: Buffer, batch: TokenBatch, cache: Any | None) -> Buffer:
         q, k, v = self._qkv(x, batch.positions) if self.latent is None else self._of_latents(x, batch.positions)
@@ -123,11 +135,11 @@ class DecoderLayer:
     def _qkv(self, x: Buffer, positions: Array) -> tuple[Buffer, Buffer, Buffer]:
         q, k, v = self.projections["qkv"](x)
         if self.qk_norms is not None and self.spec.qk_norm != "after":
-            q, k = (self._normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
+            q, k = (self._head_normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
         if self.spec.rope is not None:
             q, k = (self._rotated(one, positions, self.spec.rope) for one in (q, k))
         if self.qk_norms is not None and self.spec.qk_norm == "after":
-            q, k = (self._normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
+            q, k = (self._head_normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
         return q, k, v
 
     def _of_latents(self, x: Buffer, positions: Array) -> tuple[Buffer, Buffer, Buffer]:
@@ -155,7 +167,7 @@ class DecoderLayer:
         found: Array = (np.log1p(steps) * np.float32(scale) + 1) * np.float32(self.spec.query_scale)
         return found
 
-    def _normed(self, x: Buffer, gain: Buffer) -> Buffer:
+    def _head_normed(self, x: Buffer, gain: Buffer) -> Buffer:
         """Queries or keys [T, heads * D] normed, each head by itself or all of a token's together."""
         rows = x if self.spec.qk_norm == "row" else x.reshape(-1, self.config.head_dim)
         return self.ops.rms_norm(rows, gain, self.config.rms_norm_eps).reshape(x.shape)

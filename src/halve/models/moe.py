@@ -77,6 +77,7 @@ class Router:
         if experts.shared_size and experts.shared_gate:
             self.shared_gate = ops.linear(_floats(source.vector(shared_gate_name(layer), (1, config.hidden_size))))
         self.layer = layer
+        self.left_out: Array | None = None  # experts that no token goes to, as if they were not there
         self.counts = ExpertCounts(np.zeros(experts.num_experts, np.int64))
 
     def logits(self, x: Buffer) -> Array:
@@ -86,6 +87,9 @@ class Router:
             raise CheckpointError(
                 f"layer {self.layer}: the router's logits hold NaN; the layers before it, or its weights, are broken"
             )
+        if self.left_out is not None:
+            logits = logits.copy()
+            logits[:, self.left_out] = -np.inf
         return logits
 
     def __call__(self, x: Buffer) -> Routing:

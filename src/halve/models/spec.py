@@ -64,6 +64,11 @@ class Experts:
     shared_name: Literal["shared_expert", "shared_experts"] = "shared_expert"
     stacked: bool = False
 
+    @property
+    def removable(self) -> bool:
+        """Whether single experts can be left out or merged: no groups, biases or corrections go with them."""
+        return self.num_groups == 1 and not (self.bias or self.router_bias or self.correction)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latent:

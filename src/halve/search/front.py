@@ -74,8 +74,10 @@ class Move:
 
 
 def bytes_cost(part: Part, fmt: Format) -> float:
-    """Bytes that a decoded token reads at batch 1."""
+    """Bytes that a decoded token reads at batch 1, and STORED_SHARE of those that it does not."""
     size = sum(fmt.size_bytes(m.shape) for m in part.modules)
+    if part.read_share < 1:
+        return size * (part.read_share + STORED_SHARE * (1 - part.read_share))
     if part.group is None:  # a table is looked up: one row of it
         return sum(fmt.size_bytes((1, m.shape[1])) for m in part.modules) + STORED_SHARE * size
     return float(size)
@@ -146,6 +148,15 @@ def candidates(
             )
         )
     return found
+
+
+def undominated(found: Sequence[Candidate]) -> list[Candidate]:
+    """Those that nothing cheaper is expected to beat, cheapest first."""
+    kept: list[Candidate] = []
+    for candidate in sorted(found, key=lambda c: (c.cost or 0.0, c.predicted_kl or 0.0)):
+        if not kept or (candidate.predicted_kl or 0.0) < (kept[-1].predicted_kl or 0.0):
+            kept.append(candidate)
+    return kept
 
 
 def tables(parts: Sequence[Part], sensitivity: Sensitivity, cost_of: CostOf) -> tuple[list[Array], list[Array]]:

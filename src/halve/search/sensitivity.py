@@ -41,11 +41,20 @@ LEAST_KL = 1e-9  # nats: below it a float32 sum over a vocabulary says nothing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What is chosen at once: a fused group, or the embedding table of an untied model (group None)."""
+    """What is chosen at once: a fused group, or the embedding table of an untied model (group None).
+
+    read_share: of its weights that a token reads; of all experts of a layer those that it runs through.
+    """
 
     name: str
     group: FusedGroup | None
     modules: tuple[Module, ...]
+    read_share: float = 1.0
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it holds a sparse layer's experts."""
+        return self.modules[0].expert is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +87,19 @@ class Sensitivity:
 
 def parts_of(config: ModelConfig) -> list[Part]:
     """Everything that a plan chooses for, in the order it runs; the untied table first."""
-    found = [Part(name=g.name, group=g, modules=g.members) for g in groups(config)]
+    found = [Part(name=g.name, group=g, modules=g.members, read_share=_read_share(config, g)) for g in groups(config)]
     if not config.tied:
         table = Module(name=EMBEDDING, shape=(config.vocab_size, config.hidden_size))
         found.insert(0, Part(name="embedding", group=None, modules=(table,)))
     return found
+
+
+def _read_share(config: ModelConfig, group: FusedGroup) -> float:
+    if group.layer is None or group.members[0].expert is None:
+        return 1.0
+    experts = config.layers[group.layer].experts
+    assert experts is not None
+    return experts.top_k / experts.num_experts
 
 
 def options_of(
@@ -95,7 +112,8 @@ def options_of(
 ) -> list[Choice]:
     """What a part may be stored in: integer formats that divide its width and are allowed, and as it is.
 
-    method: of a format. A portable bundle keeps its tables in 16 bits.
+    method: of a format; experts, whose second moments are not measured, take clip where it says gptq. A portable bundle
+    keeps its tables in 16 bits.
     """
     stored = {source[m.name].name for m in part.modules}
     kept = [Choice(format=name, method=None) for name in stored if len(stored) == 1 and not FORMATS[name].scaled]
@@ -105,7 +123,10 @@ def options_of(
     formats = [
         f for f in FORMATS.values() if f.kind == "int" and allowed(f) and not any(f.refusal(width) for width in widths)
     ]
-    return [Choice(format=f.name, method=method(f)) for f in formats] + kept
+    methods = {f.name: method(f) for f in formats}
+    if part.of_experts:
+        methods = {name: "clip" if chosen == "gptq" else chosen for name, chosen in methods.items()}
+    return [Choice(format=f.name, method=methods[f.name]) for f in formats] + kept
 
 
 class Screen:
@@ -170,7 +191,9 @@ class Screen:
 
     def _predicted(self, part: Part, originals: Sequence[Array], stored: Sequence[Weight]) -> float:
         total = 0.0
-        if part.group is not None:
+        if part.group is not None and part.of_experts:
+            total += self._of_experts(part.group, originals, stored)
+        elif part.group is not None:
             assert self.statistics.energies is not None
             hessians = self.statistics.hessians
             total += self.fisher.of_product(
@@ -182,6 +205,22 @@ class Screen:
             )
         if part.modules[0].name == EMBEDDING:
             total += self.fisher.of_table(originals[0], stored[0])
+        return total
+
+    def _of_experts(self, group: FusedGroup, originals: Sequence[Array], stored: Sequence[Weight]) -> float:
+        """The sum over experts, each with its own inputs; one that no token came to costs nothing."""
+        assert self.statistics.energies is not None
+        total = 0.0
+        by_expert: dict[int, list[int]] = {}
+        for place, module in enumerate(group.members):
+            assert module.expert is not None
+            by_expert.setdefault(module.expert, []).append(place)
+        for expert, places in by_expert.items():
+            name = group.of_expert(expert).name
+            if name in self.fisher.outputs:
+                energy = self.statistics.energies.by_group[name]
+                old, new = [originals[i] for i in places], [stored[i] for i in places]
+                total += self.fisher.of_product(name, old, new, energy, None)
         return total
 
 

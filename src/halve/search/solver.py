@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from halve.core.errors import QualityError
+from halve.search.stdout import stdout_to_stderr
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -174,16 +175,17 @@ def _exact(
     one_each = coo_array((np.ones(len(columns)), (np.repeat(np.arange(len(groups)), sizes), columns)))
     scale = max(abs(limit), float(np.abs(losses).max()), 1e-300)
     unit = max(abs(cost), 1e-300)
-    result = milp(
-        costs / unit,
-        integrality=np.ones(len(columns), np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(losses[None] / scale, -np.inf, limit / scale),
-        ],
-        options={"time_limit": time_s, "mip_rel_gap": 0.0},
-    )
+    with stdout_to_stderr():
+        result = milp(
+            costs / unit,
+            integrality=np.ones(len(columns), np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(losses[None] / scale, -np.inf, limit / scale),
+            ],
+            options={"time_limit": time_s, "mip_rel_gap": 0.0},
+        )
     bound = max(bound, _proven(result, unit))
     if result.x is None:
         return list(chosen), bound

@@ -14,6 +14,7 @@ from halve.kernels.ops import Array, TokenBatch
 from halve.kernels.reference import TorchOps
 from halve.models import Decoder, WeightSource
 from halve.models.decoder import Projection
+from halve.models.moe import ExpertProjection
 from halve.models.names import EMBEDDING, FusedGroup
 
 KEEP_LOGITS = 1 << 26  # of the original, kept in float32: 256 MiB
@@ -82,7 +83,8 @@ class Swaps:
             assert group.layer is not None
             layer = decoder.layers[group.layer]
             before = layer.projections[group.kind]
-            layer.projections[group.kind] = Projection(group, self.swapped_ops, source)
+            kind = Projection if group.members[0].expert is None else ExpertProjection
+            layer.projections[group.kind] = kind(group, self.swapped_ops, source)
             try:
                 return self._run(self.streams[group.layer], group.layer, head)
             finally:

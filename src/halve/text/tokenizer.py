@@ -72,6 +72,17 @@ class Tokenizer:
         token_id = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
         return f"where token {token_id} is {theirs.get(token_id)!r}, not {ours.get(token_id)!r}"
 
+    def differs_from(self, tokens: Sequence[str]) -> str | None:
+        """The first token of ours that a list of tokens by id, as a GGUF file holds it, has otherwise; None for none.
+
+        Ids that only the list has (rows that pad the table) do not count.
+        """
+        for token_id, token in sorted((i, t) for t, i in self._backend.get_vocab(True).items()):
+            if token_id >= len(tokens) or tokens[token_id] != token:
+                other = repr(tokens[token_id]) if token_id < len(tokens) else "missing"
+                return f"where token {token_id} is {other}, not {token!r}"
+        return None
+
     @property
     def chat_template(self) -> str | None:
         """Source of the default chat template, None where the checkpoint has none."""

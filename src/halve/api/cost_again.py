@@ -1,0 +1,101 @@
+"""The cost on a workload that a certificate tells, found again: this device timed anew, the same requests replayed."""
+
+import shlex
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from halve import __version__
+from halve.api.model import cache_blocks
+from halve.api.progress import Progress
+from halve.api.replayed import Paced
+from halve.api.workloads import PRESETS, level_of, replay, workload_cost, workload_of
+from halve.checkpoint import Checkpoint
+from halve.core.certificate import Certificate, WorkloadCost, WorkloadReplay
+from halve.core.plan import Plan
+from halve.engine import EngineConfig, Simulation
+from halve.kernels import native, native_library
+from halve.models import ModelConfig, stored_formats
+from halve.models.names import groups
+from halve.search.device_table import PlannedTimes, device_table
+
+DEFAULT_WORKLOAD = "chat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostAgain:
+    """A workload as it is foretold now. simulations: of the original and the smaller model."""
+
+    paced: Paced
+    simulations: tuple[Simulation, Simulation]
+    usd_per_hour: Decimal | None
+
+    def cost(self, replayed: WorkloadReplay | None) -> WorkloadCost:
+        """As a certificate has it. replayed: what came of running it."""
+        original, smaller = self.simulations
+        return workload_cost(self.paced.workload, smaller, original, self.usd_per_hour, replayed)
+
+
+def cost_again(
+    recorded: Certificate,
+    checkpoints: tuple[Checkpoint, Checkpoint],
+    config: ModelConfig,
+    plan: Plan,
+    progress: Progress,
+) -> CostAgain | str:
+    """The workload's cost as it is foretold now, or why it is not. checkpoints: of the original and the smaller model.
+
+    Nothing of an earlier measurement is read.
+    """
+    cost = recorded.workload_cost
+    if cost is None:
+        return "nothing is recorded"
+    if reason := native_library.available():
+        return reason
+    word, level = _asked(recorded.inputs.command)
+    if word not in PRESETS and not Path(word).exists():
+        return f"there is no trace {word}"
+    workload = workload_of(word, config.context, level_of(level))
+    stored = [_formats(checkpoint, config) for checkpoint in checkpoints]
+    ops = native.NativeOps(activations=plan.activations.format)
+    rounded = config.with_kv_format(plan.kv_cache.format)
+    with progress.task("Timing every product", "products") as advance:
+        table = device_table(
+            config,
+            ops,
+            {name for formats in stored for name in formats.values()},
+            kv_format=plan.kv_cache.format,
+            folder=None,
+            version=__version__,
+            progress=advance,
+        )
+
+    def replayed(formats: dict[str, str]) -> tuple[float, Simulation]:
+        engine = EngineConfig()
+        seconds = PlannedTimes(table, formats).of_step
+        blocks = cache_blocks(rounded, engine, None)
+        return replay(workload, seconds, engine=engine, num_blocks=blocks, context=config.context)
+
+    original, smaller = map(replayed, stored)
+    return CostAgain(
+        paced=Paced(
+            workload=workload,
+            paces=(original[0], smaller[0]),
+            foretold_s=(original[1].duration_s, smaller[1].duration_s),
+        ),
+        simulations=(original[1], smaller[1]),
+        usd_per_hour=None if recorded.inputs.price is None else Decimal(recorded.inputs.price),
+    )
+
+
+def _formats(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
+    """The stored format of each fused group."""
+    stored = stored_formats(checkpoint, config)
+    return {group.name: stored[group.members[0].name].name for group in groups(config)}
+
+
+def _asked(command: str) -> tuple[str, str | None]:
+    """The workload and the service level of the command that made a bundle."""
+    words = shlex.split(command)
+    given = {flag: words[words.index(flag) + 1] for flag in ("--workload", "--slo") if flag in words[:-1]}
+    return given.get("--workload", DEFAULT_WORKLOAD), given.get("--slo")

@@ -1,0 +1,77 @@
+"""`optimize` on a sparse model: formats of its own for each group, changes of experts that are measured first."""
+
+import json
+import logging
+
+import pytest
+import torch
+import transformers
+
+import halve
+from halve.checkpoint import open_checkpoint
+from halve.models import load_config
+from tests.api.tiny import BOS, EOS, VOCABULARY, tokenizer
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sparse")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=128,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    tokenizer().save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOS}))
+    return path
+
+
+def moves(path):
+    front = json.loads((path / "halve" / "front.json").read_text())
+    return {move["rejected"]: move for move in front["rejected_moves"] if move["part"] == "experts"}, front
+
+
+def test_pruning_is_refused_with_its_figure_when_fidelity_falls(sparse, text, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "halve"):
+        made = halve.optimize(sparse, tmp_path / "out", max_quality_loss="2%", calibration=text, method="clip")
+    refused, front = moves(made.path)
+    pruned = refused["1 of 4 experts left out"]
+    assert pruned["loss"] > 0.0198
+    assert "refused: beyond the limit of 0.0198" in pruned["why"]
+    assert pruned["why"] in caplog.text
+    assert "2 of 4 experts left out" not in refused  # a kind that was refused goes no further
+    assert made.certificate.quality.kl_mean.high <= 0.0198
+    assert load_config(open_checkpoint(made.path)).layers[0].experts.num_experts == 4
+    # Groups have formats of their own, all experts of a layer one.
+    chosen = next(point for point in front["points"] if point["chosen"])
+    assert len(chosen["layers"]) > 1
+    with open_checkpoint(made.path) as bundle:
+        stored = {bundle.layout.format_of(f"model.layers.0.block_sparse_moe.experts.{e}.w1").name for e in range(4)}
+    assert len(stored) == 1
+
+
+def test_fewer_experts_a_token_are_taken_where_the_limit_allows_and_hold_on_sealed_text(sparse, text, tmp_path):
+    made = halve.optimize(sparse, tmp_path / "out", max_quality_loss="30%", calibration=text, method="clip")
+    plan = json.loads((made.path / "halve" / "plan.json").read_text())
+    experts = load_config(open_checkpoint(made.path)).layers[0].experts
+    assert (experts.top_k, experts.num_experts) == (1, 4)
+    assert plan["experts"]["top_k"] == 1
+    assert made.certificate.verdict == "pass"
+    assert made.certificate.quality.kl_mean.high <= 0.263
+    assert "saves less for its loss" in next(iter(moves(made.path)[0].values()))["why"]
+
+
+def test_a_service_level_is_refused_before_any_work(sparse, text, tmp_path):
+    with pytest.raises(halve.core.errors.ConfigError, match="ranked by bytes"):
+        halve.optimize(sparse, tmp_path / "out", max_quality_loss="2%", slo="ttft=1s", calibration=text, method="clip")

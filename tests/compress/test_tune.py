@@ -1,0 +1,94 @@
+"""Scales and norms that learn under codes that stay."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from halve.checkpoint import open_checkpoint
+from halve.compress import apply_plan
+from halve.compress.tune import tune, write_tuned
+from halve.core.errors import DataError
+from halve.core.plan import Plan
+from halve.formats import FORMATS
+from halve.kernels.reference import TorchOps
+from halve.models import load_config, load_decoder, stored_formats
+from halve.models.embedded import embedded_model_path
+from halve.models.names import modules
+from halve.search import plan_for
+
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """The embedded model in int3-g64, and the original beside it."""
+    original = open_checkpoint(embedded_model_path())
+    config = load_config(original).with_kv_format("fp32")
+    folder = tmp_path_factory.mktemp("rounded") / "model"
+    plan = plan_for(config, FORMATS["int3-g64"], "rtn", portable=False, source=stored_formats(original, config))
+    apply_plan(original, config, plan, folder)
+    yield original, config, folder
+    original.close()
+
+
+def decoder(folder, *, widened=False):
+    checkpoint = open_checkpoint(folder)
+    config = load_config(checkpoint).with_kv_format("fp32")
+    return checkpoint, load_decoder(checkpoint, config, TorchOps("cpu", widened=widened))
+
+
+def documents(config, n=6):
+    return list(np.random.default_rng(0).integers(0, config.vocab_size, (n, 2 * WINDOW)).astype(np.int32))
+
+
+def test_the_loss_falls_and_codes_stay(rounded, tmp_path):
+    _, config, folder = rounded
+    torch.manual_seed(0)
+    _, teacher = decoder(embedded_model_path(), widened=True)
+    bundle, student = decoder(folder)
+    text = documents(config)
+    found = tune(teacher, student, text, window_tokens=WINDOW, steps=24, seconds=600.0)
+    assert found.record.steps == 24
+    assert found.record.last_kl < 0.9 * found.record.first_kl
+    plan = Plan.from_json((Path(folder) / "halve/plan.json").read_text())
+    out = tmp_path / "tuned"
+    write_tuned(bundle, config, plan, found, out)
+    with open_checkpoint(out) as tuned:
+        assert tuned.weight_bytes == bundle.weight_bytes
+        changed = 0
+        for module in modules(config):
+            before, after = (c.read_weight(module.name, module.shape) for c in (bundle, tuned))
+            assert before.format == after.format
+            assert (before.codes == after.codes).all()
+            changed += bool((before.scale != after.scale).any())
+            assert (np.sign(np.float32(before.scale)) == np.sign(np.float32(after.scale))).all()
+        assert changed > len(list(modules(config))) / 2
+        name = "model.layers.0.input_layernorm.weight"
+        assert (bundle.reader.read(name) != tuned.reader.read(name)).any()
+    bundle.close()
+
+
+def test_the_same_seed_gives_the_same_scales_and_time_ends_it(rounded):
+    _, config, folder = rounded
+    _, teacher = decoder(embedded_model_path(), widened=True)
+    text = documents(config, 3)
+    found = []
+    for _ in range(2):
+        _, student = decoder(folder)
+        found.append(tune(teacher, student, text, window_tokens=WINDOW, steps=2, seconds=600.0))
+    for name, scale in found[0].scales.items():
+        np.testing.assert_allclose(scale, found[1].scales[name], rtol=1e-5)
+    ticks = iter(range(1000))
+    _, student = decoder(folder)
+    cut = tune(teacher, student, text, window_tokens=WINDOW, steps=99, seconds=1.0, clock=lambda: float(next(ticks)))
+    assert cut.record.steps == 1
+
+
+def test_without_text_there_is_nothing_to_learn(rounded):
+    _, _, folder = rounded
+    _, teacher = decoder(embedded_model_path(), widened=True)
+    _, student = decoder(folder)
+    with pytest.raises(DataError, match="holds no tokens"):
+        tune(teacher, student, [], window_tokens=WINDOW, steps=1, seconds=1.0)
