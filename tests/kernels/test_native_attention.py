@@ -65,6 +65,7 @@ def exact_attention(q, k, v, spec, sinks=None):
     for t in range(len(q)):
         own = first + t
         start = 0 if spec.window is None else max(0, own - spec.window + 1)
+        start = start if spec.chunk is None else max(start, own // spec.chunk * spec.chunk)
         for h in range(spec.num_heads):
             keys, values = k[start : own + 1, h // group], v[start : own + 1, h // group]
             scores = keys @ q[t, h] / np.sqrt(dim)
@@ -98,9 +99,12 @@ SPECS = [
     AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=1024, window=70),
     AttentionSpec(num_heads=7, num_kv_heads=1, head_dim=256, kv_format="int8"),
     AttentionSpec(num_heads=70, num_kv_heads=1, head_dim=32, kv_format="fp32", window=66),
+    AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=80, chunk=37),
+    AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, kv_format="int8", chunk=16),
+    AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=20, kv_format="fp32", chunk=1),
 ]
 every_spec = pytest.mark.parametrize(
-    "spec", SPECS, ids=lambda s: f"H{s.num_heads}-G{s.num_kv_heads}-D{s.head_dim}-w{s.window}-{s.kv_format}"
+    "spec", SPECS, ids=lambda s: f"H{s.num_heads}-G{s.num_kv_heads}-D{s.head_dim}-w{s.window}-c{s.chunk}-{s.kv_format}"
 )
 
 
@@ -125,11 +129,12 @@ def test_attention_over_whole_sequences_stays_within_the_derived_bound(isa, spec
     dim=st.one_of(st.integers(1, 70), st.sampled_from([16, 32, 48, 96, 112, 128, 144, 240, 256])),
     tokens=st.integers(1, 150),
     window=st.one_of(st.none(), st.integers(1, 160)),
+    chunk=st.one_of(st.none(), st.integers(1, 160)),
     seed=st.integers(0, 1000),
 )
-def test_attention_of_any_shape_stays_within_the_bound(kv_format, heads, kv_heads, dim, tokens, window, seed):
+def test_attention_of_any_shape_stays_within_the_bound(kv_format, heads, kv_heads, dim, tokens, window, chunk, seed):
     spec = AttentionSpec(
-        num_heads=heads * kv_heads, num_kv_heads=kv_heads, head_dim=dim, window=window, kv_format=kv_format
+        num_heads=heads * kv_heads, num_kv_heads=kv_heads, head_dim=dim, window=window, chunk=chunk, kv_format=kv_format
     )
     q, k, v = qkv(tokens, spec, seed)
     for isa in RUNNABLE:

@@ -285,7 +285,8 @@ def test_both_spellings_of_rope_may_stand_side_by_side_when_they_agree():
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "type 'yarn' can't be run; known types are default, linear, llama3"),
+        ({"rope_type": "dynamic"}, "type 'dynamic' can't be run; known types are default, linear, llama3, yarn"),
+        ({"rope_type": "yarn", "factor": 4.0}, r"of type 'yarn' misses \['original_max_position_embeddings'\]"),
         ({"rope_type": None}, "type None can't be run"),
         ({"type": ["linear"]}, r"type \['linear'\] can't be run"),
         ({"rope_type": "linear", "type": "default"}, "has rope_type 'linear' and type 'default'; keep one of them"),

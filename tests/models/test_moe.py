@@ -31,6 +31,21 @@ BASE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+LATENT = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 FAMILIES = {
     "mixtral": (
         transformers.MixtralForCausalLM,
@@ -66,6 +81,59 @@ FAMILIES = {
         transformers.OlmoeConfig,
         {"intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": None},
     ),
+    "gpt_oss": (
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig,
+        {
+            "head_dim": 16,
+            "intermediate_size": 32,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 4,
+            "sliding_window": 5,
+            "rope_parameters": {**YARN, "truncate": False, "rope_theta": 150000.0},
+            "swiglu_limit": 1.5,  # so low that it matters
+        },
+    ),
+    "deepseek_v2": (
+        transformers.DeepseekV2ForCausalLM,
+        transformers.DeepseekV2Config,
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3ForCausalLM,
+        transformers.DeepseekV3Config,
+        {
+            **LATENT,
+            "q_lora_rank": 32,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "llama4": (
+        transformers.Llama4ForCausalLM,
+        transformers.Llama4TextConfig,
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 7,
+            "floor_scale": 4,
+            "attn_scale": 0.3,
+        },
+    ),
 }
 IDS = np.random.default_rng(0).integers(3, 96, 23).astype(np.int32)
 
@@ -74,13 +142,16 @@ def sparse_model(family, seed=0, **more):
     """A random model whose router has clear wishes."""
     torch.manual_seed(seed)
     kind, config, sizes = FAMILIES[family]
-    model = kind(config(**BASE, **sizes, **more)).eval()
+    model = kind(config(**{**BASE, **sizes, **more})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "layernorm.weight")):
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     return model
 
 
@@ -110,18 +181,19 @@ def test_logits_are_those_of_transformers(saved, ops):
 
 def test_the_experts_are_those_of_transformers(saved):
     model, path = saved
-    chosen = {}
+    chosen, name = {}, type(model).__name__
 
     def look(index):
         def hook(module, arguments, outputs):
-            chosen[index] = outputs[-1].numpy()
+            # The last of what a router gives are its choices; Llama 4's tells the logits there, and chooses one.
+            chosen[index] = outputs[-1].argmax(-1, keepdim=True).numpy() if "Llama4" in name else outputs[-1].numpy()
 
         return hook
 
     for index, layer in enumerate(model.model.layers):
-        block = getattr(layer, "block_sparse_moe", getattr(layer, "mlp", None))
-        if hasattr(block, "gate") and hasattr(block, "experts"):
-            block.gate.register_forward_hook(look(index))
+        block = next(getattr(layer, n) for n in ("block_sparse_moe", "mlp", "feed_forward") if hasattr(layer, n))
+        if hasattr(block, "experts"):
+            getattr(block, "gate", getattr(block, "router", None)).register_forward_hook(look(index))
     with torch.no_grad():
         model(torch.from_numpy(IDS.astype(np.int64))[None])
     decoder = loaded(path, TorchOps("cpu"))
@@ -130,9 +202,9 @@ def test_the_experts_are_those_of_transformers(saved):
         if layer.router is not None:
             original = layer.router.logits
 
-            def logits(x, index=index, original=original, experts=layer.router.experts):
+            def logits(x, index=index, original=original, router=layer.router):
                 found = original(x)
-                routing = route(found, experts)
+                routing = route(found, experts := router.experts, router.correction)
                 numbers = np.repeat(np.arange(experts.num_experts), np.diff(routing.offsets))
                 pairs = sorted(zip(routing.rows.tolist(), numbers.tolist(), strict=True))
                 routings[index] = np.array([e for _, e in pairs]).reshape(len(found), experts.top_k)
@@ -167,12 +239,13 @@ def test_parameters_are_counted_active_and_in_all(saved):
     model, path = saved
     with open_checkpoint(path) as checkpoint:
         config = load_config(checkpoint)
-    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
-    idle = sum(
-        (layer.experts.num_experts - layer.experts.top_k) * 3 * layer.experts.intermediate_size * config.hidden_size
-        for layer in config.layers
-        if layer.experts
-    )
+    corrections = sum(b.numel() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters()) + corrections
+    idle = 0
+    for experts in (layer.experts for layer in config.layers if layer.experts):
+        width, hidden = experts.intermediate_size, config.hidden_size
+        biases = 2 * width + hidden if experts.bias else 0
+        idle += (experts.num_experts - experts.top_k) * (3 * width * hidden + biases)
     assert num_active_parameters(config) == num_parameters(config) - idle
 
 
@@ -189,7 +262,7 @@ def test_routing_by_hand():
 
 def raw(family="mixtral", **changes):
     kind, config, sizes = FAMILIES[family]
-    found = json.loads(config(**BASE, **sizes, architectures=[kind.__name__]).to_json_string())
+    found = json.loads(config(**{**BASE, **sizes}, architectures=[kind.__name__]).to_json_string())
     return {**found, **changes}
 
 

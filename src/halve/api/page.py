@@ -14,6 +14,8 @@ from halve.search import Judged, in_words
 TOLD_MOVES = 8  # that were rejected; all of them are in halve/front.json
 KIND_WORDS = {
     "qkv": "attention q/k/v",
+    "q_b": "attention queries of their latent",
+    "kv_b": "attention keys/values of their latent",
     "o": "attention out",
     "gate_up": "feed-forward gate/up",
     "down": "feed-forward down",

@@ -115,8 +115,8 @@ def run(job: Job) -> Outcome:
     """
     started = time.monotonic()
     level = job.purpose.workload.service_level
-    if job.config.sparse and job.named is None and (level.ttft_s is not None or level.time_per_token_s is not None):
-        raise ConfigError("slo: plans of a sparse model are ranked by bytes, not by times; leave it out")
+    if not job.config.plain and job.named is None and (level.ttft_s is not None or level.time_per_token_s is not None):
+        raise ConfigError("slo: plans of a model of this kind are ranked by bytes, not by times; leave it out")
     original = original_scorer(job.checkpoint, job.config, job.device)
     plans: Plans | None = None
     ranked: tuple[Candidate, ...]
@@ -396,7 +396,7 @@ def _tuned(
 
     None where none is expected to, where the time is over, or at Ctrl-C.
     """
-    if not job.searched or job.config.sparse or job.question.large:
+    if not job.searched or not job.config.plain or job.question.large:
         return None
     assert job.limit is not None
     own = next((j for j in judged if label(j) == label(ranked[first])), None)

@@ -208,8 +208,8 @@ def _within_level(plans: Plans) -> Plans:
 
 def _table(question: Question, studied: Studied, workspace: Path, progress: Progress) -> DeviceTable | None:
     """Times of every option on this device; None where our C++ does not run the plans."""
-    if question.config.sparse:
-        log.info("a sparse model's plans are ranked by the bytes that a token reads: steps of experts are not timed")
+    if not question.config.plain:
+        log.info("plans are ranked by the bytes that a token reads: steps of this kind of model are not timed")
         return None
     if question.device != "cpu":
         log.info("step times are measured on the CPU only: plans are ranked by the bytes that a token reads")

@@ -13,6 +13,7 @@ from halve.checkpoint.compressed_tensors import check_finite, read_weight
 from halve.checkpoint.files import exists, read_bytes, read_object
 from halve.checkpoint.quantization_config import Layout
 from halve.checkpoint.safetensors import Progress, TensorReader
+from halve.checkpoint.stacked import ALTERNATING, StackedReader, mxfp4_layout
 from halve.core.errors import CheckpointError
 from halve.formats import Weight
 from halve.formats.base import widen
@@ -122,7 +123,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not exists(directory / CONFIG):
         raise CheckpointError(f"{directory}: no {CONFIG}; give the directory of a Hugging Face model")
     config = read_object(directory / CONFIG)
-    layout = Layout.from_config(config.get("quantization_config"))
+    names, quantization = config.get("architectures"), config.get("quantization_config")
+    family = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
+        layout = mxfp4_layout(quantization, family)
+    else:
+        layout = Layout.from_config(quantization)
+    if family is not None and family in ALTERNATING:
+        return Checkpoint(directory, config, StackedReader(directory, alternating=ALTERNATING[family]), layout)
     return Checkpoint(directory, config, TensorReader(directory), layout)
 
 

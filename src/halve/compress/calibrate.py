@@ -140,7 +140,7 @@ def calibrate(
         streams = [ops.embed(table, batch.token_ids) for batch in batches]
         del table  # as large as several layers
         source.forget()
-        rope = RopeTable(config.head_dim)
+        rope = RopeTable(config.rotary_dim)
         for index in range(config.num_layers):
             layer = DecoderLayer(config, index, ops, source, rope)
             for projection in layer.projections.values():

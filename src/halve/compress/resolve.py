@@ -78,6 +78,11 @@ def _check_activations(plan: Plan, assignments: list[Assignment]) -> None:
 
 
 def _check_portable(plan: Plan, assignments: list[Assignment], config: ModelConfig) -> None:
+    if any(layer.experts is not None and layer.experts.stacked for layer in config.layers):
+        raise PlanError(
+            f"portable: other engines read the experts of a {config.architecture} stacked in one tensor; leave out "
+            "--portable"
+        )
     formats: dict[str, dict[str, str]] = {}
     for a in assignments:
         name = a.format.name if a.format else "as it is"

@@ -22,7 +22,7 @@ from halve.models.config import ModelConfig, read_config
 from halve.models.decoder import WeightSource
 from halve.models.names import layer_of, modules, router_name, vectors
 
-COUNTS = ("num_local_experts", "num_experts")  # keys of config.json
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # keys of config.json
 
 
 def shrunk_config(config: ModelConfig, plan: ExpertPlan) -> ModelConfig:
@@ -38,6 +38,11 @@ def shrunk_config(config: ModelConfig, plan: ExpertPlan) -> ModelConfig:
             layers.append(layer)
             continue
         kept = groups.get(i)
+        if kept and not experts.removable:
+            raise PlanError(
+                f"experts.layers: layer {i} of a {config.architecture} has biases or groups of experts, which are kept "
+                "whole; change top_k alone"
+            )
         most = max((m for group in kept for m in group.members), default=0) if kept else 0
         if most >= experts.num_experts:
             raise PlanError(f"experts.layers: layer {i} has no expert {most}; it has {experts.num_experts}")

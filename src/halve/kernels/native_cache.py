@@ -70,6 +70,7 @@ class AttentionRecord(ctypes.Structure):
         ("out_stride", ctypes.c_int64),
         ("num_heads", ctypes.c_int64),
         ("window", ctypes.c_int64),
+        ("chunk", ctypes.c_int64),
         ("scratch", ctypes.c_void_p),
     )
 
@@ -138,6 +139,7 @@ def attention_record(
         out_stride=out.shape[1],
         num_heads=spec.num_heads,
         window=spec.window or 0,
+        chunk=spec.chunk or 0,
     )
 
 

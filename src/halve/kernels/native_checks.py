@@ -19,6 +19,8 @@ def check_attention(spec: AttentionSpec) -> None:
         raise KernelError(f"attention: head_dim {spec.head_dim} is not between 1 and {MAX_HEAD_DIM}")
     if spec.window is not None and spec.window < 1:
         raise KernelError(f"attention: window {spec.window} must be 1 or more, or None to see everything before")
+    if spec.chunk is not None and spec.chunk < 1:
+        raise KernelError(f"attention: chunk {spec.chunk} must be 1 or more, or None for no chunks")
     if spec.kv_format not in KV_FORMATS:
         raise KernelError(
             f"attention: kv_format {spec.kv_format!r} is not one of {list(KV_FORMATS)}, which our C++ keeps"

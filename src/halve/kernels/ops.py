@@ -65,7 +65,8 @@ class TokenBatch:
 class AttentionSpec:
     """What one layer's attention computes. Source: arXiv:1706.03762; grouped queries arXiv:2305.13245.
 
-    window: a token sees itself and the `window - 1` before it; None sees all before it.
+    window: a token sees itself and the `window - 1` before it; None sees all before it. chunk: positions fall into
+    chunks of that many from 0 on, and a token sees those of its own chunk only; None for no chunks.
     kv_format: keys and values are rounded to it before they are read, cached or not (`reference.ROUND_KV`). int8 has a
     scale for each token and head.
     """
@@ -74,6 +75,7 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+    chunk: int | None = None
     kv_format: str = "bf16"
 
 

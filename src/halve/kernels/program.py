@@ -190,6 +190,7 @@ class Program:
             out_stride=out_stride,
             num_heads=spec.num_heads,
             window=spec.window or 0,
+            chunk=spec.chunk or 0,
             **_addresses(rotation),
         )
         self._add(_ATTENTION, record, keep=(q, out, cache, rotation, sinks))

@@ -317,7 +317,7 @@ def _attend(q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, spec: AttentionSpec, si
     v_HMD = v_MGD.transpose(0, 1).repeat_interleave(repeat, dim=0)
     q_HND = q_NHD.transpose(0, 1)
     n, m = q_HND.shape[1], k_HMD.shape[1]
-    if sinks is None and spec.window is None and n == m:
+    if sinks is None and spec.window is None and spec.chunk is None and n == m:
         fused = F.scaled_dot_product_attention(q_HND[None], k_HMD[None], v_HMD[None], is_causal=True)
         return fused[0].transpose(0, 1)
     parts = []
@@ -327,6 +327,8 @@ def _attend(q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, spec: AttentionSpec, si
         seen = key_position[None, :] <= own[:, None]
         if spec.window is not None:
             seen &= key_position[None, :] > own[:, None] - spec.window
+        if spec.chunk is not None:
+            seen &= key_position[None, :] >= (own[:, None] // spec.chunk) * spec.chunk
         scores = q_HND[:, start : start + QUERY_CHUNK] @ k_HMD.transpose(1, 2) / math.sqrt(spec.head_dim)
         scores = scores.masked_fill(~seen, -math.inf)
         if sinks is not None:

@@ -3,14 +3,19 @@
 A key that this reader does not know is an error that names it, since a newer model run by an older formula gives
 wrong text without a sign. Sources: arXiv:2307.09288 (Llama 2), arXiv:2407.21783 (Llama 3), arXiv:2401.04088 (Mixtral),
 arXiv:2407.10671 (Qwen2), arXiv:2505.09388 (Qwen3), arXiv:2409.02060 (OLMoE), and transformers' configurations of them.
+Families that compute more are in `families.py`.
 """
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from halve.core.errors import ConfigError
+from halve.models import families
+from halve.models.fields import count, flag, number, read_rope, routed
+from halve.models.spec import Experts, Latent, LayerSpec, ModelConfig, Rope
+
+__all__ = ["ARCHITECTURES", "Experts", "Latent", "LayerSpec", "ModelConfig", "Rope", "read_config"]
 
 # Keys that describe training, generation, files or bookkeeping, and change nothing in a forward pass.
 HARMLESS_KEYS = frozenset(
@@ -50,103 +55,6 @@ READ_KEYS = frozenset(
     attention_bias mlp_bias
     """.split()
 )
-ROPE_KEYS: Mapping[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rope:
-    """Rotary positions. Sources: arXiv:2104.09864; linear: arXiv:2306.15595; llama3: arXiv:2407.21783."""
-
-    theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Experts:
-    """A sparse feed-forward: each token runs through `top_k` of `num_experts`, gated units of `intermediate_size`.
-
-    Weights of a token's experts are the softmax over all experts' logits at the largest top_k of them, divided by their
-    sum where `renormalize` says so. shared_size: inner width of an expert that every token runs through, 0 for none;
-    its output is multiplied by the sigmoid of a logit of its own. names: how the checkpoint calls the parts,
-    `names.EXPERT_NAMES`.
-    """
-
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    renormalize: bool
-    shared_size: int = 0
-    names: Literal["mlp", "block_sparse_moe"] = "mlp"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerSpec:
-    """What one layer computes; a family differs from another in these values, not in code.
-
-    window: sliding-window attention over that many tokens, None for full. rope None: no positions in this layer.
-    sinks: one more softmax logit a head. experts None: a dense feed-forward. qk_norm: an RMS norm of queries and of
-    keys before positions, of each head or of all heads of a token together; None for none.
-    """
-
-    window: int | None = None
-    rope: Rope | None = None
-    sinks: bool = False
-    experts: Experts | None = None
-    qk_norm: Literal["head", "row"] | None = None
-    kv_format: str = "bf16"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """A decoder: sizes, and one LayerSpec a layer.
-
-    attention_bias: of queries, keys and values; output_bias: of what attention gives, None for the same.
-    intermediate_size: of dense feed-forwards.
-    """
-
-    architecture: str
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    context: int  # tokens; the most positions the model was made for
-    rms_norm_eps: float
-    tied: bool  # the embedding table is also the lm_head
-    attention_bias: bool
-    mlp_bias: bool
-    layers: tuple[LayerSpec, ...]
-    output_bias: bool | None = None
-    version: int = 1
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the decoder."""
-        return len(self.layers)
-
-    @property
-    def sparse(self) -> bool:
-        """Whether any layer sends its tokens to experts."""
-        return any(layer.experts is not None for layer in self.layers)
-
-    @property
-    def kv_cache_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token in all layers; int8 has scales of 2 bytes."""
-        widths = {"fp32": 4 * self.head_dim, "bf16": 2 * self.head_dim, "int8": self.head_dim + 2, "fp8": self.head_dim}
-        return sum(2 * self.num_kv_heads * widths[layer.kv_format] for layer in self.layers)
-
-    def with_kv_format(self, kv_format: str) -> "ModelConfig":
-        """The same model with every layer's cache in `kv_format`."""
-        return replace(self, layers=tuple(replace(layer, kv_format=kv_format) for layer in self.layers))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +62,8 @@ class Family:
     """What a family's config.json has beside the keys of all.
 
     keys: that are read. ignored: that say nothing here. attention_bias: the key of the bias of queries, keys and
-    values and its default; output_bias: whether the output has it, too. sparse: which layers have experts.
+    values and its default; output_bias: whether the output has it, too. experts: of a layer. fixed: keys that are
+    computed with one value only. finish: what a family computes beside what all do.
     """
 
     keys: frozenset[str] = frozenset()
@@ -163,12 +72,14 @@ class Family:
     output_bias: bool = True
     qk_norm: Literal["head", "row"] | None = None
     experts: Callable[[Mapping[str, Any], int], Experts | None] = lambda raw, index: None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    finish: Callable[[Mapping[str, Any], ModelConfig], ModelConfig] = lambda raw, config: config
 
 
 def _mixtral(raw: Mapping[str, Any], index: int) -> Experts:
     return Experts(
-        **_routed(raw, ("num_local_experts",)),
-        intermediate_size=_count(raw, "intermediate_size"),
+        **routed(raw, ("num_local_experts",)),
+        intermediate_size=count(raw, "intermediate_size"),
         renormalize=True,
         names="block_sparse_moe",
     )
@@ -176,9 +87,9 @@ def _mixtral(raw: Mapping[str, Any], index: int) -> Experts:
 
 def _olmoe(raw: Mapping[str, Any], index: int) -> Experts:
     return Experts(
-        **_routed(raw, ("num_experts", "num_local_experts")),
-        intermediate_size=_count(raw, "intermediate_size"),
-        renormalize=_flag(raw, "norm_topk_prob"),
+        **routed(raw, ("num_experts", "num_local_experts")),
+        intermediate_size=count(raw, "intermediate_size"),
+        renormalize=flag(raw, "norm_topk_prob"),
     )
 
 
@@ -187,27 +98,14 @@ def _qwen(raw: Mapping[str, Any], index: int) -> Experts | None:
     dense = raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
         raise ConfigError(f"config.json: mlp_only_layers is {dense!r}; expected a list of whole numbers")
-    if index in dense or (index + 1) % _count(raw, "decoder_sparse_step", 1):
+    if index in dense or (index + 1) % count(raw, "decoder_sparse_step", 1):
         return None
     return Experts(
-        **_routed(raw, ("num_experts", "num_local_experts")),
-        intermediate_size=_count(raw, "moe_intermediate_size"),
-        renormalize=_flag(raw, "norm_topk_prob"),
-        shared_size=_count(raw, "shared_expert_intermediate_size") if "shared_expert_intermediate_size" in raw else 0,
+        **routed(raw, ("num_experts", "num_local_experts")),
+        intermediate_size=count(raw, "moe_intermediate_size"),
+        renormalize=flag(raw, "norm_topk_prob"),
+        shared_size=count(raw, "shared_expert_intermediate_size") if "shared_expert_intermediate_size" in raw else 0,
     )
-
-
-def _routed(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    found = [name for name in names if raw.get(name) is not None]
-    if not found:
-        raise ConfigError(f"config.json: {' or '.join(names)} is missing")
-    experts, top_k = _count(raw, found[0]), _count(raw, "num_experts_per_tok")
-    if top_k > experts:
-        raise ConfigError(
-            f"config.json: num_experts_per_tok {top_k} is above {found[0]} {experts}; a token can't go to more experts "
-            "than there are"
-        )
-    return {"num_experts": experts, "top_k": top_k}
 
 
 _EXPERT_KEYS = frozenset({"num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob"})
@@ -225,6 +123,29 @@ FAMILIES: Mapping[str, Family] = {
         experts=_qwen,
     ),
     "Qwen3MoeForCausalLM": Family(keys=_QWEN_KEYS, ignored=_QWEN_IGNORED, qk_norm="head", experts=_qwen),
+    "GptOssForCausalLM": Family(
+        keys=families.GPT_OSS_KEYS,
+        ignored=ROUTER_HARMLESS | {"experts_per_token", "initial_context_length"},
+        attention_bias=("attention_bias", True),
+        finish=families.gpt_oss,
+    ),
+    "DeepseekV2ForCausalLM": Family(
+        keys=families.DEEPSEEK_KEYS,
+        ignored=ROUTER_HARMLESS | families.DEEPSEEK_IGNORED,
+        fixed=families.DEEPSEEK_V2_FIXED,
+        finish=families.deepseek_v2,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        keys=families.DEEPSEEK_KEYS | {"num_nextn_predict_layers", "rope_interleave"},
+        ignored=ROUTER_HARMLESS | families.DEEPSEEK_IGNORED,
+        fixed=families.DEEPSEEK_V3_FIXED,
+        finish=families.deepseek_v3,
+    ),
+    "Llama4ForCausalLM": Family(
+        keys=families.LLAMA4_KEYS,
+        ignored=ROUTER_HARMLESS | {"for_llm_compression"},
+        finish=families.llama4,
+    ),
     # Ours alone: a Llama with biases in its attention, cut into experts by `halve sparsify`.
     "HalveMoeForCausalLM": Family(
         keys=_QWEN_KEYS | {"shared_expert_intermediate_size"}, ignored=_QWEN_IGNORED, experts=_qwen
@@ -241,131 +162,72 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"config.json: architectures {architectures!r} can't be run; this Halve runs {', '.join(ARCHITECTURES)}"
         )
     family = FAMILIES[architectures[0]]
-    known = READ_KEYS | HARMLESS_KEYS | FIXED_KEYS.keys() | family.keys | family.ignored
+    known = READ_KEYS | HARMLESS_KEYS | FIXED_KEYS.keys() | family.keys | family.ignored | family.fixed.keys()
     unknown = sorted(k for k, v in raw.items() if k not in known and v is not None and not k.startswith("_"))
     if unknown:
         raise ConfigError(
             f"config.json: unknown keys {unknown}: they may change what the model computes, so it is not run. "
             "If you know that they do not, remove them from a copy of config.json"
         )
-    for key, value in FIXED_KEYS.items():
+    for key, value in {**FIXED_KEYS, **family.fixed}.items():
+        if key in family.keys:
+            continue
         if key == "sliding_window" and raw.get("use_sliding_window") is False:
             continue  # a size that is not used
         if raw.get(key) not in (None, value):
             raise ConfigError(f"config.json: {key} is {raw[key]!r}; only {value!r} is computed here")
     layer_types = raw.get("layer_types")
-    if layer_types is not None and any(kind != "full_attention" for kind in layer_types):
+    if (
+        "layer_types" not in family.keys
+        and layer_types is not None
+        and any(kind != "full_attention" for kind in layer_types)
+    ):
         raise ConfigError(f"config.json: layer_types {layer_types!r:.80}; only 'full_attention' is computed here")
     sizes = _read_sizes(raw)
-    rope = _read_rope(raw)
+    rope = read_rope(raw)
     bias, default = family.attention_bias
-    attention_bias = _flag(raw, bias) if raw.get(bias) is not None else default
-    return ModelConfig(
+    attention_bias = flag(raw, bias) if raw.get(bias) is not None else default
+    config = ModelConfig(
         architecture=architectures[0],
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-        tied=_flag(raw, "tie_word_embeddings"),
+        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        tied=flag(raw, "tie_word_embeddings"),
         attention_bias=attention_bias,
         output_bias=None if family.output_bias else False,
-        mlp_bias=_flag(raw, "mlp_bias"),
+        mlp_bias=flag(raw, "mlp_bias"),
         layers=tuple(
             LayerSpec(rope=rope, experts=family.experts(raw, index), qk_norm=family.qk_norm)
             for index in range(_read_num_layers(raw))
         ),
         **sizes,
     )
+    return family.finish(raw, config)
 
 
 def _read_num_layers(raw: Mapping[str, Any]) -> int:
-    num_layers = _count(raw, "num_hidden_layers")
+    num_layers = count(raw, "num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise ConfigError(f"config.json: num_hidden_layers is {num_layers}; at most {MAX_LAYERS} can be run")
     return num_layers
 
 
-def _read_sizes(raw: Mapping[str, Any]) -> dict[str, int]:
-    hidden, heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
-    kv_heads = _count(raw, "num_key_value_heads", heads)
+def _read_sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
+    hidden, heads = count(raw, "hidden_size"), count(raw, "num_attention_heads")
+    kv_heads = count(raw, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise ConfigError(f"config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
     if raw.get("head_dim") is None and hidden % heads:
         raise ConfigError(
             f"config.json: num_attention_heads {heads} does not divide hidden_size {hidden}; give head_dim"
         )
-    head_dim = _count(raw, "head_dim", hidden // heads)
+    head_dim = count(raw, "head_dim", hidden // heads)
     if head_dim % 2:
         raise ConfigError(f"config.json: head_dim {head_dim} is odd; rotary positions need pairs")
     return {
         "hidden_size": hidden,
-        "intermediate_size": _count(raw, "intermediate_size"),
+        "intermediate_size": count(raw, "intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "vocab_size": _count(raw, "vocab_size"),
-        "context": _count(raw, "max_position_embeddings"),
+        "vocab_size": count(raw, "vocab_size"),
+        "context": count(raw, "max_position_embeddings"),
     }
-
-
-def _read_rope(raw: Mapping[str, Any]) -> Rope:
-    """Rope from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    if name == "rope_parameters" and raw.get("rope_scaling") not in (None, raw[name]):
-        raise ConfigError(
-            "config.json: rope_parameters and rope_scaling differ; remove the one that is not the model's"
-        )
-    scaling = raw.get(name)
-    if scaling is None:
-        scaling = {}
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"config.json: {name} is {scaling!r}; expected an object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if scaling.get("type", kind) != kind:
-        raise ConfigError(f"config.json: {name} has rope_type {kind!r} and type {scaling['type']!r}; keep one of them")
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        raise ConfigError(f"config.json: {name} type {kind!r} can't be run; known types are {', '.join(ROPE_KEYS)}")
-    known = ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta"}
-    if unknown := sorted(scaling.keys() - known):
-        raise ConfigError(
-            f"config.json: {name} has unknown keys {unknown} for type {kind!r}; known are {sorted(known)}"
-        )
-    if missing := sorted(ROPE_KEYS[kind] - scaling.keys()):
-        raise ConfigError(f"config.json: {name} of type {kind!r} misses {missing}")
-    theta = _number(scaling if scaling.get("rope_theta") is not None else raw, "rope_theta", 10000.0)
-    if kind == "default":
-        return Rope(theta=theta)
-    factor = _number(scaling, "factor", None)
-    if kind == "linear":
-        return Rope(theta=theta, kind="linear", factor=factor)
-    low, high = _number(scaling, "low_freq_factor", None), _number(scaling, "high_freq_factor", None)
-    if high <= low:
-        raise ConfigError(f"config.json: {name}.high_freq_factor {high} must be above low_freq_factor {low}")
-    original = _count(scaling, "original_max_position_embeddings")
-    return Rope(
-        theta=theta, kind="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, original_context=original
-    )
-
-
-def _count(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ConfigError(f"config.json: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise ConfigError(f"config.json: {key} is {value!r}; expected a whole number above zero")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float | None) -> float:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"config.json: {key} is {value!r}; expected a finite number above zero")
-    return float(value)
-
-
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"config.json: {key} is {value!r}; expected true or false")
-    return bool(value)

@@ -14,7 +14,8 @@ from halve.kernels.native import NativeOps
 from halve.kernels.ops import Array, AttentionSpec, Buffer, FusingOps, Ops, Packed, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models.compiled import CompiledSteps
-from halve.models.config import ModelConfig
+from halve.models.config import ModelConfig, Rope
+from halve.models.latent import LatentAttention
 from halve.models.moe import ROUTED, ExpertCounts, ExpertProjection, Hook, Router, sparse_feed_forward
 from halve.models.names import (
     EMBEDDING,
@@ -86,18 +87,22 @@ class DecoderLayer:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             window=spec.window,
+            chunk=spec.chunk,
             kv_format=spec.kv_format,
         )
         self.norms = [ops.vector(source.vector(name, (config.hidden_size,))) for name in layer_norms(index)]
         self.sinks = ops.vector(source.vector(sinks_name(index), (config.num_heads,))) if spec.sinks else None
         self.qk_norms = None
-        if spec.qk_norm is not None:
+        if spec.qk_norm == "after":
+            self.qk_norms = [ops.vector(np.ones(config.head_dim, np.float32))] * 2
+        elif spec.qk_norm is not None:
             sizes = zip(qk_norms(index), qk_norm_sizes(config, index), strict=True)
             self.qk_norms = [ops.vector(source.vector(name, (size,))) for name, size in sizes]
         self.projections: dict[Kind, Any] = {
             kind: (ExpertProjection if kind in ROUTED and spec.experts else Projection)(g, ops, source)
             for kind, g in layer_groups(config, index).items()
         }
+        self.latent = LatentAttention(config, index, ops, source) if config.latent else None
         self.router = Router(config, index, ops, source) if spec.experts else None
         self.forced_rows = 0  # of calibration, see `sparse_feed_forward`
 
@@ -120,19 +125,51 @@ class DecoderLayer:
         return self._feed_forward(self.normed(x))
 
     def _attention(self, x: Buffer, batch: TokenBatch, cache: Any | None) -> Buffer:
+        q, k, v = self._qkv(x, batch.positions) if self.latent is None else self._of_latents(x, batch.positions)
+        if (scale := self._query_scale(batch.positions)) is not None:
+            q = q * _column(scale, q)
+        attended = self.ops.attention(q, k, v, batch, self.attention_spec, cache, self.sinks)
+        (out,) = self.projections["o"](attended if self.latent is None else self.latent.values_of(attended))
+        return out
+
+    def _qkv(self, x: Buffer, positions: Array) -> tuple[Buffer, Buffer, Buffer]:
         q, k, v = self.projections["qkv"](x)
-        if self.qk_norms is not None:
+        if self.qk_norms is not None and self.spec.qk_norm != "after":
             q, k = (self._head_normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
         if self.spec.rope is not None:
-            cos, sin = self.rope.at(batch.positions, self.spec.rope)
-            q = self.ops.rope(q, cos, sin, self.config.head_dim)
-            k = self.ops.rope(k, cos, sin, self.config.head_dim)
-        (out,) = self.projections["o"](self.ops.attention(q, k, v, batch, self.attention_spec, cache, self.sinks))
-        return out
+            q, k = (self._rotated(one, positions, self.spec.rope) for one in (q, k))
+        if self.qk_norms is not None and self.spec.qk_norm == "after":
+            q, k = (self._head_normed(one, gain) for one, gain in zip((q, k), self.qk_norms, strict=True))
+        return q, k, v
+
+    def _of_latents(self, x: Buffer, positions: Array) -> tuple[Buffer, Buffer, Buffer]:
+        assert self.latent is not None
+        parts = self.latent(self.projections, x)
+        q_rope, k_rope = parts[1], parts[3]
+        if self.spec.rope is not None:
+            q_rope, k_rope = (self._rotated(one, positions, self.spec.rope) for one in (q_rope, k_rope))
+        return self.latent.whole(parts, q_rope, k_rope)
+
+    def _rotated(self, x: Buffer, positions: Array, rope: Rope) -> Buffer:
+        """Heads [T, heads * R] turned by their positions; neighbours of a pair come to lie half a head apart first."""
+        dim = self.config.rotary_dim
+        if rope.interleaved:
+            x = x.reshape(len(x), -1, dim // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+        cos, sin = self.rope.at(positions, rope)
+        return self.ops.rope(x, cos, sin, dim)
+
+    def _query_scale(self, positions: Array) -> Array | None:
+        """What queries are multiplied by, float32 [T]; None for nothing."""
+        if self.spec.temperature is None:
+            return None if self.spec.query_scale == 1 else np.full(len(positions), self.spec.query_scale, np.float32)
+        floor, scale = self.spec.temperature
+        steps = np.floor((positions.astype(np.float32) + 1) / np.float32(floor))
+        found: Array = (np.log1p(steps) * np.float32(scale) + 1) * np.float32(self.spec.query_scale)
+        return found
 
     def _head_normed(self, x: Buffer, gain: Buffer) -> Buffer:
         """Queries or keys [T, heads * D] normed, each head by itself or all of a token's together."""
-        rows = x.reshape(-1, self.config.head_dim) if self.spec.qk_norm == "head" else x
+        rows = x if self.spec.qk_norm == "row" else x.reshape(-1, self.config.head_dim)
         return self.ops.rms_norm(rows, gain, self.config.rms_norm_eps).reshape(x.shape)
 
     def _feed_forward(self, x: Buffer) -> Buffer:
@@ -155,7 +192,7 @@ class Decoder:
     ) -> None:
         self.config, self.ops = config, ops
         self.embedding = ops.table(source.weight(EMBEDDING, (config.vocab_size, config.hidden_size)))
-        rope = RopeTable(config.head_dim)
+        rope = RopeTable(config.rotary_dim)
         self.layers: list[DecoderLayer] = []
         for index in range(config.num_layers):
             self.layers.append(DecoderLayer(config, index, ops, source, rope))
@@ -200,7 +237,7 @@ class Decoder:
     @property
     def runs_ahead(self) -> bool:
         """Whether a step can be submitted before the tokens of the one before are known."""
-        return self.ops.name == "cuda" and not self.config.sparse
+        return self.ops.name == "cuda" and self.config.plain
 
     def step(self, batch: TokenBatch, cache: Sequence[Any], rows: Array) -> Array:
         """Run one step over the cache and return float32 logits of the given rows of the batch, [R, vocab]."""
@@ -243,7 +280,7 @@ class Decoder:
 
     def _compiled_for(self, cache: Sequence[Any]) -> "CompiledSteps | None":
         """The step over this cache as one program, where the Ops run programs and no hook wants to look in."""
-        if not isinstance(self.ops, NativeOps) or self.config.sparse or any(p.hook for p in self.projections()):
+        if not isinstance(self.ops, NativeOps) or not self.config.plain or any(p.hook for p in self.projections()):
             return None
         if self._compiled is None or self._compiled.cache is not cache:
             self._compiled = CompiledSteps(self, self.ops, cache)
@@ -253,3 +290,12 @@ class Decoder:
         """Copy blocks of the cache in every layer: pairs int32 [n, 2], (from, to)."""
         for layer in cache:
             self.ops.copy_blocks(layer, pairs)
+
+
+def _column(values: Array, like: Buffer) -> Any:
+    """float32 [T] as a column beside a buffer of [T, ..], of its kind."""
+    if isinstance(like, np.ndarray):
+        return values[:, None]
+    import torch
+
+    return torch.from_numpy(values).to(like.device, like.dtype)[:, None]

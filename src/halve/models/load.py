@@ -89,6 +89,8 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
             + (f"; quantization_config of config.json does not name {_some(packed)}" if packed else "")
         )
     surplus = {name for name in names - expected if not any(fnmatchcase(name, p) for p in RECOMPUTED)}
+    further = tuple(f"model.layers.{config.num_layers + i}." for i in range(config.surplus_layers))
+    surplus = {name for name in surplus if not further or not name.startswith(further)}  # of predicting further tokens
     if config.tied and f"{LM_HEAD}.weight" in surplus:
         _check_tied_copy(checkpoint)
         surplus.remove(f"{LM_HEAD}.weight")

@@ -2,7 +2,8 @@
 
 Tokens are sorted by expert, so that every expert that is asked reads its weights once a step, whatever the number of
 its tokens: by one grouped product on our C++ kernels (`kernels/grouped.py`), else expert by expert. Router variants are
-data (`config.Experts`). Sources: arXiv:1701.06538, arXiv:2401.04088 (Mixtral), arXiv:2401.06066 (shared experts).
+data (`config.Experts`). Sources: arXiv:1701.06538, arXiv:2401.04088 (Mixtral), arXiv:2401.06066 (shared experts),
+arXiv:2405.04434, 2.1.2 and arXiv:2412.19437, 2.1.2 (groups of experts, corrected choices).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,8 @@ from halve.kernels.grouped import GroupedLinears
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import Array, Buffer, Ops, Packed
 from halve.models.config import Experts, ModelConfig
-from halve.models.names import FusedGroup, Kind, Module, router_name, shared_gate_name
+from halve.models.latent import joined
+from halve.models.names import FusedGroup, Kind, Module, router_name, router_vectors, shared_gate_name
 
 ROUTED: tuple[Kind, ...] = ("gate_up", "down")  # groups of a sparse layer that hold all its experts
 
@@ -68,9 +70,11 @@ class Router:
         self.experts: Experts = experts
         self.ops = ops
         shape = (experts.num_experts, config.hidden_size)
-        self.linear = ops.linear(_floats(source.vector(router_name(config, layer), shape)))
+        beside = {part: source.vector(name, shape[:1]) for part, name in router_vectors(config, layer).items()}
+        self.linear = ops.linear(_floats(source.vector(router_name(config, layer), shape)), beside.get("bias"))
+        self.correction = beside.get("correction")
         self.shared_gate = None
-        if experts.shared_size:
+        if experts.shared_size and experts.shared_gate:
             self.shared_gate = ops.linear(_floats(source.vector(shared_gate_name(layer), (1, config.hidden_size))))
         self.layer = layer
         self.left_out: Array | None = None  # experts that no token goes to, as if they were not there
@@ -90,27 +94,56 @@ class Router:
 
     def __call__(self, x: Buffer) -> Routing:
         """Choose experts for tokens [T, H]."""
-        routing = route(self.logits(x), self.experts)
+        routing = route(self.logits(x), self.experts, self.correction)
         self.counts.add(np.diff(routing.offsets))
         return routing
 
 
-def route(logits: Array, experts: Experts) -> Routing:
-    """Softmax over all experts, the largest top_k of it, divided by their sum where the family says so.
+def route(logits: Array, experts: Experts, correction: Array | None = None) -> Routing:
+    """The experts of each token and their weights, as `config.Experts` tells.
 
-    logits: float32 [T, experts]. Ties go to the lower expert.
+    logits: float32 [T, experts]. correction: float32 [experts], added to scores for the choice. Ties go to the lower
+    expert.
     """
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares = shifted / shifted.sum(axis=1, keepdims=True)
-    chosen = np.argsort(-logits, axis=1, kind="stable")[:, : experts.top_k]
+    if experts.scores == "sigmoid":
+        shares = sigmoid(logits)
+    else:
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares = shifted / shifted.sum(axis=1, keepdims=True)
+    wishes = logits if correction is None and experts.group_score == "largest" else shares
+    if correction is not None:
+        wishes = wishes + correction
+    if experts.num_groups > 1:
+        wishes = _within_groups(wishes, experts)
+    chosen = np.argsort(-wishes, axis=1, kind="stable")[:, : experts.top_k]
     weights = np.take_along_axis(shares, chosen, axis=1)
     if experts.renormalize:
         weights = weights / weights.sum(axis=1, keepdims=True)
+    if experts.scale != 1:
+        weights = weights * np.float32(experts.scale)
     flat = chosen.ravel()
     order = np.argsort(flat, kind="stable")  # by expert, then by token
     offsets = np.zeros(experts.num_experts + 1, np.int32)
     np.cumsum(np.bincount(flat, minlength=experts.num_experts), out=offsets[1:])
     return Routing((order // experts.top_k).astype(np.int32), weights.ravel()[order].astype(np.float32), offsets)
+
+
+def _within_groups(wishes: Array, experts: Experts) -> Array:
+    """Wishes [T, experts], minus infinity outside of each token's best groups."""
+    grouped = wishes.reshape(len(wishes), experts.num_groups, -1)
+    counted = 2 if experts.group_score == "two" else 1
+    values = np.sort(grouped, axis=2)[:, :, -counted:].sum(axis=2)
+    best = np.argsort(-values, axis=1, kind="stable")[:, : experts.top_groups]
+    allowed = np.zeros(values.shape, bool)
+    np.put_along_axis(allowed, best, True, axis=1)
+    return np.where(allowed[:, :, None], grouped, -np.inf).reshape(wishes.shape)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), of float32 in float32."""
+    with np.errstate(over="ignore"):  # far below zero it is 1 / infinity
+        found: Array = 1 / (1 + np.exp(-x))
+    return found
 
 
 class ExpertProjection:
@@ -128,7 +161,8 @@ class ExpertProjection:
             self.grouped = GroupedLinears(ops, self.parts)
 
     def _linear(self, module: Module, source: Source) -> Any:
-        return self.ops.linear(source.weight(module.name, module.shape))
+        bias = source.vector(f"{module.name}.bias", module.shape[:1]) if module.bias else None
+        return self.ops.linear(source.weight(module.name, module.shape), bias)
 
     @property
     def linears(self) -> list[Any]:
@@ -141,7 +175,7 @@ class ExpertProjection:
             return self.grouped(x, offsets)
         asked = np.flatnonzero(np.diff(offsets)).tolist()
         found = [self.of_expert(e, x[int(offsets[e]) : int(offsets[e + 1])]) for e in asked]
-        return [_joined(outputs) for outputs in zip(*found, strict=True)]
+        return [joined(list(outputs), axis=0) for outputs in zip(*found, strict=True)]
 
     def of_expert(self, expert: int, x: Buffer) -> list[Buffer]:
         """One expert's products."""
@@ -159,17 +193,35 @@ def sparse_feed_forward(
     """
     routing = router(x)
     rows = ops.take_rows(x, routing.rows)
+    if router.experts.weigh == "input":
+        rows = rows * _like(routing.weights[:, None], rows)
     gate, up = projections["gate_up"](rows, routing.offsets)
-    (outputs,) = projections["down"](ops.silu_mul(gate, up), routing.offsets)
-    out = _weighted_sum(outputs, routing, len(x))
-    if router.shared_gate is not None:
+    (outputs,) = projections["down"](gated(ops, router.experts, gate, up), routing.offsets)
+    if router.experts.weigh == "output":
+        outputs = outputs * _like(routing.weights[:, None], outputs)
+    out = _sum(outputs, routing, len(x))
+    if router.experts.shared_size:
         gate, up = projections["shared_gate_up"](x)
         (shared,) = projections["shared_down"](ops.silu_mul(gate, up))
-        share = 1 / (1 + np.exp(-ops.to_host(ops.project(router.shared_gate, x)).astype(np.float64)))
-        out = ops.add(out, shared * _like(share.astype(np.float32), shared))
+        if router.shared_gate is not None:
+            share = sigmoid(ops.to_host(ops.project(router.shared_gate, x)).astype(np.float64))
+            shared = shared * _like(share.astype(np.float32), shared)
+        out = ops.add(out, shared)
     if forced:
         show_experts(ops, router, projections, x, routing, forced)
     return out
+
+
+def gated(ops: Ops, experts: Experts, gate: Buffer, up: Buffer) -> Buffer:
+    """What goes into an expert's last product: silu(gate) * up, or what `Experts.clamp` tells (arXiv:2508.10925)."""
+    if experts.clamp is None:
+        return ops.silu_mul(gate, up)
+    alpha, limit = experts.clamp
+    if isinstance(gate, np.ndarray):
+        gate, up = np.minimum(gate, np.float32(limit)), np.clip(up, np.float32(-limit), np.float32(limit))
+        return (up + 1) * (gate * sigmoid(gate * np.float32(alpha)))
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * (gate * alpha).sigmoid())
 
 
 def show_experts(
@@ -185,27 +237,22 @@ def show_experts(
         own = routing.rows[routing.offsets[e] : routing.offsets[e + 1]]
         liked = np.argsort(-logits[:, e], kind="stable")
         others = liked[~np.isin(liked, own)][: least - len(own)].astype(np.int32)
-        gate, up = projections["gate_up"].of_expert(int(e), ops.take_rows(x, np.sort(others)))
-        projections["down"].of_expert(int(e), ops.silu_mul(gate, up))
+        others = np.sort(others)
+        rows = ops.take_rows(x, others)
+        if router.experts.weigh == "input":
+            rows = rows * _like(sigmoid(logits[others, e])[:, None], rows)
+        gate, up = projections["gate_up"].of_expert(int(e), rows)
+        projections["down"].of_expert(int(e), gated(ops, router.experts, gate, up))
 
 
-def _weighted_sum(outputs: Buffer, routing: Routing, num_tokens: int) -> Buffer:
-    """Sum of weight times output of each token's experts, in the order of the experts: [N, H] -> [T, H]."""
-    weighted = outputs * _like(routing.weights[:, None], outputs)
+def _sum(outputs: Buffer, routing: Routing, num_tokens: int) -> Buffer:
+    """Sum over each token's experts, in the order of the experts: [N, H] -> [T, H]."""
     of_token = np.argsort(routing.rows, kind="stable").reshape(num_tokens, -1)
-    if isinstance(weighted, np.ndarray):
-        return weighted[of_token].sum(axis=1)
+    if isinstance(outputs, np.ndarray):
+        return outputs[of_token].sum(axis=1)
     import torch
 
-    return weighted[torch.from_numpy(of_token).to(weighted.device)].sum(dim=1)
-
-
-def _joined(parts: tuple[Buffer, ...]) -> Buffer:
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    import torch
-
-    return torch.cat(list(parts))
+    return outputs[torch.from_numpy(of_token).to(outputs.device)].sum(dim=1)
 
 
 def _like(values: Array, buffer: Buffer) -> Any:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from halve.models.config import ModelConfig
 
-Kind = Literal["qkv", "o", "gate_up", "down", "shared_gate_up", "shared_down", "lm_head"]
+Kind = Literal["qkv", "q_b", "kv_b", "o", "gate_up", "down", "shared_gate_up", "shared_down", "lm_head"]
 EMBEDDING = "model.embed_tokens"
 LM_HEAD = "lm_head"
 FINAL_NORM = "model.norm.weight"
@@ -49,35 +49,29 @@ class FusedGroup:
 
 
 # How checkpoints call the parts of a sparse feed-forward: its block, then gate, up and down.
-EXPERT_NAMES = {"mlp": ("gate_proj", "up_proj", "down_proj"), "block_sparse_moe": ("w1", "w3", "w2")}
+EXPERT_NAMES = {
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "block_sparse_moe": ("w1", "w3", "w2"),
+    "feed_forward": ("gate_proj", "up_proj", "down_proj"),
+}
 
 
 def layer_groups(config: ModelConfig, layer: int) -> dict[Kind, FusedGroup]:
-    """The products of one layer, in the order they run: four, and two more for an expert that is shared."""
+    """The products of one layer, in the order they run: four, two more of a shared expert and of latent attention."""
     prefix = f"model.layers.{layer}"
     hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     def group(kind: Kind, block: str, bias: bool, **shapes: tuple[int, int]) -> FusedGroup:
         members = tuple(Module(name=f"{prefix}.{block}.{n}", shape=s, bias=bias) for n, s in shapes.items())
         return FusedGroup(name=f"layers.{layer}.{kind}", kind=kind, layer=layer, members=members)
 
-    qkv = group(
-        "qkv",
-        "self_attn",
-        config.attention_bias,
-        q_proj=(queries, hidden),
-        k_proj=(keys, hidden),
-        v_proj=(keys, hidden),
-    )
-    output_bias = config.attention_bias if config.output_bias is None else config.output_bias
+    shapes = _attention_shapes(config)
     attention: dict[Kind, FusedGroup] = {
-        "qkv": qkv,
-        "o": group("o", "self_attn", output_bias, o_proj=(hidden, queries)),
+        kind: group(kind, "self_attn", bias, **members) for kind, (bias, members) in shapes.items()
     }
     experts = config.layers[layer].experts
     if experts is None:
-        mlp = ("mlp", config.mlp_bias)
+        mlp = (config.dense_name, config.mlp_bias)
         return {
             **attention,
             "gate_up": group("gate_up", *mlp, gate_proj=(inner, hidden), up_proj=(inner, hidden)),
@@ -87,7 +81,7 @@ def layer_groups(config: ModelConfig, layer: int) -> dict[Kind, FusedGroup]:
 
     def of_experts(kind: Kind, shape: tuple[int, int], *parts: str) -> FusedGroup:
         members = tuple(
-            Module(name=f"{prefix}.{experts.names}.experts.{e}.{part}", shape=shape, expert=e)
+            Module(name=f"{prefix}.{experts.names}.experts.{e}.{part}", shape=shape, bias=experts.bias, expert=e)
             for e in range(experts.num_experts)
             for part in parts
         )
@@ -100,9 +94,29 @@ def layer_groups(config: ModelConfig, layer: int) -> dict[Kind, FusedGroup]:
         "down": of_experts("down", (hidden, width), down),
     }
     if shared := experts.shared_size:
-        block = (f"{experts.names}.shared_expert", False)
+        block = (f"{experts.names}.{experts.shared_name}", False)
         found["shared_gate_up"] = group("shared_gate_up", *block, gate_proj=(shared, hidden), up_proj=(shared, hidden))
         found["shared_down"] = group("shared_down", *block, down_proj=(hidden, shared))
+    return found
+
+
+def _attention_shapes(config: ModelConfig) -> dict[Kind, tuple[bool, dict[str, tuple[int, int]]]]:
+    """Products of attention in the order they run: whether they have a bias, and each matrix by its name."""
+    hidden, heads, bias = config.hidden_size, config.num_heads, config.attention_bias
+    output_bias = bias if config.output_bias is None else config.output_bias
+    queries, keys = heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if (latent := config.latent) is None:
+        return {
+            "qkv": (bias, {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}),
+            "o": (output_bias, {"o_proj": (hidden, queries)}),
+        }
+    asked = (latent.query_rank, "q_a_proj") if latent.query_rank else (queries, "q_proj")
+    latents = {asked[1]: (asked[0], hidden), "kv_a_proj_with_mqa": (latent.kv_rank + latent.rope_dim, hidden)}
+    found: dict[Kind, tuple[bool, dict[str, tuple[int, int]]]] = {"qkv": (bias, latents)}
+    if latent.query_rank:
+        found["q_b"] = (False, {"q_b_proj": (queries, latent.query_rank)})
+    found["kv_b"] = (False, {"kv_b_proj": (heads * (latent.plain_dim + latent.value_dim), latent.kv_rank)})
+    found["o"] = (output_bias, {"o_proj": (hidden, heads * latent.value_dim)})
     return found
 
 
@@ -130,14 +144,17 @@ def modules(config: ModelConfig) -> Iterator[Module]:
 
 def group_pattern(config: ModelConfig, layer: int, kind: Kind) -> str:
     """Shell wildcards of the modules of a group, {} for the layer; alike for layers that are alike."""
-    if kind in ("qkv", "o"):
-        return "model.layers.{}.self_attn." + ("[qkv]_proj" if kind == "qkv" else "o_proj")
+    if kind in ("qkv", "q_b", "kv_b", "o"):
+        of_latents = "*[qa]_proj*"  # q_proj or q_a_proj, and kv_a_proj_with_mqa
+        leaf = (of_latents if config.latent else "[qkv]_proj") if kind == "qkv" else f"{kind}_proj"
+        return f"model.layers.{{}}.self_attn.{leaf}"
     experts = config.layers[layer].experts
-    if kind.startswith("shared_"):
-        return "model.layers.{}.mlp.shared_expert." + ("[gu]*_proj" if kind == "shared_gate_up" else "down_proj")
     if experts is None:
-        return "model.layers.{}.mlp." + ("[gu]*_proj" if kind == "gate_up" else "down_proj")
-    names = {"mlp": ("[gu]*_proj", "down_proj"), "block_sparse_moe": ("w[13]", "w2")}[experts.names]
+        return f"model.layers.{{}}.{config.dense_name}." + ("[gu]*_proj" if kind == "gate_up" else "down_proj")
+    if kind.startswith("shared_"):
+        leaf = "[gu]*_proj" if kind == "shared_gate_up" else "down_proj"
+        return f"model.layers.{{}}.{experts.names}.{experts.shared_name}.{leaf}"
+    names = ("w[13]", "w2") if experts.names == "block_sparse_moe" else ("[gu]*_proj", "down_proj")
     return f"model.layers.{{}}.{experts.names}.experts.*." + names[kind == "down"]
 
 
@@ -170,7 +187,24 @@ def router_name(config: ModelConfig, layer: int) -> str:
     """The router of a sparse layer, [experts, hidden]; it stays as it is stored."""
     experts = config.layers[layer].experts
     assert experts is not None
-    return f"model.layers.{layer}.{experts.names}.gate.weight"
+    return f"model.layers.{layer}.{experts.names}.{experts.router_name}.weight"
+
+
+def router_vectors(config: ModelConfig, layer: int) -> dict[str, str]:
+    """What a router has beside its matrix, [experts] each: its `bias`, and the `correction` of its choice."""
+    experts, router = config.layers[layer].experts, router_name(config, layer).removesuffix(".weight")
+    assert experts is not None
+    found = {"bias": f"{router}.bias"} if experts.router_bias else {}
+    return found | ({"correction": f"{router}.e_score_correction_bias"} if experts.correction else {})
+
+
+def latent_norms(config: ModelConfig, layer: int) -> dict[str, tuple[str, int]]:
+    """Gains of the latents, `q` where queries have one and `kv`: name and width."""
+    latent, prefix = config.latent, f"model.layers.{layer}.self_attn"
+    if latent is None:
+        return {}
+    found = {"q": (f"{prefix}.q_a_layernorm.weight", latent.query_rank)} if latent.query_rank else {}
+    return found | {"kv": (f"{prefix}.kv_a_layernorm.weight", latent.kv_rank)}
 
 
 def shared_gate_name(layer: int) -> str:
@@ -191,12 +225,16 @@ def vectors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         spec = config.layers[layer]
         if spec.sinks:
             yield sinks_name(layer), (config.num_heads,)
-        if spec.qk_norm is not None:
+        for name, size in latent_norms(config, layer).values():
+            yield name, (size,)
+        if spec.qk_norm in ("head", "row"):
             for name, size in zip(qk_norms(layer), qk_norm_sizes(config, layer), strict=True):
                 yield name, (size,)
         if spec.experts is not None:
             yield router_name(config, layer), (spec.experts.num_experts, config.hidden_size)
-            if spec.experts.shared_size:
+            for name in router_vectors(config, layer).values():
+                yield name, (spec.experts.num_experts,)
+            if spec.experts.shared_size and spec.experts.shared_gate:
                 yield shared_gate_name(layer), (1, config.hidden_size)
     yield FINAL_NORM, (config.hidden_size,)
     for module in modules(config):
@@ -214,6 +252,7 @@ def num_active_parameters(config: ModelConfig) -> int:
     idle = 0
     for layer in config.layers:
         if (experts := layer.experts) is not None:
-            one = 3 * experts.intermediate_size * config.hidden_size
+            width, hidden = experts.intermediate_size, config.hidden_size
+            one = 3 * width * hidden + (2 * width + hidden if experts.bias else 0)
             idle += (experts.num_experts - experts.top_k) * one
     return num_parameters(config) - idle

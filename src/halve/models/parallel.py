@@ -8,7 +8,7 @@ twice, and keys and values are split with their heads.
 Every rank runs the same steps. One has the engine, over `Leader`; the others `follow` it. After each step all ranks
 hold the same logits to the bit, and choose the same tokens.
 
-Experts are not spread over ranks: no model with experts runs in this Halve yet.
+Experts and attention from latents are not spread over ranks; a model that has them is refused.
 
     torchrun --nproc-per-node 2 serve.py      # where serve.py joins with torch.distributed.init_process_group()
 """
@@ -44,6 +44,11 @@ class Shard:
     def __init__(self, config: ModelConfig, rank: int, size: int) -> None:
         if not 0 <= rank < size:
             raise ConfigError(f"rank {rank} of {size} ranks; it must be 0 to {size - 1}")
+        if size > 1 and (config.sparse or config.latent):
+            raise ConfigError(
+                f"{config.architecture} over {size} ranks: experts and attention from latents are not spread over "
+                "devices; run it on one"
+            )
         for what in ("num_heads", "num_kv_heads", "intermediate_size"):
             if getattr(config, what) % size:
                 raise ConfigError(f"{what} {getattr(config, what)} can't be divided by {size} ranks; take fewer")

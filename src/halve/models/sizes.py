@@ -18,7 +18,7 @@ def bytes_per_token(config: ModelConfig, formats: Mapping[str, Format]) -> int:
 
     The cache is left out: it grows with the context and is the same for every uniform plan.
     """
-    total: float = sum(math.prod(shape) * 4 for _, shape in vectors(config))
+    total: float = sum(math.prod(shape) * 4 for name, shape in vectors(config) if ".experts." not in name)
     for module in modules(config):
         looked_up = module.name == EMBEDDING and not config.tied
         shape = (1, module.shape[1]) if looked_up else module.shape
@@ -26,7 +26,8 @@ def bytes_per_token(config: ModelConfig, formats: Mapping[str, Format]) -> int:
         if module.expert is not None:
             experts = config.layers[layer_of(module.name)].experts
             assert experts is not None
-            total += size * experts.top_k / experts.num_experts
+            bias = 4 * module.shape[0] if module.bias else 0
+            total += (size + bias) * experts.top_k / experts.num_experts
         else:
             total += size
     return round(total)

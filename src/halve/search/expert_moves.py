@@ -103,7 +103,7 @@ def expert_moves(config: ModelConfig, statistics: dict[int, ExpertStatistics]) -
         for k in sorted({experts.top_k - 1, experts.top_k // 2} - {0}, reverse=True)
         if k < experts.top_k
     ]
-    for kind in ("prune", "merge"):
+    for kind in ("prune", "merge") if experts.removable else ():
         for share in PRUNED_SHARES:
             kept = experts.num_experts - max(1, round(experts.num_experts * share))
             if kept < max(experts.top_k, 1):

@@ -82,7 +82,7 @@ def fisher(
     if not documents:
         raise DataError("the calibration text holds no tokens; give documents that are not empty")
     batch = TokenBatch.whole(documents)
-    num_tokens, rope = batch.num_tokens, RopeTable(config.head_dim)
+    num_tokens, rope = batch.num_tokens, RopeTable(config.rotary_dim)
     sums: dict[str, list[Any]] = {}
     count = _Count(progress, 2 * config.num_layers)
     with torch.no_grad():

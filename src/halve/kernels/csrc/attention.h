@@ -21,6 +21,13 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
+// The first position that the token at `own` sees.
+inline int64_t oldest_seen(const Attention& a, int64_t own) {
+    const int64_t of_window = a.window && own >= a.window ? own - a.window + 1 : 0;
+    const int64_t of_chunk = a.chunk ? own / a.chunk * a.chunk : 0;
+    return of_window > of_chunk ? of_window : of_chunk;
+}
+
 // The queries of one unit: tokens of one sequence, query heads of one key-value head, and the splits it sums.
 struct Tile {
     const Attention& a;
@@ -31,7 +38,7 @@ struct Tile {
     int64_t split, end_split;
 
     // The first position that a token at `own` sees.
-    int64_t oldest(int64_t own) const { return a.window && own >= a.window ? own - a.window + 1 : 0; }
+    int64_t oldest(int64_t own) const { return oldest_seen(a, own); }
     // How many splits it sees.
     int64_t num_splits(int64_t own) const { return own / kSplit - oldest(own) / kSplit + 1; }
 };
@@ -188,7 +195,7 @@ void attention(const Attention& a, int64_t unit) {
 void attention_combine(const Attention& a, int64_t unit) {
     const int64_t dim = a.cache->head_dim, width = row_width(dim), group = a.num_heads / a.cache->num_kv_heads;
     const int64_t token = unit / a.cache->num_kv_heads, own = a.batch->positions[token];
-    const int64_t oldest = a.window && own >= a.window ? own - a.window + 1 : 0;
+    const int64_t oldest = oldest_seen(a, own);
     const int64_t splits = shares_of(a).splits;
     if (own / kSplit == oldest / kSplit) return;
     alignas(64) float values[kMaxHeadDim];

@@ -93,6 +93,7 @@ struct Attention {
     int64_t out_stride;
     int64_t num_heads;
     int64_t window;  // positions that a token sees, itself included; 0 for all
+    int64_t chunk;   // a token sees those of its own chunk of so many positions; 0 for all
     float* scratch;  // attention_scratch_bytes(...)
 };
 

@@ -301,6 +301,8 @@ class CudaOps:
 
 def kept(spec: AttentionSpec) -> AttentionSpec:
     """The attention that runs here: a cache of fp32 is kept in bf16, as queries, keys and values come."""
+    if spec.chunk is not None:
+        raise KernelError(f"attention in chunks of {spec.chunk} is not computed on CUDA; run on the CPU, or on torch")
     return replace(spec, kv_format="bf16") if spec.kv_format == "fp32" else spec
 
 
