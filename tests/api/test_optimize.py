@@ -95,7 +95,9 @@ def _groups(path):
     return to_dict(halve.inspect(path))["groups"]
 
 
-@pytest.mark.parametrize("arguments", [{"max_quality_loss": "0%"}, {"max_quality_loss": "1%", "format": "int2-g32"}])
+@pytest.mark.parametrize(
+    "arguments", [{"max_quality_loss": "0.0001%"}, {"max_quality_loss": "1%", "format": "int2-g32"}]
+)
 def test_a_limit_that_nothing_meets_says_the_best_reached_and_leaves_nothing(tiny, text, tmp_path, arguments):
     with pytest.raises(QualityError, match=r"best reached: \S+ \((clip|gptq)\).* with .*%.*Nothing written"):
         halve.optimize(tiny, tmp_path / "deep/out", calibration=text, **arguments)
