@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -98,6 +99,33 @@ def test_a_plan_of_the_front_can_be_picked_without_a_limit(found, tiny, text, tm
     assert result.certificate.attempts[0].plan == wanted["name"]
     assert [p["number"] for p in front_of(result)["points"] if p["chosen"]] == [2]
     assert Plan.from_json((result.path / "halve/plan.json").read_text()).weights.rules
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_cheaper_plan_with_tuned_scales_goes_first_where_it_passes(found, tiny, text, tmp_path, monkeypatch, passes):
+    real, tuned = pipeline._judged, []
+
+    def judged(job, original, candidate, directory):
+        result = real(job, original, candidate, directory)
+        if "-tuned" not in candidate.format:
+            return result
+        tuned.append(candidate)
+        return replace(result, passed=passes)
+
+    monkeypatch.setattr(pipeline, "_judged", judged)
+    monkeypatch.setattr(pipeline, "TUNED_SHARE", 0.3)
+    monkeypatch.setattr(pipeline, "TUNE_STEPS", 4)
+    result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, workload="batch")
+    attempts = result.certificate.attempts
+    assert len(tuned) == 1
+    assert ("-tuned" in attempts[0].plan) is passes
+    if passes and attempts[0].passed:
+        assert result.certificate.tuning.steps == 4
+        assert [p["name"] for p in front_of(result)["points"] if p["chosen"]] == [attempts[0].plan]
+    else:
+        assert result.certificate.tuning is None
+        assert attempts[-1].passed
+        assert "-tuned" not in attempts[-1].plan
 
 
 def test_a_number_that_no_plan_has_is_refused_with_those_there_are(found, tiny, text, tmp_path):
