@@ -38,17 +38,17 @@ def shrunk_config(config: ModelConfig, plan: ExpertPlan) -> ModelConfig:
             layers.append(layer)
             continue
         kept = groups.get(i)
-        if kept and not experts.removable:
-            raise PlanError(
-                f"experts.layers: layer {i} of a {config.architecture} has biases or groups of experts, which are kept "
-                "whole; change top_k alone"
-            )
         most = max((m for group in kept for m in group.members), default=0) if kept else 0
         if most >= experts.num_experts:
             raise PlanError(f"experts.layers: layer {i} has no expert {most}; it has {experts.num_experts}")
         count, top_k = len(kept) if kept else experts.num_experts, plan.top_k or experts.top_k
         if top_k > count:
             raise PlanError(f"experts.top_k: {top_k} of {count} experts of layer {i}; take fewer, or keep more experts")
+        if kept and not experts.removable:
+            raise PlanError(
+                f"experts.layers: layer {i} of a {config.architecture} has biases or groups of experts, which are kept "
+                "whole; change top_k alone"
+            )
         layers.append(replace(layer, experts=replace(experts, num_experts=count, top_k=top_k)))
     return replace(config, layers=tuple(layers))
 
