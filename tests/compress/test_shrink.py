@@ -56,7 +56,7 @@ def test_what_is_written_is_what_was_measured_and_what_transformers_computes(sav
     spec = config.layers[sparse_layers(config)[0]].experts
     if kind != "top_k" and not spec.removable:
         checkpoint.close()
-        with pytest.raises(PlanError, match="biases or groups of experts|4 of 3 experts"):
+        with pytest.raises(PlanError, match=r"biases or groups of experts|4 of 3 experts"):
             shrunk_config(config, plan)
         return
     with checkpoint:
