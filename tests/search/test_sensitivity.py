@@ -14,7 +14,7 @@ from halve.formats import FORMATS
 from halve.kernels.reference import TorchOps
 from halve.models import Decoder, read_config
 from halve.models.names import EMBEDDING
-from halve.search.fisher import fisher
+from halve.search.fisher import Rows, fisher
 from halve.search.sensitivity import (
     Score,
     Screen,
@@ -84,6 +84,32 @@ def test_the_screen_predicts_what_a_swap_measures(case):
         options = [Choice(format=f, method="rtn") for f in ("int6-g32", "int4-g32")]
         for score in case.screen.score(part, options, measure=lambda o: True):
             assert 0.5 < score.measured / score.predicted < 2, (part.name, score)
+
+
+def test_rows_that_are_drawn_say_what_all_rows_say(case):
+    sampled = Screen(case.config, case.source, case.statistics, case.fisher, None, 40)
+    whole = Screen(case.config, case.source, case.statistics, case.fisher, None)
+    for part in case.parts:
+        options = [Choice(format=f, method="clip") for f in ("int6-g32", "int4-g32", "int3-g32")]
+        pairs = zip(*(s.score(part, options, measure=lambda o: False) for s in (sampled, whole)), strict=True)
+        for some, every in pairs:
+            assert some.predicted == pytest.approx(every.predicted, rel=0.15), (part.name, some)
+            assert some.predicted != every.predicted  # it was drawn
+
+
+def test_drawn_rows_are_few_certain_where_they_count_most_and_without_bias():
+    rng = np.random.default_rng(0)
+    importance = rng.pareto(1.5, 5000)
+    rows = Rows.drawn(importance, 200)
+    assert len(rows.index) == len(set(rows.index)) == pytest.approx(200, abs=1)
+    assert int(importance.argmax()) in rows.index
+    assert rows.stands_for.min() == 1
+    assert rows.stands_for.sum() == pytest.approx(5000, rel=0.4)
+    values = importance * rng.uniform(0.5, 1.5, 5000)
+    assert rows.stands_for @ values[rows.index] == pytest.approx(values.sum(), rel=0.05)
+    nothing = Rows.drawn(np.zeros(5000), 100)  # no token asked for any of them
+    assert nothing.stands_for @ np.ones(5000)[nothing.index] == pytest.approx(5000)
+    assert np.array_equal(Rows.drawn(importance[:30], 30).index, np.arange(30))
 
 
 def test_a_swap_measures_the_kl_of_the_whole_model_with_that_group_stored_so(case):

@@ -43,6 +43,7 @@ FISHER_TOKENS = 4096  # of calibration text that run backward; half of them in l
 SWAP_TOKENS = 2048  # of selection text that swaps are measured on
 WINDOW = 128  # of both: many documents say more than long ones
 LARGE = 200_000_000  # parameters: from here on nothing is swapped, and gptq is only taken when it is asked for
+SCREEN_ROWS = 256  # of a large model's matrices that options are screened by
 KEEP_HESSIANS_BYTES = 1 << 29  # beyond it they lie with the run and go with it
 KEEP_STUDIES = 8
 SWAP_SHARE = 0.4  # of the time given
@@ -166,7 +167,8 @@ def _analyse(
             log.info("a large model: options are screened, and only whole plans are measured")
         rounded = {"activations": question.activations, "device": question.device}
         swaps = None if large else Swaps(original.decoder, source, swapped, **rounded)
-        screen = Screen(question.config, source, statistics, weighed, swaps)
+        most_rows = SCREEN_ROWS if large else None
+        screen = Screen(question.config, source, statistics, weighed, swaps, most_rows)
     kept = dict(known)
 
     def keep(name: str, scores: list[Score]) -> None:

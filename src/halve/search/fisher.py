@@ -26,7 +26,45 @@ from halve.models.moe import Hook
 from halve.models.names import EMBEDDING, FINAL_NORM, FusedGroup, head_group
 from halve.models.rope import RopeTable
 
+BLOCK_WEIGHTS = 1 << 22  # squared at a time
 HEAD_LOGITS = 1 << 24  # logits whose gradients are held at once: 64 MiB in float32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Some rows of a matrix that speak for all. index: int64 [drawn]; stands_for: float64 [drawn], how many rows each
+    one counts for; total: rows of the matrix."""
+
+    index: Array
+    stands_for: Array
+    total: int
+
+    @classmethod
+    def all(cls, total: int) -> "Rows":
+        """Every row, for itself."""
+        return cls(index=np.arange(total), stands_for=np.ones(total), total=total)
+
+    @classmethod
+    def drawn(cls, importance: Array, most: int) -> "Rows":
+        """At most so many rows, each with a chance in proportion to its importance, float [rows], and never above one.
+
+        A sum over rows of values, each over its chance, is then without bias (Horvitz and Thompson 1952), and close where
+        values go about as importance does. Chances are laid side by side and one row is taken at every whole number
+        (systematic sampling), so that the draw is the same each time.
+        """
+        total = len(importance)
+        if total <= most:
+            return cls.all(total)
+        # A little for all: importance comes from few tokens, and a row that none of them asked for may still cost.
+        shares = importance / max(importance.sum(), np.finfo(float).tiny) * 0.9 + 0.1 / total
+        chances = np.minimum(1.0, most * shares)
+        while chances.sum() < most * (1 - 1e-6):  # what certain rows leave over goes to the others
+            free = chances < 1
+            scaled = chances[free] * (most - (~free).sum()) / chances[free].sum()
+            chances[free] = np.minimum(1.0, scaled)
+        steps = np.floor(np.cumsum(chances) + 0.5)
+        index = np.flatnonzero(np.diff(steps, prepend=0.0) > 0)
+        return cls(index=index, stands_for=1 / chances[index], total=total)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,29 +78,58 @@ class Fisher:
     token_share: Array
 
     def of_product(
-        self, group: str, originals: Sequence[Array], stored: Sequence[Weight], energy: Array, hessian: Array | None
+        self,
+        group: str,
+        originals: Sequence[Array],
+        stored: Sequence[Weight],
+        energy: Array,
+        hessian: Array | None,
+        drawn: Sequence["Rows"] | None = None,
     ) -> float:
         """Nats per token that a group's stored weights are expected to cost.
 
-        energy: float [in], E[x^2], which counts where hessian, float [in, in], is None.
+        energy: float [in], E[x^2], which counts where hessian, float [in, in], is None. drawn: which rows of each member
+        are given, all where it is None.
         """
-        counts, total, start = self.outputs[group], 0.0, 0
+        counts, total = self.outputs[group], 0.0
         moments = None if hessian is None else torch.from_numpy(np.array(hessian, np.float32))
-        for original, weight in zip(originals, stored, strict=True):
+        drawn = drawn or [Rows.all(len(original)) for original in originals]
+        start = 0
+        for original, weight, rows in zip(originals, stored, drawn, strict=True):
             difference = torch.from_numpy(np.asarray(original, np.float32) - weight.dequantize())
-            rows = counts[start : start + len(difference)]
             if moments is None:
                 errors = difference.square() @ torch.from_numpy(np.asarray(energy, np.float32))
             else:
                 errors = ((difference @ moments) * difference).sum(1)
-            total += float(rows @ errors.double().numpy())
-            start += len(difference)
+            total += float((counts[start + rows.index] * rows.stands_for) @ errors.double().numpy())
+            start += rows.total
         return 0.5 * total
 
-    def of_table(self, original: Array, stored: Weight) -> float:
+    def of_table(self, original: Array, stored: Weight, rows: "Rows | None" = None) -> float:
         """The same of an embedding table, where it is looked up."""
+        rows = rows or Rows.all(len(original))
         squares = (np.asarray(original, np.float32) - stored.dequantize()) ** 2
-        return float(0.5 * (self.token_share @ squares) @ self.table)
+        return float(0.5 * ((self.token_share[rows.index] * rows.stands_for) @ squares) @ self.table)
+
+    def importance(self, group: str | None, originals: Sequence[Array], energy: Array | None) -> list[Array]:
+        """About how the rows of each member share a group's loss: what each would cost if it were all lost, float64
+        [out]. group: None for an embedding table alone, which has no energy."""
+        if group is None or energy is None:
+            return [self.token_share * _squares_by(original, self.table) for original in originals]
+        counts, found, start = self.outputs[group], [], 0
+        for original in originals:
+            found.append(counts[start : start + len(original)] * _squares_by(original, energy))
+            start += len(original)
+        return found
+
+
+def _squares_by(matrix: Array, weights: Array) -> Array:
+    """sum_j matrix_ij^2 weights_j, float64 [rows], a few rows at a time."""
+    found = np.empty(len(matrix))
+    step = max(1, BLOCK_WEIGHTS // matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        found[start : start + step] = np.square(matrix[start : start + step], dtype=np.float32) @ weights
+    return found
 
 
 def fisher(
