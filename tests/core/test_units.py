@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.core.errors import ConfigError
-from halve.core.units import format_bytes, format_duration, parse_percent
+from halve.core.units import format_bytes, format_duration, parse_bytes, parse_percent
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,36 @@ from halve.core.units import format_bytes, format_duration, parse_percent
 )
 def test_a_share_is_read_as_people_write_it(text, fraction):
     assert parse_percent(text, "loss") == pytest.approx(fraction)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (1, 1),
+        ("4096", 4096),
+        ("12 B", 12),
+        ("2GB", 2 * 10**9),
+        (" 512 MiB ", 512 * 2**20),
+        ("1.5gib", 3 * 2**29),
+        ("0.5 kB", 500),
+        ("3TB", 3 * 10**12),
+        ("9007199254740993", 9007199254740993),
+    ],
+)
+def test_a_size_is_read_as_people_write_it(text, size):
+    assert parse_bytes(text, "cache") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "two GB", "2 G B", "-1", "1.5", "1.5 B", "1e9", "2 gigabytes", True])
+def test_words_are_no_size(text):
+    with pytest.raises(ConfigError, match=r"cache: .* is no size; write it as 2GB, 512MiB or a whole number of bytes"):
+        parse_bytes(text, "cache")
+
+
+@pytest.mark.parametrize("text", [0, "0", "0 GB", "0.0001 kB"])
+def test_a_size_of_nothing_is_refused(text):
+    with pytest.raises(ConfigError, match=r"cache: .* must be 1 byte or more"):
+        parse_bytes(text, "cache")
 
 
 @pytest.mark.parametrize("text", ["1", 1, "5", "1.0"])

@@ -12,8 +12,9 @@ from halve.api.bundle import read_plan
 from halve.api.draft import choose_speculation, load_draft
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.files import read_object
-from halve.core.errors import KernelError, PlanError, RequestError
+from halve.core.errors import ConfigError, KernelError, PlanError, RequestError
 from halve.core.plan import Plan, Speculation
+from halve.core.units import parse_bytes
 from halve.engine import (
     AheadModelRunner,
     Completion,
@@ -35,7 +36,7 @@ from halve.kernels.backends import backend
 from halve.kernels.cuda import rows as cuda_rows
 from halve.kernels.ops import Array, Ops, OwnMemoryOps, TokenBatch
 from halve.kernels.team import home, pin
-from halve.models import Decoder, ModelConfig, ReadySource, load_config, load_decoder
+from halve.models import Decoder, ModelConfig, OffloadSource, ReadySource, load_config, load_decoder
 from halve.text import Tokenizer
 
 if TYPE_CHECKING:  # torch loads only where it computes
@@ -173,6 +174,7 @@ class Model:
         with self._making_engine:
             if self._engine is not None:
                 self._engine.close()
+            self.decoder.close()
 
 
 def _sampling(sampling: Any, options: Mapping[str, Any]) -> SamplingParams:
@@ -194,6 +196,7 @@ def load(
     keep: bool = True,
     speculation: str | Speculation | None = None,
     plan: Plan | None = None,
+    expert_cache: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
@@ -209,16 +212,27 @@ def load(
     (`halve.models.ready` says where) and read from there. speculation: where guesses of the next tokens come from,
     which change how fast answers come and nothing else: `ngram`, the place of a draft model with the same tokenizer,
     `off`; None is what `engine` or else the bundle's plan says. plan: whose formats of activations and of the cache are
-    taken instead of the bundle's; a plain checkpoint runs in float32 without one. progress: layers done, layers in all.
+    taken instead of the bundle's; a plain checkpoint runs in float32 without one. expert_cache: of a sparse model, on
+    the C++ kernels: memory for experts (bytes, or "2GB"); the rest is read from disk when it is asked for. The weights
+    are packed to disk at the first start, one matrix at a time. progress: layers done, layers in all.
     Raises CheckpointError, ConfigError, TextError naming what is wrong with the files, RequestError for cache_bytes
-    that hold nothing.
+    that hold nothing, ConfigError for an expert_cache that can't be.
     """
     checkpoint = open_checkpoint(resolve(str(model)))
     plan = read_plan(checkpoint) if plan is None else plan
     config = load_config(checkpoint, plan)
     check_served(device, plan.activations.format, plan.kv_cache.format)
+    cached = None if expert_cache is None else parse_bytes(expert_cache, "expert_cache")
+    if cached is not None and device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"expert_cache: experts are read from disk by the C++ kernels on the CPU, and device {device} has all of "
+            "them in its memory; take device cpu, or leave the expert cache out"
+        )
     ops = make_ops(device, plan.activations.format, num_threads, cores)
-    if isinstance(ops, native.NativeOps):
+    if cached is not None:
+        tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+        decoder = _offloaded(checkpoint, config, ops, cached, keep=keep, progress=progress)
+    elif isinstance(ops, native.NativeOps):
         # Threads read the weights while this one reads the tokenizer, which takes as long.
         with ReadySource(checkpoint, ops, version=__version__, keep=keep) as source:
             tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
@@ -241,6 +255,27 @@ def load(
             keep=keep,
         )
     return Model(checkpoint, plan, ops, decoder, tokenizer, engine_config=engine, cache_bytes=cache_bytes, draft=draft)
+
+
+def _offloaded(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    ops: Ops,
+    cache_bytes: int,
+    *,
+    keep: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Decoder:
+    """A decoder whose experts are read as they are asked for. Raises ConfigError where they can't be."""
+    if not isinstance(ops, native.NativeOps):
+        raise ConfigError(
+            "expert_cache: experts are read from disk by the C++ kernels, and this model would run on torch instead; "
+            "reinstall halve with a compiler, or leave the expert cache out"
+        )
+    if not keep:
+        raise ConfigError("expert_cache: experts are read from weights kept on disk; leave it out, or keep=False")
+    source = OffloadSource(checkpoint, config, ops, cache_bytes=cache_bytes, version=__version__, progress=progress)
+    return Decoder(config, ops, source, progress)
 
 
 def default_engine(decoder: Decoder) -> EngineConfig:

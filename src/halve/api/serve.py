@@ -82,19 +82,21 @@ def serve(
     device: str = "auto",
     cache_bytes: int | None = None,
     speculation: str | None = None,
+    expert_cache: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     started: Callable[[str], None] | None = None,
 ) -> None:
     """Serve models until told to stop.
 
     models: directories, bundles or ORG/NAME, each as it is or as NAME=PATH. keys: a file with a key in each line, taken
-    into the database beside those that are there. Raises ConfigError for an address beyond this machine without keys,
-    and what `load` raises.
+    into the database beside those that are there. expert_cache: of each model, as for `load`. Raises ConfigError for an
+    address beyond this machine without keys, and what `load` raises.
     """
     named = read_names(models)
 
     def load_all() -> list[tuple[str, Model]]:
         options: Any = {"device": device, "engine": engine, "cache_bytes": cache_bytes, "speculation": speculation}
+        options["expert_cache"] = expert_cache
         return [(name, load(path, progress=progress, **options)) for name, path in named.items()]
 
     # Weights are read while the server's packages are imported, which takes half a second.

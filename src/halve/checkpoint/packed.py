@@ -1,4 +1,6 @@
-"""Matrices as kernels read them, in one file: written tensor by tensor, read whole into memory that the caller gives.
+"""Matrices as kernels read them, in one file: written tensor by tensor, read into memory that the caller gives.
+
+`Reading` reads a whole file, `Blobs` one matrix after the other as they are asked for.
 
     0      magic, version, bytes of the file, place and bytes of the index, SHA-256 of all that and of the index
     4096   blobs, each on a multiple of 4096
@@ -14,6 +16,7 @@ import hashlib
 import json
 import os
 import struct
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -199,6 +202,40 @@ class Reading:
             return self._blobs[name].result()
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+
+class Blobs:
+    """The blobs of a file, one at a time and as often as they are asked for, from any thread.
+
+    Each is checked when it is first read. Raises CheckpointError for a file that can't be opened.
+    """
+
+    def __init__(self, path: Path, index: Index) -> None:
+        self.path, self.index = path, index
+        self._checked: set[str] = set()
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, name: str, memory: Array) -> None:
+        """A blob into memory, uint8 of its size. Raises CheckpointError when it is not what was written."""
+        blob = self.index.blobs[name]
+        assert memory.shape == (blob.size,)
+        at = 0
+        while at < blob.size:
+            try:
+                got = os.preadv(self._descriptor, [memory[at : at + PART_BYTES].data], blob.start + at)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+            if not got:
+                raise CheckpointError(f"{self.path}: ends at byte {blob.start + at}, before its last blob")
+            at += got
+        if name not in self._checked:
+            if checksum(memory) != blob.checksum:
+                raise CheckpointError(f"{self.path}: the bytes at {blob.start} are not those that were written")
+            self._checked.add(name)
 
 
 def checksum(blob: Array) -> str:

@@ -40,6 +40,14 @@ SpeculateOption = Annotated[
         help="Guess next tokens, for speed alone: from the text so far, or by a draft model. Without it: the plan's.",
     ),
 ]
+ExpertCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-cache",
+        metavar="SIZE",
+        help="Memory for the experts of a sparse model, such as 2GB; the rest stays on disk. Without it: for all.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or a torch device such as cuda.")]
 
 
@@ -251,10 +259,13 @@ def generate(
         int | None, typer.Option(help="Threads of the C++ kernels. Without it: one for each physical core.")
     ] = None,
     speculate: SpeculateOption = None,
+    expert_cache: ExpertCacheOption = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
     from halve.api.model import load
+    from halve.cli.experts import expert_facts, show_expert_cache
+    from halve.core.record import to_dict
     from halve.engine import SamplingParams
 
     sampling = SamplingParams.of(
@@ -280,18 +291,27 @@ def generate(
     if prompt == "-":
         prompt = _standard_input()
     with ShellProgress().task("Loading", "layers") as advance:
-        loaded = load(model, device=device, num_threads=threads, speculation=speculate, progress=advance)
+        loaded = load(
+            model,
+            device=device,
+            num_threads=threads,
+            speculation=speculate,
+            expert_cache=expert_cache,
+            progress=advance,
+        )
     if n == 1 and not json:
         for output in loaded.stream(prompt, sampling):
             typer.echo(output.text, nl=False)
         typer.echo()
-        return
-    answers = loaded.generate_all([prompt], sampling)
-    if json:
-        print_json(answers[0] if n == 1 else {"completions": answers})
-        return
-    for answer in answers:
-        typer.echo(f"[{answer.index + 1}] {answer.text}")
+    else:
+        answers = loaded.generate_all([prompt], sampling)
+        if json:
+            told = to_dict(answers[0]) if n == 1 else {"completions": answers}
+            print_json({**told, **expert_facts(loaded.engine.metrics())})
+        else:
+            for answer in answers:
+                typer.echo(f"[{answer.index + 1}] {answer.text}")
+    show_expert_cache(loaded.engine.metrics())
 
 
 @app.command()
@@ -308,20 +328,30 @@ def batch(
         int | None, typer.Option(help="Threads of the C++ kernels. Without it: one for each physical core.")
     ] = None,
     speculate: SpeculateOption = None,
+    expert_cache: ExpertCacheOption = None,
     json: Json = False,
 ) -> None:
     """Continue a file of prompts, in bounded memory; run it again to take up a killed run."""
     from halve.api.model import load
+    from halve.cli.experts import expert_facts, show_expert_cache
     from halve.core.record import to_dict
     from halve.engine import SamplingParams
 
     sampling = SamplingParams.of(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with ShellProgress().task("Loading", "layers") as advance:
-        loaded = load(model, device=device, num_threads=threads, speculation=speculate, progress=advance)
+        loaded = load(
+            model,
+            device=device,
+            num_threads=threads,
+            speculation=speculate,
+            expert_cache=expert_cache,
+            progress=advance,
+        )
     with ShellProgress().task("Answering", "prompts") as advance:
         done = loaded.run_file(prompts, out, sampling, progress=advance)
+    show_expert_cache(loaded.engine.metrics())
     if json:
-        print_json({**to_dict(done), "out": str(out)})
+        print_json({**to_dict(done), "out": str(out), **expert_facts(loaded.engine.metrics())})
         return
     resumed = f", {done.num_resumed} were there" if done.num_resumed else ""
     typer.echo(f"{done.num_completed} of {done.num_lines} prompts answered{resumed}, {done.num_errors} refused\n{out}")

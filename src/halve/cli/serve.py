@@ -40,6 +40,9 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="Answers that run at once.")] = None,
     max_queued: Annotated[int, typer.Option(help="Answers that may wait; more are told to come again.")] = 256,
     cache_bytes: Annotated[int | None, typer.Option(help="Memory for keys and values.")] = None,
+    expert_cache: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for experts; the rest stays on disk. As for generate.")
+    ] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.")] = 16 << 20,
     drain: Annotated[float, typer.Option(help="Seconds that running answers get when it is told to stop.")] = 30.0,
     stall: Annotated[float, typer.Option(help="Seconds without a step after which /health says 503.")] = 60.0,
@@ -87,6 +90,7 @@ def serve(
             device=device,
             cache_bytes=cache_bytes,
             speculation=speculate,
+            expert_cache=expert_cache,
             progress=progress,
             started=started,
         )

@@ -1,6 +1,11 @@
 """Quantities as people write and read them. GB = 10^9 bytes, GiB = 2^30 bytes."""
 
+import re
+
 from halve.core.errors import ConfigError
+
+_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SIZES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def parse_percent(text: str | float, name: str) -> float:
@@ -18,6 +23,18 @@ def parse_percent(text: str | float, name: str) -> float:
     if not raw.endswith("%") and value >= 1:
         raise ConfigError(f"{name}: {text!r} is ambiguous; write {raw}% or a fraction below 1")
     return value
+
+
+def parse_bytes(text: str | int, name: str) -> int:
+    """Read `2GB`, `1.5 GiB`, `500mb` or a whole number of bytes. Raises ConfigError for anything else, and for none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
+    unit = match and _SIZES.get(match[2])
+    if match is None or unit is None or (unit == 1 and "." in match[1]):
+        raise ConfigError(f"{name}: {str(text)!r:.40} is no size; write it as 2GB, 512MiB or a whole number of bytes")
+    size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+    if size < 1:
+        raise ConfigError(f"{name}: {text!r} must be 1 byte or more; write it as 2GB, 512MiB or a number of bytes")
+    return size
 
 
 def format_bytes(size_bytes: float) -> str:

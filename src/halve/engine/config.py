@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from halve.core.errors import ConfigError
 from halve.core.plan import Speculation
+from halve.models.expert_cache import ExpertCacheUse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +55,8 @@ class EngineMetrics:
     busy_s: seconds of steps; what answers are charged adds up to it.
     expert_tokens: of a sparse model, tokens that each expert got, by sparse layer. experts_per_step: experts of a layer
     that a step reads, on average. expert_imbalance: tokens of the busiest expert over the mean expert's, averaged over
-    the layers. None for a dense model, and before the first step.
+    the layers. None for a dense model, and before the first step. expert_cache: of a model whose experts are read from
+    disk as they are asked for.
     """
 
     num_waiting: int = 0
@@ -77,3 +79,4 @@ class EngineMetrics:
     expert_tokens: tuple[tuple[int, ...], ...] = ()
     experts_per_step: float | None = None
     expert_imbalance: float | None = None
+    expert_cache: ExpertCacheUse | None = None

@@ -8,6 +8,7 @@ import numpy as np
 from halve.core.errors import RequestError
 from halve.kernels.ops import Array, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch
+from halve.models.expert_cache import ExpertCacheUse
 from halve.models.moe import ExpertCounts
 
 
@@ -51,13 +52,19 @@ class SparseRunner(Protocol):
     def expert_counts(self) -> Sequence[ExpertCounts]:
         """Of each sparse layer; none for a dense model."""
 
+    def expert_cache(self) -> ExpertCacheUse | None:
+        """Of experts that are read from disk; None where all lie in memory."""
+
 
 def expert_metrics(runner: object) -> dict[str, Any]:
     """What `EngineMetrics` says of experts."""
-    counts = runner.expert_counts() if isinstance(runner, SparseRunner) else ()
-    if not counts or not all(one.steps for one in counts):
+    if not isinstance(runner, SparseRunner):
         return {}
+    counts = runner.expert_counts()
+    if not counts or not all(one.steps for one in counts):
+        return {"expert_cache": runner.expert_cache()}
     return {
+        "expert_cache": runner.expert_cache(),
         "expert_tokens": tuple(tuple(int(n) for n in one.tokens) for one in counts),
         "experts_per_step": sum(one.reads for one in counts) / sum(one.steps for one in counts),
         "expert_imbalance": float(np.mean([one.tokens.max() / one.tokens.mean() for one in counts])),
@@ -137,6 +144,11 @@ class ModelRunner:
     def expert_counts(self) -> Sequence[ExpertCounts]:
         """As `SparseRunner.expert_counts`."""
         return getattr(self.decoder, "expert_counts", list)()
+
+    def expert_cache(self) -> ExpertCacheUse | None:
+        """As `SparseRunner.expert_cache`."""
+        found: ExpertCacheUse | None = getattr(self.decoder, "expert_cache", lambda: None)()
+        return found
 
 
 class AheadDecoder(Decoder, Protocol):

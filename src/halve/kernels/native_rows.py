@@ -28,7 +28,7 @@ of threads and whatever tokens are beside it.
 import ctypes
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,7 @@ from halve.kernels.native_cache import KVCache, Step, attention_record, kv_write
 from halve.kernels.native_library import LIBRARY, available, library
 from halve.kernels.native_sampling import SamplingWork
 from halve.kernels.ops import Array, AttentionSpec
-from halve.kernels.packed import PackedMatrix
+from halve.kernels.packed import PackedMatrix, PackedRecord
 from halve.kernels.products import ROUNDINGS, Codes, InputLayout, PrepareRecord, product_record, rows_of
 from halve.kernels.sampling import Sampled, SamplingBatch
 
@@ -111,6 +111,13 @@ class Linear:
     matrix: PackedMatrix
     bias: Array | None
     activations: str
+
+    def over(self, data: Array, bias: Array | None) -> "Linear":
+        """The same product with another matrix, packed alike. data: its blob, as large; the caller knows it is one."""
+        assert data.size == self.matrix.data.size
+        record = PackedRecord.from_buffer_copy(self.matrix.record)
+        record.data = data.ctypes.data
+        return replace(self, matrix=PackedMatrix(record, data), bias=bias)
 
     @property
     def layout(self) -> InputLayout:

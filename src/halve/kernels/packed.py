@@ -136,6 +136,11 @@ def packing_refusal(packed: Packed) -> str | None:
     return None
 
 
+def packed_bytes(fmt: Format, shape: tuple[int, int]) -> int:
+    """Bytes of what `pack` makes of a matrix [out, in] whose scales, if it has any, are bf16."""
+    return _plan(_stored(fmt, shape, _SCALES[BF16] if fmt.scaled else 0))[1]
+
+
 def _stored(fmt: Format, shape: tuple[int, int], scale_kind: int) -> StoredRecord:
     """A matrix [out, in] without its arrays, to plan by: of scales the plan asks only whether there is an address."""
     is_integer = fmt.kind == "int"

@@ -3,6 +3,7 @@
 from halve.models.config import LayerSpec, ModelConfig, read_config
 from halve.models.decoder import Decoder, WeightSource
 from halve.models.load import CheckpointSource, load_config, load_decoder, stored_formats
+from halve.models.offload import OffloadSource
 from halve.models.ready import ReadySource
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Decoder",
     "LayerSpec",
     "ModelConfig",
+    "OffloadSource",
     "ReadySource",
     "WeightSource",
     "load_config",

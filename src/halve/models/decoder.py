@@ -4,7 +4,9 @@ Shapes: T tokens of a flat batch, H hidden. No padding, no past_key_values; keys
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from halve.kernels.ops import Array, AttentionSpec, Buffer, FusingOps, Ops, Pack
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models.compiled import CompiledSteps
 from halve.models.config import ModelConfig, Rope
+from halve.models.expert_cache import ExpertCache, ExpertCacheUse
 from halve.models.latent import LatentAttention
 from halve.models.moe import ROUTED, ExpertCounts, ExpertProjection, Hook, Router, sparse_feed_forward
 from halve.models.names import (
@@ -46,6 +49,18 @@ class WeightSource(Protocol):
 
     def forget(self) -> None:
         """What was read will not be read again soon: free what holds it."""
+
+
+@runtime_checkable
+class ExpertSource(WeightSource, Protocol):
+    """A source whose experts are not all in memory; `offload.OffloadSource`."""
+
+    @property
+    def experts(self) -> ExpertCache:
+        """Where they are."""
+
+    def projection(self, group: FusedGroup) -> ExpertProjection:
+        """The products of all experts of a layer, of one kind."""
 
 
 class Projection:
@@ -98,13 +113,18 @@ class DecoderLayer:
         elif spec.qk_norm is not None:
             sizes = zip(qk_norms(index), qk_norm_sizes(config, index), strict=True)
             self.qk_norms = [ops.vector(source.vector(name, (size,))) for name, size in sizes]
-        self.projections: dict[Kind, Any] = {
-            kind: (ExpertProjection if kind in ROUTED and spec.experts else Projection)(g, ops, source)
-            for kind, g in layer_groups(config, index).items()
-        }
+        self.projections: dict[Kind, Any] = {}
+        for kind, group in layer_groups(config, index).items():
+            if kind not in ROUTED or spec.experts is None:
+                self.projections[kind] = Projection(group, ops, source)
+            elif isinstance(source, ExpertSource):
+                self.projections[kind] = source.projection(group)
+            else:
+                self.projections[kind] = ExpertProjection(group, ops, source)
         self.latent = LatentAttention(config, index, ops, source) if config.latent else None
         self.router = Router(config, index, ops, source) if spec.experts else None
         self.forced_rows = 0  # of calibration, see `sparse_feed_forward`
+        self.following: DecoderLayer | None = None  # the next sparse layer, where experts are read ahead
 
     def __call__(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
         """[T, H] -> [T, H]."""
@@ -122,7 +142,7 @@ class DecoderLayer:
 
     def feed_forward(self, x: Buffer) -> Buffer:
         """What the feed-forward adds to the stream after attention."""
-        return self._feed_forward(self.normed(x))
+        return self._feed_forward(self.normed(x), None if self.following is None else partial(self._look_ahead, x))
 
     def _attention(self, x: Buffer, batch: TokenBatch, cache: Any | None) -> Buffer:
         q, k, v = self._qkv(x, batch.positions) if self.latent is None else self._of_latents(x, batch.positions)
@@ -172,9 +192,16 @@ class DecoderLayer:
         rows = x if self.spec.qk_norm == "row" else x.reshape(-1, self.config.head_dim)
         return self.ops.rms_norm(rows, gain, self.config.rms_norm_eps).reshape(x.shape)
 
-    def _feed_forward(self, x: Buffer) -> Buffer:
+    def _look_ahead(self, x: Buffer) -> None:
+        """Tell the next sparse layer what it would ask for if nothing were added to the stream until there."""
+        following = self.following
+        assert following is not None
+        assert following.router is not None
+        following.projections["gate_up"].held.expect(following.router.likely(following.normed(x)))
+
+    def _feed_forward(self, x: Buffer, ahead: Callable[[], None] | None = None) -> Buffer:
         if self.router is not None:
-            return sparse_feed_forward(self.ops, self.router, self.projections, x, self.forced_rows)
+            return sparse_feed_forward(self.ops, self.router, self.projections, x, self.forced_rows, ahead)
         gate, up = self.projections["gate_up"](x)
         (out,) = self.projections["down"](self.ops.silu_mul(gate, up))
         return out
@@ -200,6 +227,10 @@ class Decoder:
                 progress(index + 1, config.num_layers)
         self.final_norm = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
         self.head = Projection(head_group(config), ops, source)
+        self._experts = source.experts if isinstance(source, ExpertSource) else None
+        if self._experts is not None:
+            for layer, following in pairwise(layer for layer in self.layers if layer.router is not None):
+                layer.following = following
         self._compiled: CompiledSteps | None = None
         self._captured: CapturedSteps | None = None
 
@@ -212,6 +243,15 @@ class Decoder:
     def expert_counts(self) -> list[ExpertCounts]:
         """How often the experts of each sparse layer were asked since the model was made."""
         return [layer.router.counts for layer in self.layers if layer.router is not None]
+
+    def expert_cache(self) -> ExpertCacheUse | None:
+        """What the cache of experts has done since the model was made; None where all are in memory."""
+        return None if self._experts is None else self._experts.use()
+
+    def close(self) -> None:
+        """End the threads that read experts, where there are any; they end with the decoder too."""
+        if self._experts is not None:
+            self._experts.close()
 
     def new_cache(self, num_blocks: int, block_size: int) -> list[Any]:
         """An empty paged cache, one entry a layer."""

@@ -6,7 +6,7 @@ data (`config.Experts`). Sources: arXiv:1701.06538, arXiv:2401.04088 (Mixtral), 
 arXiv:2405.04434, 2.1.2 and arXiv:2412.19437, 2.1.2 (groups of experts, corrected choices).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +35,19 @@ class Source(Protocol):
 
     def vector(self, name: str, shape: tuple[int, ...]) -> Array:
         """A float tensor."""
+
+
+class Held(Protocol):
+    """Experts of a layer that are not all in memory; `offload.OffloadedLayer`."""
+
+    def portions(self, experts: Sequence[int], ahead: Callable[[], None] | None) -> Iterator[list[int]]:
+        """Those of the experts asked for that are in memory until the next are asked for, all of them in turn.
+
+        ahead: called once, behind what is asked for: it may tell the next layer what to expect.
+        """
+
+    def expect(self, experts: Sequence[int]) -> None:
+        """These experts will probably be asked for soon, the first most probably."""
 
 
 @dataclass(slots=True)
@@ -92,6 +105,12 @@ class Router:
             logits[:, self.left_out] = -np.inf
         return logits
 
+    def likely(self, x: Buffer) -> list[int]:
+        """Experts that tokens [T, H] would choose, those of most tokens first; nothing is counted."""
+        counts = np.diff(route(self.logits(x), self.experts, self.correction).offsets)
+        order = np.argsort(-counts, kind="stable")
+        return order[: np.count_nonzero(counts)].tolist()  # type: ignore[no-any-return]
+
     def __call__(self, x: Buffer) -> Routing:
         """Choose experts for tokens [T, H]."""
         routing = route(self.logits(x), self.experts, self.correction)
@@ -147,7 +166,12 @@ def sigmoid(x: Array) -> Array:
 
 
 class ExpertProjection:
-    """One kind of product of all experts of a layer. hook: sees each expert's rows under `FusedGroup.of_expert`."""
+    """One kind of product of all experts of a layer. hook: sees each expert's rows under `FusedGroup.of_expert`.
+
+    held: of experts that are not all in memory; rows then come only for those that are.
+    """
+
+    held: Held | None = None
 
     def __init__(self, group: FusedGroup, ops: Ops, source: Source) -> None:
         self.group, self.ops = group, ops
@@ -184,19 +208,27 @@ class ExpertProjection:
 
 
 def sparse_feed_forward(
-    ops: Ops, router: Router, projections: Mapping[Kind, Any], x: Buffer, forced: int = 0
+    ops: Ops,
+    router: Router,
+    projections: Mapping[Kind, Any],
+    x: Buffer,
+    forced: int = 0,
+    ahead: Callable[[], None] | None = None,
 ) -> Buffer:
     """[T, H] -> [T, H]: every token through its experts, weighted, and through the shared expert where there is one.
 
     forced: for calibration, experts with fewer tokens than this are shown those they would like best, too; what they
-    make of them goes to hooks alone.
+    make of them goes to hooks alone. ahead: as for `Held.portions`.
     """
     routing = router(x)
     rows = ops.take_rows(x, routing.rows)
     if router.experts.weigh == "input":
         rows = rows * _like(routing.weights[:, None], rows)
-    gate, up = projections["gate_up"](rows, routing.offsets)
-    (outputs,) = projections["down"](gated(ops, router.experts, gate, up), routing.offsets)
+    held = projections["gate_up"].held
+    if held is None:
+        outputs = _through(ops, router, projections, rows, routing.offsets)
+    else:
+        outputs = _in_portions(ops, router, projections, rows, routing.offsets, held.portions, ahead)
     if router.experts.weigh == "output":
         outputs = outputs * _like(routing.weights[:, None], outputs)
     out = _sum(outputs, routing, len(x))
@@ -210,6 +242,34 @@ def sparse_feed_forward(
     if forced:
         show_experts(ops, router, projections, x, routing, forced)
     return out
+
+
+def _through(ops: Ops, router: Router, projections: Mapping[Kind, Any], rows: Buffer, offsets: Array) -> Buffer:
+    """Rows [N, H] sorted by expert -> what each one's expert makes of it."""
+    gate, up = projections["gate_up"](rows, offsets)
+    (outputs,) = projections["down"](gated(ops, router.experts, gate, up), offsets)
+    return outputs
+
+
+def _in_portions(
+    ops: Ops,
+    router: Router,
+    projections: Mapping[Kind, Any],
+    rows: Array,
+    offsets: Array,
+    portions: Callable[[Sequence[int], Callable[[], None] | None], Iterator[list[int]]],
+    ahead: Callable[[], None] | None,
+) -> Array:
+    """`_through` of experts that come into memory by portions. A row's result does not depend on who is beside it."""
+    counts = np.diff(offsets)
+    outputs = np.empty_like(rows)
+    for there in portions(np.flatnonzero(counts).tolist(), ahead):
+        mine = np.zeros_like(counts)
+        mine[there] = counts[there]
+        at = np.flatnonzero(np.repeat(mine > 0, counts))
+        within = np.concatenate([[0], np.cumsum(mine)]).astype(np.int32)
+        outputs[at] = _through(ops, router, projections, rows[at], within)
+    return outputs
 
 
 def gated(ops: Ops, experts: Experts, gate: Buffer, up: Buffer) -> Buffer:

@@ -11,7 +11,9 @@ in the user's cache: $HALVE_CACHE, else $XDG_CACHE_HOME/halve, else ~/.cache/hal
 lies there, and HALVE_CACHE=off keeps nothing. Weights stored as plain floats are not kept: to pack them is to copy
 them, and reading a copy is no faster.
 
-Nothing here stops a start: what can't be read is packed, what can't be written is said in the log.
+Nothing here stops a start: what can't be read is packed, what can't be written is said in the log. Only `kept_file`,
+for those that read experts from the file while the model runs, refuses where there can be none. It writes matrix by
+matrix, so that a model larger than memory is packed in the memory of one; plain floats too.
 """
 
 import errno
@@ -20,7 +22,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,9 +30,9 @@ from typing import Self
 
 from halve.checkpoint import Checkpoint
 from halve.checkpoint.packed import PackedWriter, Reading, read_index
-from halve.core.errors import CheckpointError
+from halve.core.errors import CheckpointError, ConfigError, OutputError
 from halve.core.units import format_bytes
-from halve.formats import FORMATS
+from halve.formats import FORMATS, Format
 from halve.kernels.arena import Arena
 from halve.kernels.ops import Array, Packed, PackingOps
 
@@ -143,18 +145,71 @@ class ReadySource:
         if self._reading is None and _is_whole(path):
             return  # another process was faster
         size_bytes = sum(packed.blob.size for packed in self._packed.values())
-        disk = os.statvfs(place)
-        if disk.f_bavail * disk.f_frsize < ROOM * size_bytes:
-            raise OSError(errno.ENOSPC, f"{format_bytes(size_bytes)} and a tenth more are not free on that disk")
-        for left in place.glob("*.new"):  # by a process that was killed: whoever writes now holds the lock
-            left.unlink(missing_ok=True)
-        new = path.with_name(f"{path.name}.new")
-        with PackedWriter(new, key=self._name, origin=str(self.checkpoint.path.resolve())) as writer:
-            for name, packed in self._packed.items():
-                writer.add(name, packed.blob, format=packed.format.name, shape=packed.shape, record=dict(packed.record))
-        new.replace(path)
-        _remove_older(path)
-        log.info("kept packed weights for the next start: %s (%s)", path, format_bytes(size_bytes))
+        _write_file(path, self.checkpoint, self._packed.items(), size_bytes)
+
+
+def kept_file(
+    checkpoint: Checkpoint,
+    ops: PackingOps,
+    weights: Mapping[str, tuple[tuple[int, int], Format]],
+    *,
+    version: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The file of a checkpoint's packed weights; one that is missing is made, matrix by matrix.
+
+    weights: each matrix's shape and stored format. progress: matrices packed, matrices in all. Raises ConfigError with
+    HALVE_CACHE=off, OutputError where none can be written, CheckpointError for weights that can't be read.
+    """
+    found = places(checkpoint)
+    if not found:
+        raise ConfigError(
+            "expert_cache: experts are read from packed weights on disk, and HALVE_CACHE=off keeps none; name a "
+            "directory in HALVE_CACHE, or leave the expert cache out"
+        )
+    name = f"{ops.layout}.{fingerprint(checkpoint, version)}{SUFFIX}"
+    size_bytes = sum(fmt.size_bytes(shape) for shape, fmt in weights.values())  # about
+
+    def packed() -> Iterator[tuple[str, Packed]]:
+        for i, (module, (shape, _)) in enumerate(weights.items()):
+            yield module, ops.pack(checkpoint.read_weight(module, shape))
+            checkpoint.reader.forget()
+            if progress:
+                progress(i + 1, len(weights))
+
+    refused = []
+    for place in found:
+        path = place / name
+        if _is_whole(path):
+            return path
+        try:
+            with _alone(place, wait=True):
+                if not _is_whole(path):  # another process may have been faster
+                    log.info("packing weights once, to read experts from them: %s", path)
+                    _write_file(path, checkpoint, packed(), size_bytes)
+            return path
+        except OSError as error:
+            refused.append(f"{place}: {error.strerror}")
+    raise OutputError(
+        f"expert_cache: experts are read from packed weights on disk, about {format_bytes(size_bytes)}, and they can't "
+        f"be kept ({'; '.join(refused)}); make room, or name another directory in HALVE_CACHE"
+    )
+
+
+def _write_file(path: Path, checkpoint: Checkpoint, weights: Iterable[tuple[str, Packed]], size_bytes: int) -> None:
+    """Write a file beside its name and bring it there whole. Raises OSError, also for a disk without room for it."""
+    disk = os.statvfs(path.parent)
+    if disk.f_bavail * disk.f_frsize < ROOM * size_bytes:
+        raise OSError(errno.ENOSPC, f"{format_bytes(size_bytes)} and a tenth more are not free on that disk")
+    for left in path.parent.glob("*.new"):  # by a process that was killed: whoever writes now holds the lock
+        left.unlink(missing_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    with PackedWriter(new, key=path.name, origin=str(checkpoint.path.resolve())) as writer:
+        for name, packed in weights:
+            writer.add(name, packed.blob, format=packed.format.name, shape=packed.shape, record=dict(packed.record))
+    new.replace(path)
+    _remove_older(path)
+    log.info("kept packed weights for the next start: %s (%s)", path, format_bytes(size_bytes))
 
 
 def places(checkpoint: Checkpoint) -> list[Path]:
@@ -207,12 +262,15 @@ def _is_whole(path: Path) -> bool:
 
 
 @contextmanager
-def _alone(place: Path) -> Iterator[bool]:
-    """Whether this process alone may write in a directory, which is made; the system lets go when a process ends."""
+def _alone(place: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone may write in a directory, which is made; the system lets go when a process ends.
+
+    wait: until it may.
+    """
     place.mkdir(parents=True, exist_ok=True)
     with (place / LOCK).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:

@@ -80,6 +80,29 @@ class _Engines(Collector):
                     tokens.add_metric([served.name, str(layer), str(expert)], count)
         yield from (tokens, read, skew)
 
+    def _expert_cache(self) -> Iterator[Any]:
+        """Of models whose experts are read from disk."""
+        used = [(served.name, use) for served in self._models if (use := served.engine.metrics().expert_cache)]
+        counters = {
+            "expert_cache_hits": ("Experts that lay in memory when a step asked.", lambda u: u.hits),
+            "expert_cache_misses": ("Experts that a step waited for.", lambda u: u.misses),
+            "expert_cache_ahead": ("Experts read before they were asked for.", lambda u: u.num_ahead),
+            "expert_cache_ahead_right": ("Of them, those that were asked for.", lambda u: u.num_ahead_right),
+            "expert_cache_read_bytes": ("Bytes of experts read from disk.", lambda u: u.read_bytes),
+            "expert_cache_wait_seconds": ("Seconds in which steps waited for experts.", lambda u: u.wait_s),
+        }
+        gauges = {
+            "expert_cache_hit_rate": ("Hits over hits and misses.", lambda u: u.hit_rate or 0.0),
+            "expert_cache_size_bytes": ("Memory for experts.", lambda u: u.size_bytes),
+        }
+        kinds: list[tuple[Any, dict[str, Any]]] = [(CounterMetricFamily, counters), (GaugeMetricFamily, gauges)]
+        for kind, table in kinds:
+            for name, (help_text, value) in table.items():
+                family = kind(f"halve:{name}", help_text, labels=["model_name"])
+                for model, use in used:
+                    family.add_metric([model], float(value(use)))
+                yield family
+
     def collect(self) -> Iterator[Any]:
         """Gauges as they are now."""
         gauges = {
@@ -110,6 +133,7 @@ class _Engines(Collector):
                     family.add_metric([served.name], float(value(served.engine.metrics())))
                 yield family
         yield from self._experts()
+        yield from self._expert_cache()
         try:
             joules = int(_ENERGY.read_text()) / 1e6
         except (OSError, ValueError):
