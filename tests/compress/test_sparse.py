@@ -2,15 +2,17 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from halve.api.sparse import upcycle as verb
 from halve.checkpoint import open_checkpoint
-from halve.compress import apply_plan, calibrate, resolve, uniform_plan, upcycle
+from halve.compress import Upcycling, apply_plan, calibrate, resolve, uniform_plan, upcycle
 from halve.compress.resolve import Choice, grouped_plan
 from halve.core.errors import ConfigError, OutputError
 from halve.core.plan import WeightRule, Weights
@@ -153,13 +155,67 @@ def test_an_upcycled_model_is_the_dense_one_in_transformers_and_here(tmp_path):
     assert (tmp_path / "up" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize(("active", "divisor"), [(2, 2), (4, 2), (4, 4)])
+def test_slices_of_feed_forwards_are_the_dense_model_together(tmp_path, active, divisor):
+    dense = embedded_model_path()
+    made = verb(dense, tmp_path / "up", experts=8, active=active, width_divisor=divisor)
+    ids = torch.randint(3, 8000, (1, 40), generator=torch.Generator().manual_seed(0))
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (dense, tmp_path / "up")
+    ]
+    assert models[1].config.intermediate_size == models[0].config.intermediate_size // divisor
+    with torch.no_grad():
+        first, second = (model(ids).logits for model in models)
+    np.testing.assert_allclose(second.numpy(), first.numpy(), atol=1e-4)
+    checkpoint, config = opened(tmp_path / "up")
+    with checkpoint:
+        decoder = load_decoder(checkpoint, config, NativeOps(activations="fp32"))
+    ours = decoder.logits(decoder.hidden(TokenBatch.whole([ids[0].numpy().astype(np.int32)])))
+    np.testing.assert_allclose(decoder.ops.to_host(ours), first[0].numpy(), atol=1e-4)
+    routers = 4 * 8 * 256
+    assert made.equal
+    assert made.parameters == sum(p.numel() for p in models[1].parameters())
+    feed_forwards = 4 * 3 * 256 * 512
+    assert made.active_parameters - routers == made.dense_parameters + (active // divisor - 1) * feed_forwards
+
+
+def test_a_share_of_the_neurons_can_be_new(tmp_path):
+    dense = embedded_model_path()
+    whole, half = (
+        verb(dense, tmp_path / name, experts=4, active=2, width_divisor=2, reinit=reinit)
+        for name, reinit in (("whole", 0.0), ("half", 0.5))
+    )
+    assert (whole.equal, half.equal, half.reinit) == (True, False, 0.5)
+    changed = {}
+    for expert in range(4):
+        for name, neurons in (("w1", 0), ("w3", 0), ("w2", 1)):
+            key = f"model.layers.1.block_sparse_moe.experts.{expert}.{name}.weight"
+            first, second = (load_file(Path(x.path) / "model.safetensors")[key].float() for x in (whole, half))
+            differ = (first != second).any(dim=1 - neurons)
+            assert int(differ.sum()) == 128  # of 256
+            old, new = (x.movedim(neurons, 0)[differ] for x in (first, second))
+            assert new.std().item() == pytest.approx(old.std().item(), rel=0.05)
+            changed[expert, name] = differ
+    assert all(torch.equal(changed[e, "w1"], changed[e, name]) for e in range(4) for name in ("w2", "w3"))
+    assert not torch.equal(changed[0, "w1"], changed[2, "w1"])  # copies of one slice part ways
+
+
 @pytest.mark.parametrize(
-    ("experts", "active", "said"),
-    [(1, 1, "--experts 1: must be from 2"), (4, 5, "--active 5: must be from 1 to the 4"), (4, 0, "--active 0")],
+    ("experts", "active", "more", "said"),
+    [
+        (1, 1, {}, "--experts 1: must be from 2"),
+        (4, 5, {}, "--active 5: must be from 1 to the 4"),
+        (4, 0, {}, "--active 0"),
+        (4, 2, {"width_divisor": 0}, "--width-divisor 0: must be 1 or more"),
+        (4, 1, {"width_divisor": 2}, "--experts 4 and --active 1 must be multiples"),
+        (6, 3, {"width_divisor": 3}, "--width-divisor 3: does not divide the feed-forwards' width, 512"),
+        (4, 2, {"reinit": 1.0}, "--reinit 1: must be a share"),
+    ],
 )
-def test_numbers_that_make_no_sparse_model_are_refused(experts, active, said, tmp_path):
+def test_numbers_that_make_no_sparse_model_are_refused(experts, active, more, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
-        verb(embedded_model_path(), tmp_path / "up", experts=experts, active=active)
+        verb(embedded_model_path(), tmp_path / "up", experts=experts, active=active, **more)
     assert not list(tmp_path.iterdir())
 
 
@@ -175,7 +231,7 @@ def test_routers_are_the_same_for_a_seed(tmp_path):
     checkpoint, config = opened(embedded_model_path())
     with checkpoint:
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-            upcycle(checkpoint, config, tmp_path / name, experts=2, active=1, seed=seed)
+            upcycle(checkpoint, config, tmp_path / name, Upcycling(num_experts=2, active=1, seed=seed))
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
     assert json.loads((tmp_path / "a" / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]

@@ -22,7 +22,7 @@ from halve.compress.sparsify import (
     trained_gains,
     write_sparse,
 )
-from halve.compress.upcycle import upcycle, upcycle_refusal
+from halve.compress.upcycle import Upcycling, upcycle, upcycle_refusal
 
 __all__ = [
     "ActivationChoice",
@@ -35,6 +35,7 @@ __all__ = [
     "ModuleReport",
     "Recovery",
     "Statistics",
+    "Upcycling",
     "apply_plan",
     "calibrate",
     "grouped_plan",
