@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from halve.api.sparse import upcycle as verb
 from halve.checkpoint import open_checkpoint
 from halve.compress import Upcycling, apply_plan, calibrate, resolve, uniform_plan, upcycle
+from halve.compress.clusters import cluster_rows
 from halve.compress.resolve import Choice, grouped_plan
-from halve.core.errors import ConfigError, OutputError
+from halve.core.errors import ConfigError, DataError, OutputError
 from halve.core.plan import WeightRule, Weights
+from halve.data import encode, read_documents
+from halve.data.mixed import mixed_text_paths
 from halve.formats import FORMATS
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import TokenBatch
@@ -25,6 +28,7 @@ from halve.models.embedded import embedded_model_path
 from halve.models.load import CheckpointSource, load_config, load_decoder
 from halve.models.names import groups
 from halve.search import bytes_per_token, uniform_candidates
+from halve.text import Tokenizer
 from tests.models.test_moe import FAMILIES, IDS, sparse_model
 
 TEXT = [np.random.default_rng(i).integers(3, 96, 40).astype(np.int32) for i in range(4)]
@@ -201,6 +205,38 @@ def test_a_share_of_the_neurons_can_be_new(tmp_path):
     assert not torch.equal(changed[0, "w1"], changed[2, "w1"])  # copies of one slice part ways
 
 
+def test_routers_by_clusters_share_tokens_evenly_and_keep_the_model_equal(tmp_path):
+    dense, text = embedded_model_path(), mixed_text_paths()[0]
+    verb(dense, tmp_path / "up", experts=8, active=2, width_divisor=2, cluster=text)
+    ids = encode(read_documents(text), Tokenizer.from_directory(dense), vocab_size=8192)[0][:400]
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (dense, tmp_path / "up")
+    ]
+    with torch.no_grad():
+        first = models[0](torch.from_numpy(ids)[None].long()).logits
+        second = models[1](torch.from_numpy(ids)[None].long(), output_router_logits=True)
+    np.testing.assert_allclose(second.logits.numpy(), first.numpy(), atol=1e-4)
+    for layer in second.router_logits:
+        assert torch.equal(layer[:, 0::2], layer[:, 1::2])  # both halves of a copy
+        loads = torch.bincount(layer[:, 0::2].argmax(1), minlength=4) / len(layer)
+        assert loads.min() > 0.1
+        assert loads.max() < 0.45
+
+
+def test_clusters_are_told_apart_whatever_they_have_in_common():
+    random = torch.Generator().manual_seed(0)
+    centres = torch.linalg.qr(torch.randn(16, 16, generator=random)).Q[:4]
+    labels = torch.arange(4).repeat(50)
+    inputs = 30 + 3 * centres[labels] + 0.1 * torch.randn(200, 16, generator=random)
+    rows = cluster_rows(inputs, 4, torch.Generator().manual_seed(0))
+    chosen = (inputs @ rows.t()).argmax(1)
+    assert torch.bincount(chosen, minlength=4).tolist() == [50] * 4
+    assert all(len(set(chosen[labels == label].tolist())) == 1 for label in range(4))
+    assert (inputs @ rows.t()).std().item() == pytest.approx(1.5, rel=1e-3)
+    assert not cluster_rows(inputs, 1, random).any()
+
+
 @pytest.mark.parametrize(
     ("experts", "active", "more", "said"),
     [
@@ -217,6 +253,13 @@ def test_numbers_that_make_no_sparse_model_are_refused(experts, active, more, sa
     with pytest.raises(ConfigError, match=said):
         verb(embedded_model_path(), tmp_path / "up", experts=experts, active=active, **more)
     assert not list(tmp_path.iterdir())
+
+
+def test_text_to_cluster_holds_a_token_for_each_copy(tmp_path):
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(DataError, match=r"the text to cluster has \d+ tokens, for 64 copies; give more text"):
+        verb(embedded_model_path(), tmp_path / "up", experts=64, active=1, cluster=tmp_path / "short.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
 def test_what_is_sparse_or_compressed_or_there_already_is_not_upcycled(saved, tmp_path):

@@ -17,6 +17,9 @@ def upcycle(
     active: Annotated[int, typer.Option(help="Of them that a token runs through.")] = 2,
     width_divisor: Annotated[int, typer.Option(help="Slices that a feed-forward is cut into, an expert each.")] = 1,
     reinit: Annotated[float, typer.Option(help="Share of each expert's neurons that is drawn anew.")] = 0.0,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Text by whose clusters routers tell copies apart.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the routers' first weights and of what is drawn anew.")] = 0,
     json: Json = False,
 ) -> None:
@@ -31,6 +34,7 @@ def upcycle(
         active=active,
         width_divisor=width_divisor,
         reinit=reinit,
+        cluster=cluster,
         seed=seed,
         progress=ShellProgress(),
     )

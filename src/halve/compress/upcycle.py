@@ -8,17 +8,19 @@ With a divisor of G each expert is one of G slices of it, and experts / G copies
 are whole copies, each expert with 1 / G of its copy's weight; down projections are multiplied by G, and the sum is the
 dense model's again. Active / G copies cost a token what as many dense feed-forwards cost.
 
+Routers are random, or told by clusters of text (`compress/clusters.py`), so that loads are even from the start.
 Training on makes the copies differ. Re-initialising a share of each expert's neurons (arXiv:2502.19261, drop-upcycling)
 makes them differ at once, and the model is then no longer the dense one.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from halve.checkpoint import Checkpoint, TensorWriter
 from halve.compress.apply import carry_files, write_text
@@ -38,7 +40,7 @@ class Upcycling:
     """What feed-forwards become: how many experts, how many of them for a token, of which share of the width.
 
     width_divisor: an expert is the 1 / width_divisor of a feed-forward. reinit: the share of each expert's neurons that
-    is drawn anew. seed: of that and of the routers, normal with `ROUTER_STD`.
+    is drawn anew. seed: of that and of routers, normal with `ROUTER_STD` where no rows are given.
     """
 
     num_experts: int
@@ -46,6 +48,11 @@ class Upcycling:
     width_divisor: int = 1
     reinit: float = 0.0
     seed: int = 0
+
+    @property
+    def copies(self) -> int:
+        """Of every slice."""
+        return self.num_experts // self.width_divisor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,12 +98,14 @@ def upcycle(
     directory: Path,
     experts: Upcycling,
     *,
+    rows: Iterable[Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelConfig:
     """Write a Mixtral whose experts are copies of each feed-forward, or of its slices, into `directory`.
 
-    Returns its configuration. Raises ConfigError for a model or numbers that do not allow it (`upcycle_refusal`),
-    OutputError when the disk is full.
+    rows: of each layer's router, [copies, hidden size]; without them at random. Returns its configuration.
+    Raises ConfigError for a model or numbers that do not allow it (`upcycle_refusal`), OutputError when the disk is
+    full.
     """
     if reason := upcycle_refusal(checkpoint, config, experts):
         raise ConfigError(reason)
@@ -119,11 +128,12 @@ def upcycle(
             reader.forget()
             if progress:
                 progress(done + 1, len(parts))
+        given = None if rows is None else iter(rows)
         for name, layer in routers.items():
             like = reader.read(f"model.layers.{layer}.mlp.gate_proj.weight").dtype
-            copies = experts.num_experts // experts.width_divisor
-            rows = random.standard_normal((copies, config.hidden_size), np.float32) * ROUTER_STD
-            writer.write(name, rows.repeat(experts.width_divisor, axis=0).astype(like))
+            drawn = random.standard_normal((experts.copies, config.hidden_size), np.float32) * ROUTER_STD
+            router = drawn if given is None else next(given).numpy()
+            writer.write(name, router.repeat(experts.width_divisor, axis=0).astype(like))
     write_text(directory / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
     carry_files(checkpoint, directory)
     return read_config(raw)
