@@ -3,8 +3,10 @@
 For each format, the whole model in it by rounding to nearest (rtn), by clip and by gptq; then the plan that the search
 makes within the bytes of that format. KL(original || smaller) in nats per token on sealed text, which neither
 calibration nor search saw; weights alone are rounded. A group that a format does not fit takes int8, in all of them.
+With `--speed`, gptq and the plan also decode in turns, so that equal bytes are held against measured seconds.
 
     python benchmarks/quality_at_equal_bytes.py MODEL [--formats int4-g32,int3-g32] [--text FILE] [--tokens 20000]
+        [--speed]
 
 Prints a table, and one JSON line last.
 """
@@ -18,9 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from halve.api.model import load
 from halve.api.progress import SILENT
 from halve.api.study import Question, study
 from halve.api.texts import prepare_texts
+from halve.api.trial import in_turns
 from halve.checkpoint import open_checkpoint
 from halve.compress import Choice, apply_plan, grouped_plan, resolve
 from halve.evaluate import compare, quality
@@ -41,6 +45,7 @@ def main() -> None:
     parser.add_argument("--formats", default="int4-g32,int3-g32")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--speed", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rounded = {"activations": "fp32", "kv_cache": "fp32"}
@@ -68,20 +73,17 @@ def main() -> None:
         ends = np.cumsum([len(t) for t in texts.sealed])
         sealed = texts.sealed[: int(np.searchsorted(ends, options.tokens)) + 1]
 
-        def kl(choices: dict[str, Choice]) -> tuple[float, float, float, int]:
+        def kl(choices: dict[str, Choice], out: Path) -> tuple[float, float, float, int]:
             plan = grouped_plan(config, choices, portable=False, **rounded)
-            with tempfile.TemporaryDirectory() as out:
-                statistics = studied.statistics
-                apply_plan(
-                    checkpoint, config, plan, Path(out), energies=statistics.energies, hessians=statistics.hessians
-                )
-                with open_checkpoint(out) as made:
-                    smaller = DecoderScorer(load_decoder(made, load_config(made, plan), TorchOps(widened=True)))
-                    scores = compare(original, smaller, sealed, window_tokens=texts.window_tokens)
+            statistics = studied.statistics
+            apply_plan(checkpoint, config, plan, out, energies=statistics.energies, hessians=statistics.hessians)
+            with open_checkpoint(out) as made:
+                smaller = DecoderScorer(load_decoder(made, load_config(made, plan), TorchOps(widened=True)))
+                scores = compare(original, smaller, sealed, window_tokens=texts.window_tokens)
             found = quality(scores, num_resamples=1000).kl_mean
             return found.value, found.low, found.high, bytes_per_token(config, resolve(plan, config), source)
 
-        results = {}
+        results, ratios = {}, {}
         costs, losses = tables(studied.parts, studied.sensitivity, bytes_cost)
         for name in options.formats.split(","):
             rows = {}
@@ -93,13 +95,24 @@ def main() -> None:
                     )
                     for p in studied.parts
                 }
-                rows[method] = kl(choices)
+                rows[method] = kl(choices, Path(folder) / name / method)
             budget = sum(bytes_cost(p, FORMATS[choices[p.name].format]) for p in studied.parts)
             plan = solve(losses, costs, budget)
-            rows["mixed"] = kl(choices_of(studied.parts, studied.sensitivity, plan))
+            rows["mixed"] = kl(choices_of(studied.parts, studied.sensitivity, plan), Path(folder) / name / "mixed")
             results[name] = {m: {"kl": v, "low": a, "high": b, "bytes": size} for m, (v, a, b, size) in rows.items()}
             for method, (value, low, high, size) in rows.items():
                 print(f"{name:10} {method:6} KL {value:.5f} [{low:.5f}, {high:.5f}]  {size} bytes a token", flush=True)
+            if options.speed:
+                models = [load(Path(folder) / name / method, device="cpu", keep=False) for method in ("gptq", "mixed")]
+                turns = in_turns(models, SILENT)
+                for model in models:
+                    model.close()
+                ratios[name] = turns.decode
+                print(
+                    f"{name:10} a decoded token of mixed takes {turns.decode.value:.3f} [{turns.decode.low:.3f}, "
+                    f"{turns.decode.high:.3f}] of gptq's time" + (", others ran" if turns.disturbed else ""),
+                    flush=True,
+                )
     first = results[options.formats.split(",")[0]]
     print(f"the study took {study_s:.0f} s")
     record = {
@@ -109,6 +122,7 @@ def main() -> None:
         "tokens": int(sum(map(len, sealed))),
         "study_s": study_s,
         "formats": results,
+        "decode_ratios": {name: {"value": r.value, "low": r.low, "high": r.high} for name, r in ratios.items()},
     }
     print(json.dumps(record))
 

@@ -132,7 +132,7 @@ def _add_schedule(p: Parser) -> None:
     _choice(p, "--optimizer", ("muon", "adamw"), "of the matrices inside blocks")
     _option(p, "--muon-lr", 0.02, "peak learning rate of Muon")
     _option(p, "--adam-lr", 3e-3, "peak learning rate of AdamW")
-    _option(p, "--router-lr", 3e-3, "peak learning rate of AdamW on routers")
+    _option(p, "--router-lr", 3e-3, "peak learning rate of AdamW on routers; 0 leaves them as they are")
     _option(p, "--z-coef", 0.001, "weight of the routers' z-loss")
     _option(p, "--weight-decay", 0.02, "of Muon's matrices")
     _option(p, "--clip", 1.0, "largest norm of the gradient")

@@ -65,11 +65,20 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if not (self.minutes or self.tokens or self.max_steps):
             raise ConfigError("give --minutes, --tokens or --max-steps, else the run never stops")
-        for name in ("minutes", "tokens", "max_steps", "valid_tokens", "z_coef", "weight_decay", "save_minutes"):
+        for name in (
+            "minutes",
+            "tokens",
+            "max_steps",
+            "valid_tokens",
+            "z_coef",
+            "weight_decay",
+            "router_lr",
+            "save_minutes",
+        ):
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         for name in ("batch", "accumulate", "log_every"):
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
-        for name in ("muon_lr", "adam_lr", "router_lr", "clip"):
+        for name in ("muon_lr", "adam_lr", "clip"):
             self._require(name, getattr(self, name) > 0, "must be more than 0")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise ConfigError(f"--warmup {self.warmup} and --decay {self.decay}: shares of the run, together at most 1")
