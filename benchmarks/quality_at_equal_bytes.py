@@ -2,9 +2,12 @@
 
 For each format, the whole model in it by rounding to nearest (rtn), by clip and by gptq; then the plan that the search
 makes within the bytes of that format. KL(original || smaller) in nats per token on sealed text, which neither
-calibration nor search saw; weights alone are rounded. A group that a format does not fit takes int8, in all of them.
+calibration nor search saw, and the plan's less gptq's on the same documents; weights alone are rounded. A group that a
+format does not fit takes int8, in all of them. With `--speed`, gptq and the plan also decode in turns, so that equal
+bytes are held against measured seconds.
 
     python benchmarks/quality_at_equal_bytes.py MODEL [--formats int4-g32,int3-g32] [--text FILE] [--tokens 20000]
+        [--speed]
 
 Prints a table, and one JSON line last.
 """
@@ -13,18 +16,24 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from halve.api.model import load
 from halve.api.progress import SILENT
 from halve.api.study import Question, study
 from halve.api.texts import prepare_texts
+from halve.api.trial import in_turns
 from halve.checkpoint import open_checkpoint
 from halve.compress import Choice, apply_plan, grouped_plan, resolve
+from halve.core.certificate import Measured
 from halve.evaluate import compare, quality
+from halve.evaluate.fidelity import PairedScores
 from halve.evaluate.scorer import DecoderScorer
+from halve.evaluate.side_by_side import against_reference
 from halve.formats import FORMATS
 from halve.kernels.reference import TorchOps
 from halve.models import load_config, load_decoder, stored_formats
@@ -34,14 +43,43 @@ from halve.search.solver import solve
 from halve.text import Tokenizer
 
 
-def main() -> None:
-    """Measure, print a table and the record."""
+def read_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--formats", default="int4-g32,int3-g32")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000)
-    options = parser.parse_args()
+    parser.add_argument("--speed", action="store_true")
+    return parser.parse_args()
+
+
+def said(found: Measured) -> str:
+    """A figure with its interval."""
+    return f"{found.value:.5f} [{found.low:.5f}, {found.high:.5f}]"
+
+
+def less(one: PairedScores, other: PairedScores, vocab_size: int) -> Measured:
+    """KL of one less that of the other, on the same documents."""
+    found = against_reference(other, one, vocab_size=vocab_size).kl_difference
+    assert found is not None
+    return found
+
+
+def decode_ratio(folder: Path) -> Measured:
+    """Seconds of a decoded token of the plan over gptq's, in turns."""
+    models = [load(folder / method, device="cpu", keep=False) for method in ("gptq", "mixed")]
+    found = in_turns(models, SILENT)
+    for model in models:
+        model.close()
+    if found.disturbed:
+        print("others ran while it was timed", flush=True)
+    return found.decode
+
+
+def main() -> None:
+    """Measure, print a table and the record."""
+    options = read_options()
     torch.set_num_threads(1)
     rounded = {"activations": "fp32", "kv_cache": "fp32"}
     with open_checkpoint(options.model) as checkpoint, tempfile.TemporaryDirectory() as folder:
@@ -68,20 +106,21 @@ def main() -> None:
         ends = np.cumsum([len(t) for t in texts.sealed])
         sealed = texts.sealed[: int(np.searchsorted(ends, options.tokens)) + 1]
 
-        def kl(choices: dict[str, Choice]) -> tuple[float, float, float, int]:
+        def kl(choices: dict[str, Choice], out: Path) -> tuple[float, float, float, int]:
             plan = grouped_plan(config, choices, portable=False, **rounded)
-            with tempfile.TemporaryDirectory() as out:
-                statistics = studied.statistics
-                apply_plan(
-                    checkpoint, config, plan, Path(out), energies=statistics.energies, hessians=statistics.hessians
-                )
-                with open_checkpoint(out) as made:
-                    smaller = DecoderScorer(load_decoder(made, load_config(made, plan), TorchOps(widened=True)))
-                    scores = compare(original, smaller, sealed, window_tokens=texts.window_tokens)
+            statistics = studied.statistics
+            apply_plan(checkpoint, config, plan, out, energies=statistics.energies, hessians=statistics.hessians)
+            with open_checkpoint(out) as made:
+                smaller = DecoderScorer(load_decoder(made, load_config(made, plan), TorchOps(widened=True)))
+                scores = compare(original, smaller, sealed, window_tokens=texts.window_tokens)
+            scored[out.name] = scores
             found = quality(scores, num_resamples=1000).kl_mean
             return found.value, found.low, found.high, bytes_per_token(config, resolve(plan, config), source)
 
-        results = {}
+        results: dict[str, dict[str, dict[str, float]]] = {}
+        differences: dict[str, Measured] = {}
+        ratios: dict[str, Measured] = {}
+        scored: dict[str, PairedScores] = {}
         costs, losses = tables(studied.parts, studied.sensitivity, bytes_cost)
         for name in options.formats.split(","):
             rows = {}
@@ -93,13 +132,18 @@ def main() -> None:
                     )
                     for p in studied.parts
                 }
-                rows[method] = kl(choices)
+                rows[method] = kl(choices, Path(folder) / name / method)
             budget = sum(bytes_cost(p, FORMATS[choices[p.name].format]) for p in studied.parts)
             plan = solve(losses, costs, budget)
-            rows["mixed"] = kl(choices_of(studied.parts, studied.sensitivity, plan))
+            rows["mixed"] = kl(choices_of(studied.parts, studied.sensitivity, plan), Path(folder) / name / "mixed")
             results[name] = {m: {"kl": v, "low": a, "high": b, "bytes": size} for m, (v, a, b, size) in rows.items()}
             for method, (value, low, high, size) in rows.items():
                 print(f"{name:10} {method:6} KL {value:.5f} [{low:.5f}, {high:.5f}]  {size} bytes a token", flush=True)
+            differences[name] = less(scored["mixed"], scored["gptq"], config.vocab_size)
+            print(f"{name:10} mixed less gptq {said(differences[name])}", flush=True)
+            if options.speed:
+                ratios[name] = decode_ratio(Path(folder) / name)
+                print(f"{name:10} a decoded token of mixed takes {said(ratios[name])} of gptq's time", flush=True)
     first = results[options.formats.split(",")[0]]
     print(f"the study took {study_s:.0f} s")
     record = {
@@ -109,6 +153,8 @@ def main() -> None:
         "tokens": int(sum(map(len, sealed))),
         "study_s": study_s,
         "formats": results,
+        "kl_differences": {name: asdict(found) for name, found in differences.items()},
+        "decode_ratios": {name: asdict(found) for name, found in ratios.items()},
     }
     print(json.dumps(record))
 

@@ -3,16 +3,14 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from halve.core.errors import CheckpointError, ConfigError
+from halve.core.errors import CheckpointError
 from train_tiny.files import make_folder, write_json
 from train_tiny.model import Llama, ModelConfig
 from train_tiny.text import BOS, END, EOS, PAD
@@ -45,11 +43,10 @@ def save_model(model: Llama, folder: Path, tokenizer: Path | None, record: Mappi
             shutil.copyfile(tokenizer / name, folder / name)
 
 
-def load_model(folder: Path, num_experts: int = 0, top_k: int = 2, noise: float = 0.0) -> Llama:
-    """Load a folder that `save_model` wrote, in float32; a dense one is upcycled when num_experts > 0.
+def load_model(folder: Path) -> Llama:
+    """Load a folder that `save_model` or `halve upcycle` wrote, in float32.
 
-    Raises CheckpointError when files are missing or contradict each other, ConfigError when a sparse one has another
-    number of experts than was asked for.
+    Raises CheckpointError when files are missing or contradict each other.
     """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -59,38 +56,12 @@ def load_model(folder: Path, num_experts: int = 0, top_k: int = 2, noise: float 
             f"{folder}: not a checkpoint ({error}); give a folder that the verb train wrote"
         ) from error
     config = ModelConfig.from_hf(raw)
-    if num_experts and config.num_experts not in (0, num_experts):
-        raise ConfigError(f"{folder} has {config.num_experts} experts already, not {num_experts}; leave out --experts")
-    if num_experts and not config.num_experts:
-        config = replace(config, num_experts=num_experts, top_k=top_k)
-        state = upcycle(state, num_experts, noise)
     model = Llama(config)
     try:
         model.load_state_dict({name: value.float() for name, value in state.items()})
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: config.json and model.safetensors disagree: {error}") from error
     return model
-
-
-def upcycle(state: Mapping[str, Tensor], num_experts: int, noise: float) -> dict[str, Tensor]:
-    """Turn a dense state dict into Mixtral's: every expert a copy of the feed-forward, a small random router.
-
-    noise: of each copy, as a share of its matrix's standard deviation, so that experts part ways. Renormalised top-k
-    weights sum to one, so with noise 0 the new model computes what the dense one did. Source: arXiv:2212.05055.
-    """
-    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if ".mlp." not in key:
-            out[key] = value
-            continue
-        layer, projection = key.removesuffix(".weight").split(".mlp.")
-        for expert in range(num_experts):
-            extra = noise * value.float().std() * torch.randn_like(value, dtype=torch.float32)
-            out[f"{layer}.block_sparse_moe.experts.{expert}.{names[projection]}.weight"] = value.float() + extra
-        if projection == "gate_proj":
-            out[f"{layer}.block_sparse_moe.gate.weight"] = 0.02 * torch.randn(num_experts, value.shape[1])
-    return out
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ SHAPE: list[tuple[str, str, Callable[[str], int | float], str]] = [
     ("--kv-heads", "num_kv_heads", int, "key and value heads (2)"),
     ("--context", "context", int, "tokens per sequence (512)"),
     ("--rope-theta", "rope_theta", float, "base of the rotary embedding (10000)"),
-    ("--experts", "num_experts", int, "experts per layer; 0 is dense (0)"),
+    ("--experts", "num_experts", int, "experts per layer of a new model; 0 is dense (0)"),
     ("--top-k", "top_k", int, "experts per token (2)"),
     ("--aux-coef", "aux_coef", float, "weight of the load balance loss (0.01)"),
 ]
@@ -113,10 +113,9 @@ def _add_train(p: Parser) -> None:
     _path(p, "--tokenizer", "folder to copy the tokenizer from; its vocabulary is checked", required=False)
     _path(p, "--out", "folder to write")
     _flag(p, "--resume", "go on with the unfinished run in --out")
-    _path(p, "--init-from", "checkpoint to start from, or to upcycle with --experts", required=False)
+    _path(p, "--init-from", "checkpoint to start from, dense or sparse", required=False)
     for flag, field, kind, text in SHAPE:
         p.add_argument(flag, dest=field, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
-    _option(p, "--expert-noise", 0.02, "of each matrix's deviation, so that upcycled experts part ways")
     _add_compute(p)
     _add_schedule(p)
     _option(p, "--save-minutes", 4.0, "between checkpoints")
@@ -133,6 +132,8 @@ def _add_schedule(p: Parser) -> None:
     _choice(p, "--optimizer", ("muon", "adamw"), "of the matrices inside blocks")
     _option(p, "--muon-lr", 0.02, "peak learning rate of Muon")
     _option(p, "--adam-lr", 3e-3, "peak learning rate of AdamW")
+    _option(p, "--router-lr", 3e-3, "peak learning rate of AdamW on routers; 0 leaves them as they are")
+    _option(p, "--z-coef", 0.001, "weight of the routers' z-loss")
     _option(p, "--weight-decay", 0.02, "of Muon's matrices")
     _option(p, "--clip", 1.0, "largest norm of the gradient")
     _option(p, "--warmup", 0.02, "share of the run")

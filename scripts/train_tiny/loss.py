@@ -78,15 +78,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def batch_loss(model: Llama, body: Forward, x: Tensor, y: Tensor, compute: Compute) -> tuple[Tensor, Tensor]:
-    """Mean loss in nats per token, and the balance loss. x, y: int64 [B, T], y one token ahead."""
+    """Mean loss in nats per token, and the routers' losses. x, y: int64 [B, T], y one token ahead."""
     with compute.autocast():
-        hidden, balance = body(x, compute.torch_dtype)
+        hidden, routers = body(x, compute.torch_dtype)
     with torch.autocast(compute.device, enabled=False):
         weight = model.model.embed_tokens.weight
         loss: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden.flatten(0, 1), weight, y.reshape(-1), compute.loss_chunk
         )
-    return loss, balance
+    return loss, routers
 
 
 @torch.no_grad()

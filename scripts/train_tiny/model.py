@@ -1,7 +1,8 @@
 """A small Llama or Mixtral whose state dict is the Hugging Face checkpoint: same names, same rotary convention.
 
 Shapes: B sequences, T tokens, H hidden size, D head size, N rows of a flat batch, E experts, K chosen ones.
-Mixture of experts as in arXiv:2401.04088, load balance as in arXiv:2101.03961 (eq. 4).
+Mixture of experts as in arXiv:2401.04088, load balance as in arXiv:2101.03961 (eq. 4), z-loss as in arXiv:2202.08906
+(eq. 5).
 """
 
 from collections.abc import Mapping
@@ -175,7 +176,7 @@ class DenseMlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: [B, T, H]; a dense layer has no balance loss."""
+        """x: [B, T, H]; a dense layer has no losses of a router."""
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
 
@@ -205,11 +206,12 @@ class SparseMlp(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of rows per expert changes at each call
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: [B, T, H]. Returns the output and the Switch balance loss, 1.0 when the load is even."""
+        """x: [B, T, H]. Returns the output and [Switch balance loss, 1.0 when the load is even; router z-loss]."""
         shape, E, K = x.shape, self.config.num_experts, self.config.top_k
         x = x.reshape(-1, shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            probs = (x.float() @ self.gate.weight.float().T).softmax(-1)
+            logits = x.float() @ self.gate.weight.float().T
+            probs, z = logits.softmax(-1), logits.logsumexp(-1).square().mean()
         weight, chosen = probs.topk(K, dim=-1)
         weight = weight / weight.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)
@@ -220,7 +222,7 @@ class SparseMlp(nn.Module):
         y = y * weight.flatten()[order].unsqueeze(-1).to(y.dtype)
         out = torch.zeros_like(x).index_add(0, rows, y.to(x.dtype))
         balance = E * (counts.float() / chosen.numel() * probs.mean(0)).sum()
-        return out.view(shape), balance
+        return out.view(shape), torch.stack((balance, z))
 
 
 class Block(nn.Module):
@@ -238,10 +240,10 @@ class Block(nn.Module):
             self.mlp = DenseMlp(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: [B, T, H]. Returns the output and the balance loss, if any."""
+        """x: [B, T, H]. Returns the output and the router's losses, if any."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        y, balance = (self.block_sparse_moe if self.is_sparse else self.mlp)(self.post_attention_layernorm(x))
-        return x + y, balance
+        y, losses = (self.block_sparse_moe if self.is_sparse else self.mlp)(self.post_attention_layernorm(x))
+        return x + y, losses
 
 
 class Body(nn.Module):
@@ -261,14 +263,14 @@ class Body(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """ids: int64 [B, T]. Returns final hidden states [B, T, H] and the balance loss, mean over layers."""
+        """ids: int64 [B, T]. Returns final hidden states [B, T, H] and the routers' two losses, means over layers."""
         x = self.embed_tokens(ids).to(dtype)
         cos, sin = self.cos[: ids.shape[1]].to(dtype), self.sin[: ids.shape[1]].to(dtype)
-        total = torch.zeros((), device=ids.device)
+        total = torch.zeros(2, device=ids.device)
         for layer in self.layers:
-            x, balance = layer(x, cos, sin)
-            if balance is not None:
-                total = total + balance
+            x, losses = layer(x, cos, sin)
+            if losses is not None:
+                total = total + losses
         return self.norm(x), total / len(self.layers)
 
 

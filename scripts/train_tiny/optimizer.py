@@ -63,15 +63,21 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(
-    model: Llama, *, name: str, muon_lr: float, adam_lr: float, weight_decay: float
+    model: Llama, *, name: str, muon_lr: float, adam_lr: float, router_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """name: "muon" (with AdamW for what is not a matrix of a block) or "adamw" for all."""
+    """name: "muon" (with AdamW for what is not a matrix of a block) or "adamw" for all; routers have a rate apart."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
+    routers: list[nn.Parameter] = []
     for key, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and "embed_tokens" not in key and not key.endswith("gate.weight")
-        (matrices if is_matrix and name == "muon" else rest).append(parameter)
-    adamw = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        if key.endswith("gate.weight"):
+            routers.append(parameter)
+        elif parameter.ndim == 2 and "embed_tokens" not in key and name == "muon":
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    groups: list[dict[str, Any]] = [{"params": rest}] + ([{"params": routers, "lr": router_lr}] if routers else [])
+    adamw = torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay))

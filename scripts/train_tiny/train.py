@@ -25,8 +25,8 @@ from train_tiny.optimizer import lr_factor, make_optimizers, set_schedule
 from train_tiny.pack import open_stream
 from train_tiny.tokenizer import open_tokenizer
 
-# Flags that give the shape of a new model; a checkpoint to start from has its own.
-UPCYCLE = ("num_experts", "top_k", "aux_coef")
+# What may change of a checkpoint to start from, since no weight has a shape by it.
+ROUTING = ("top_k", "aux_coef")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,12 +41,13 @@ class TrainSettings:
     resume: bool
     init_from: Path | None
     shape: Mapping[str, Any]
-    expert_noise: float
     batch: int  # sequences per forward pass
     accumulate: int  # forward passes per step
     optimizer: str
     muon_lr: float
     adam_lr: float
+    router_lr: float
+    z_coef: float  # weight of the routers' z-loss
     weight_decay: float
     clip: float
     warmup: float  # share of the run
@@ -64,7 +65,16 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if not (self.minutes or self.tokens or self.max_steps):
             raise ConfigError("give --minutes, --tokens or --max-steps, else the run never stops")
-        for name in ("minutes", "tokens", "max_steps", "valid_tokens", "expert_noise", "weight_decay", "save_minutes"):
+        for name in (
+            "minutes",
+            "tokens",
+            "max_steps",
+            "valid_tokens",
+            "z_coef",
+            "weight_decay",
+            "router_lr",
+            "save_minutes",
+        ):
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         for name in ("batch", "accumulate", "log_every"):
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
@@ -72,8 +82,11 @@ class TrainSettings:
             self._require(name, getattr(self, name) > 0, "must be more than 0")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise ConfigError(f"--warmup {self.warmup} and --decay {self.decay}: shares of the run, together at most 1")
-        if self.init_from and (fixed := sorted(self.shape.keys() - set(UPCYCLE))):
-            raise ConfigError(f"{fixed}: the checkpoint of --init-from has its own; leave them out")
+        if self.init_from and (fixed := sorted(self.shape.keys() - set(ROUTING))):
+            raise ConfigError(
+                f"{fixed}: the checkpoint of --init-from has its own; leave them out (`halve upcycle` gives a dense "
+                "one experts)"
+            )
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -81,7 +94,8 @@ class TrainSettings:
 
     def must_match(self, config: ModelConfig, num_tokens: int) -> dict[str, Any]:
         """What a resumed run shares with the one it continues; the rest (out, clock, logging) may change."""
-        names = ("batch", "accumulate", "optimizer", "muon_lr", "adam_lr", "weight_decay", "clip", "warmup", "decay")
+        names = ["batch", "accumulate", "optimizer", "muon_lr", "adam_lr", "weight_decay", "clip", "warmup", "decay"]
+        names += ["router_lr", "z_coef"] if config.num_experts else []
         own = {name: getattr(self, name) for name in names}
         run = {"seed": self.seed, "dtype": self.compute.dtype, "num_data_tokens": num_tokens}
         return own | run | asdict(config)
@@ -130,11 +144,9 @@ def make_model(settings: TrainSettings) -> Llama:
     """A new model, or the one to start from. Raises TextError when the tokenizer has another vocabulary."""
     size = open_tokenizer(settings.tokenizer).get_vocab_size() if settings.tokenizer else None
     if settings.init_from:
-        shape = dict(settings.shape)
-        model = load_model(
-            settings.init_from, shape.get("num_experts", 0), shape.get("top_k", 2), settings.expert_noise
-        )
-        model.set_routing(shape.get("top_k", model.config.top_k), shape.get("aux_coef", model.config.aux_coef))
+        model = load_model(settings.init_from)
+        routing = settings.shape
+        model.set_routing(routing.get("top_k", model.config.top_k), routing.get("aux_coef", model.config.aux_coef))
     else:
         model = Llama(ModelConfig(**{**({"vocab_size": size} if size else {}), **settings.shape}))
     if size not in (None, model.config.vocab_size):
@@ -165,6 +177,7 @@ class Run:
             name=settings.optimizer,
             muon_lr=settings.muon_lr,
             adam_lr=settings.adam_lr,
+            router_lr=settings.router_lr,
             weight_decay=settings.weight_decay,
         )
         self.fixed = settings.must_match(config, len(data))
@@ -226,12 +239,13 @@ class Run:
         seen_log = self.seen
         while (progress := self.progress()) < 1.0 and not (settings.max_steps and self.step >= settings.max_steps):
             factor = lr_factor(progress, settings.warmup, settings.decay)
-            balance, norm = self._update(factor)
+            routers, norm = self._update(factor)
             if self.step % settings.log_every == 0 or self.step == 1:
                 now = time.monotonic()
                 rate = round((self.seen - seen_log) / max(now - last_log, 1e-9))
                 last_log, seen_log = now, self.seen
-                row = {"loss": self._finite_loss(), "aux": float(balance), "norm": float(norm), "lr": factor}
+                row = {"loss": self._finite_loss(), "aux": float(routers[0]), "z": float(routers[1])}
+                row |= {"norm": float(norm), "lr": factor}
                 row |= {"tok_s": rate, "epoch": self.batches.epoch, "done": round(progress, 4)}
                 self._emit(step=self.step, tokens=self.seen, **row)
             if time.monotonic() - last_save > settings.save_minutes * 60:
@@ -242,22 +256,24 @@ class Run:
         self._finish()
 
     def _update(self, factor: float) -> tuple[Tensor, Tensor]:
-        """One step of the optimizers. Returns the balance loss and the gradient's norm before clipping."""
+        """One step of the optimizers. Returns the routers' losses and the gradient's norm before clipping."""
         set_schedule(self.optimizers, factor, self.step)
         accumulate = self.settings.accumulate
-        self.loss = balance_sum = torch.zeros((), device=self.settings.compute.device)
+        device = self.settings.compute.device
+        coefficients = torch.tensor([self.model.config.aux_coef, self.settings.z_coef], device=device)
+        self.loss, router_sum = torch.zeros((), device=device), torch.zeros(2, device=device)
         for _ in range(accumulate):
-            x, y = self.batches.next(self.settings.compute.device)
-            loss, balance = batch_loss(self.model, self.body, x, y, self.settings.compute)
-            ((loss + self.model.config.aux_coef * balance) / accumulate).backward()  # type: ignore[no-untyped-call]
+            x, y = self.batches.next(device)
+            loss, routers = batch_loss(self.model, self.body, x, y, self.settings.compute)
+            ((loss + coefficients @ routers) / accumulate).backward()  # type: ignore[no-untyped-call]
             self.loss = self.loss + loss.detach() / accumulate
-            balance_sum = balance_sum + balance.detach() / accumulate
+            router_sum = router_sum + routers.detach() / accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step, self.seen = self.step + 1, self.seen + self.tokens_per_step
-        return balance_sum, norm
+        return router_sum, norm
 
     def _finite_loss(self) -> float:
         loss = float(self.loss)

@@ -8,8 +8,16 @@ import torch
 import transformers
 
 import halve
+from halve.api.expert_moves import judge_experts
+from halve.api.progress import SILENT
+from halve.api.study import Question
+from halve.api.texts import prepare_texts
 from halve.checkpoint import open_checkpoint
-from halve.models import load_config
+from halve.evaluate.scorer import DecoderScorer
+from halve.kernels.reference import TorchOps
+from halve.models import load_config, load_decoder, stored_formats
+from halve.models.embedded import SPARSE, embedded_model_path
+from halve.text import Tokenizer
 from tests.api.tiny import BOS, EOS, VOCABULARY, tokenizer
 
 
@@ -70,6 +78,36 @@ def test_fewer_experts_a_token_are_taken_where_the_limit_allows_and_hold_on_seal
     assert made.certificate.verdict == "pass"
     assert made.certificate.quality.kl_mean.high <= 0.263
     assert "saves less for its loss" in next(iter(moves(made.path)[0].values()))["why"]
+
+
+def test_no_expert_of_a_trained_model_goes_for_nothing():
+    with open_checkpoint(embedded_model_path(SPARSE)) as checkpoint:
+        config = load_config(checkpoint).with_kv_format("fp32")
+        tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
+        question = Question(
+            checkpoint=checkpoint,
+            config=config,
+            source=stored_formats(checkpoint, config),
+            method="clip",
+            portable=False,
+            device="cpu",
+            texts=prepare_texts(None, tokenizer, config, selected=True),
+            model_sha256="",
+            activations="fp32",
+            kv_cache="fp32",
+        )
+        original = DecoderScorer(load_decoder(checkpoint, config, TorchOps(widened=True)), keep_bytes=1 << 29)
+        judged = judge_experts(question, original, 0.001, SILENT)
+    assert [move.move.name for move in judged] == [
+        "1 experts a token",
+        "2 of 8 experts left out",
+        "2 of 8 experts merged",
+    ]
+    assert not any(move.accepted for move in judged)
+    assert all("refused: beyond the limit of 0.001" in move.why for move in judged)
+    alone, left_out, merged = (move.kl for move in judged)
+    assert alone.low > 0.5  # half a feed-forward
+    assert 0.001 < left_out.low < left_out.high < merged.high < 0.02
 
 
 def test_a_service_level_is_refused_before_any_work(sparse, text, tmp_path):

@@ -18,10 +18,12 @@ from train_tiny import checkpoint, text
 from train_tiny.cli import main, make_parser
 from train_tiny.evaluate import round_to_nearest
 from train_tiny.loss import LinearCrossEntropy
-from train_tiny.model import Llama, ModelConfig
+from train_tiny.model import Llama, ModelConfig, SparseMlp
 from train_tiny.optimizer import Muon, lr_factor, orthogonalise
 from train_tiny.tokenizer import open_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halve.api.sparse import upcycle
 
 SIZES = {"hidden": 32, "intermediate": 64, "layers": 2, "heads": 4, "kv-heads": 2, "context": 32}
 SHAPE = [word for name, size in SIZES.items() for word in (f"--{name}", size)]
@@ -314,8 +316,10 @@ def test_training_goes_on_from_a_checkpoint(dense, work, tmp_path):
     assert losses(tmp_path / "out")[0] < losses(dense)[0] - 1.0
 
 
-def test_an_upcycled_model_without_noise_starts_equal_to_the_dense_one(dense, work):
-    sparse = checkpoint.load_model(dense, num_experts=4, top_k=2, noise=0.0)
+@pytest.mark.parametrize("divisor", [1, 2])
+def test_an_upcycled_model_starts_equal_to_the_dense_one(dense, work, tmp_path, divisor):
+    upcycle(dense, tmp_path / "up", experts=4, active=2, width_divisor=divisor)
+    sparse = checkpoint.load_model(tmp_path / "up")
     ids = torch.from_numpy(np.fromfile(work.valid, dtype=np.uint16)[:32].astype(np.int64))[None]
     with torch.inference_mode():
         before, _ = checkpoint.load_model(dense).model(ids, torch.float32)
@@ -324,8 +328,9 @@ def test_an_upcycled_model_without_noise_starts_equal_to_the_dense_one(dense, wo
 
 
 def test_an_upcycled_model_trains_and_keeps_its_routing(dense, work, tmp_path):
+    upcycle(dense, tmp_path / "up", experts=4, active=2)
     out = tmp_path / "moe"
-    more = ["--init-from", dense, "--experts", 4, "--top-k", 1, "--aux-coef", 0.05, "--max-steps", 2]
+    more = ["--init-from", tmp_path / "up", "--top-k", 1, "--aux-coef", 0.05, "--max-steps", 2]
     assert work.train(out, *more, shape=[]) == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (4, 1)
@@ -510,12 +515,44 @@ def test_a_checkpoint_has_its_own_shape(work, dense, tmp_path, capsys):
     assert "['num_layers']: the checkpoint of --init-from has its own" in err
 
 
-def test_the_number_of_experts_of_a_sparse_checkpoint_cannot_change(tmp_path):
-    config = ModelConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1)
-    sparse = Llama(ModelConfig(**{name: getattr(config, name) for name in config.__slots__} | {"num_experts": 2}))
-    checkpoint.save_model(sparse, tmp_path, None, {})
-    with pytest.raises(checkpoint.ConfigError, match="has 2 experts already, not 4"):
-        checkpoint.load_model(tmp_path, num_experts=4)
+def test_experts_come_from_upcycling_and_not_from_a_flag(work, dense, tmp_path, capsys):
+    more = ["--init-from", dense, "--max-steps", 1, "--experts", 4]
+    err = fails(capsys, work.train(tmp_path / "out", *more, shape=[]))
+    assert "['num_experts']: the checkpoint of --init-from has its own" in err
+    assert "`halve upcycle`" in err
+
+
+def test_the_losses_of_a_router_are_those_of_their_papers():
+    config = ModelConfig(hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1, num_experts=4, top_k=1)
+    layer = SparseMlp(config)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    _, (balance, z) = layer(x)
+    logits = x.reshape(-1, 8) @ layer.gate.weight.T
+    probs = logits.softmax(-1)
+    shares = torch.bincount(logits.argmax(-1), minlength=4) / 10
+    torch.testing.assert_close(balance, 4 * (shares * probs.mean(0)).sum())
+    torch.testing.assert_close(z, torch.log(logits.exp().sum(-1)).square().mean())
+
+
+def test_routers_learn_at_a_rate_of_their_own(dense, work, tmp_path):
+    upcycle(dense, tmp_path / "up", experts=4, active=2, width_divisor=2)
+    for name, rate in (("slow", 1e-9), ("fast", 1e-2)):
+        more = ["--init-from", tmp_path / "up", "--router-lr", rate, "--max-steps", 2]
+        assert work.train(tmp_path / name, *more, shape=[]) == 0
+    key = "model.layers.0.block_sparse_moe.gate.weight"
+    up, slow, fast = (weights(tmp_path / name)[key] for name in ("up", "slow", "fast"))
+    assert torch.equal(up.bfloat16(), slow)
+    assert not torch.equal(up.bfloat16(), fast)
+
+
+def test_the_z_loss_pulls_logits_together(dense, work, tmp_path):
+    upcycle(dense, tmp_path / "up", experts=4, active=2)
+    found = {}
+    for weight in (0, 10):
+        more = ["--init-from", tmp_path / "up", "--z-coef", weight, "--router-lr", 0.01, "--max-steps", 8]
+        assert work.train(tmp_path / str(weight), *more, shape=[]) == 0
+        found[weight] = [row["z"] for row in log_of(tmp_path / str(weight)) if "z" in row][-1]
+    assert found[10] < found[0]
 
 
 def test_files_that_contradict_each_other_are_refused(dense, tmp_path):
@@ -577,6 +614,6 @@ def test_every_command_in_the_docs_is_accepted():
     page = Path(__file__).resolve().parents[2] / "docs/TRAINING.md"
     lines = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     commands = [line.split("python $T ")[1] for line in lines if line.startswith("    python $T ")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         make_parser().parse_args(shlex.split(command))

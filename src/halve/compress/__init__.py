@@ -2,6 +2,7 @@
 
 from halve.compress.apply import ModuleReport, apply_plan
 from halve.compress.calibrate import Energies, Hessians, Statistics, calibrate
+from halve.compress.clusters import cluster_routers
 from halve.compress.distil import Recovery, recover
 from halve.compress.resolve import (
     ActivationChoice,
@@ -14,6 +15,7 @@ from halve.compress.resolve import (
     uniform_plan,
 )
 from halve.compress.sparsify import (
+    CALIBRATION_TOKENS,
     LayerFacts,
     sparsify_refusal,
     split_layers,
@@ -22,9 +24,10 @@ from halve.compress.sparsify import (
     trained_gains,
     write_sparse,
 )
-from halve.compress.upcycle import upcycle, upcycle_refusal
+from halve.compress.upcycle import Upcycling, upcycle, upcycle_refusal
 
 __all__ = [
+    "CALIBRATION_TOKENS",
     "ActivationChoice",
     "Assignment",
     "Choice",
@@ -35,8 +38,10 @@ __all__ = [
     "ModuleReport",
     "Recovery",
     "Statistics",
+    "Upcycling",
     "apply_plan",
     "calibrate",
+    "cluster_routers",
     "grouped_plan",
     "recover",
     "resolve",

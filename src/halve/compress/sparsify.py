@@ -142,7 +142,7 @@ def split_layers(
     CheckpointError naming the layer when the model itself makes NaN or infinity. progress: layers done, in all.
     """
     ops = TorchOps(device, widened=True)
-    batches = _batches(documents, window_tokens)
+    batches = calibration_batches(documents, window_tokens)
     with torch.inference_mode():
         table = ops.table(source.weight(EMBEDDING, (config.vocab_size, config.hidden_size)))
         dense = [ops.embed(table, batch.token_ids) for batch in batches]
@@ -163,7 +163,11 @@ def split_layers(
                 progress(index + 1, config.num_layers)
 
 
-def _batches(documents: Sequence[Array], window_tokens: int) -> list[TokenBatch]:
+def calibration_batches(documents: Sequence[Array], window_tokens: int) -> list[TokenBatch]:
+    """The first CALIBRATION_TOKENS of the documents, and the rest of the batch that holds the last of them.
+
+    Raises DataError when there are none.
+    """
     found, left = [], CALIBRATION_TOKENS
     for windows in flat_batches(documents, window_tokens):
         if left > 0:
