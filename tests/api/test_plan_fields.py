@@ -151,6 +151,17 @@ def test_the_command_of_the_certificate_says_what_was_rounded_and_the_plan_holds
     assert "rounded to 8-bit integers, one 16-bit scale for each token and head" in made.report.read_text()
 
 
+def test_a_bundle_with_an_int4_cache_is_certified_by_the_engine_and_verifies(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    options = {"format": "int8", "method": "rtn", "activations": "fp32", "kv_cache": "int4"}
+    made = halve.optimize(tiny, out, calibration=text, **options)
+    assert "--kv-cache int4" in made.certificate.inputs.command
+    assert made.certificate.served.kv_cache == "int4"
+    assert halve.inspect(out).kv_cache_bytes_per_token == LAYERS * 2 * KV_HEADS * (DIM // 2 + 2)
+    assert halve.verify(out, against=tiny).differences == ()
+    assert "rounded to 4-bit integers, one 16-bit scale for each 32 numbers of a head" in made.report.read_text()
+
+
 def test_what_is_certified_is_rounded_as_the_plan_says(tiny, text, tmp_path):
     kl = {}
     for activations, kv_cache in [("fp32", "fp32"), ("int8", "fp32"), ("fp32", "int8"), ("fp32", "int4")]:
