@@ -90,8 +90,8 @@ Buffer<float> attend(const Rows& rows, const Shape& s, const Cache& cache, const
                      const float* sinks, const float* cos, const float* sin) {
     const int64_t width = s.heads * s.head_dim;
     Buffer<float> out(q.size(), -7.0f);
-    Attention work{q.data(), width,      cos,   sin,     &cache.record, &step.record,
-                   sinks,    out.data(), width, s.heads, s.window,      0, nullptr};
+    Attention work{q.data(), width,   cos,      sin, &cache.record, &step.record, sinks, out.data(),
+                   width,    s.heads, s.window, 0,   nullptr};
     Buffer<uint8_t, 64> scratch(static_cast<size_t>(attention_scratch_bytes(work)));
     work.scratch = reinterpret_cast<float*>(scratch.data());
     for (int64_t unit = attention_units(work); unit-- > 0;) rows.attention(work, unit);
