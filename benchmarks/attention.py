@@ -12,7 +12,12 @@ some 250e9 a second; a whole model at 8k is 0.6 of its rate at 512 where attenti
 (0.269e9 a token and model at 8k) it must reach 105e9 multiply-adds a second. Float products peak at 2 * 8 * 2 threads
 a cycle on AVX2, some 110e9; whole numbers of 16 bits at twice that.
 
+int4 reads 72 bytes for what int8 reads 132 of: 0.545 of its time where memory is the bound. --against FORMAT decodes in
+turns with another format and reports the median of seconds over seconds, turn by turn, which noise of the machine
+disturbs less than two runs.
+
     python benchmarks/attention.py [--format int8] [--threads 2] [--context 8192] [--batch 8] [--seconds 10]
+                                   [--against FORMAT]
 """
 
 import argparse
@@ -21,6 +26,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -86,12 +92,41 @@ def filled(ops: NativeOps, spec: AttentionSpec, batch: int, context: int) -> KVC
     return cache
 
 
-def decode(ops: NativeOps, spec: AttentionSpec, batch: int, context: int, seconds: float) -> dict[str, float]:
-    """Steps of one token a sequence, each beside a pass of the read loop."""
+def rotated(ops: NativeOps, spec: AttentionSpec, batch: int, context: int) -> list[KVCache]:
+    """Caches of more than ROTATED_BYTES together."""
     caches = [filled(ops, spec, batch, context)]
     while sum(c.data.nbytes for c in caches) < ROTATED_BYTES:
         caches.append(ops.kv_cache(caches[0].num_blocks, BLOCK, spec))
         caches[-1].data[:] = caches[0].data
+    return caches
+
+
+def in_turns(
+    ops: NativeOps, specs: list[AttentionSpec], batch: int, context: int, seconds: float
+) -> dict[str, float | list[float]]:
+    """Seconds of a step with the first spec over those with the second, as median and quartiles of turns."""
+    caches = [rotated(ops, spec, batch, context) for spec in specs]
+    made, _ = batch_over_blocks(batch, context - 1, 1, 0)
+    step, (q, _, _) = Step(made), random_inputs(batch, specs[0])
+    ratios, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        spent = []
+        for spec, some in zip(specs, caches, strict=True):
+            begin = time.perf_counter()
+            for cache in some:
+                ops._run["attention"](cache, step, q, spec=spec, sinks=None)
+            spent.append((time.perf_counter() - begin) / len(some))
+        ratios.append(spent[0] / spent[1])
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return {
+        "decode_of_other": round(float(middle), 3),
+        "decode_of_other_quartiles": [round(float(low), 3), round(float(high), 3)],
+    }
+
+
+def decode(ops: NativeOps, spec: AttentionSpec, batch: int, context: int, seconds: float) -> dict[str, float]:
+    """Steps of one token a sequence, each beside a pass of the read loop."""
+    caches = rotated(ops, spec, batch, context)
     made, _ = batch_over_blocks(batch, context - 1, 1, 0)
     step, (q, _, _) = Step(made), random_inputs(batch, spec)
     loop, ratios, speeds, reads = ReadLoop(ops.num_threads), [], [], []
@@ -149,6 +184,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--against", choices=list(KV_FORMATS))
     args = parser.parse_args()
     spec = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=64, kv_format=args.format)
     ops = NativeOps(num_threads=args.threads)
@@ -162,6 +198,10 @@ def main() -> None:
         "batch": args.batch,
         **decode(ops, spec, args.batch, args.context, args.seconds),
     }
+    if args.against:
+        record["other"] = args.against
+        specs = [spec, replace(spec, kv_format=args.against)]
+        record |= in_turns(ops, specs, args.batch, args.context, args.seconds)
     print({k: v for k, v in record.items() if k.startswith(("decode", "read"))}, file=sys.stderr)
     for tokens in sorted({512, args.context}):
         record[f"prefill_{tokens}"] = prefill(ops, spec, tokens, min(args.chunk, tokens))

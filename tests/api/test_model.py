@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import halve
 from halve.core.errors import ConfigError, EngineError, RequestError, TextError
+from halve.core.plan import KVCache, Plan
 from halve.engine import EngineConfig, SamplingParams
 from halve.models.embedded import embedded_model_path
 from tests.api.tiny import CONTEXT, VOCABULARY, make_model, tokenizer, words
@@ -88,6 +89,37 @@ def test_deterministic_gives_a_request_alone_what_it_gets_among_others(sampling,
         alone = single.generate(prompt, params)
         assert alone.token_ids == among.token_ids
         assert alone.logprobs == among.logprobs  # to the bit
+
+
+@pytest.mark.parametrize(
+    "cache", [KVCache(format="int4"), KVCache.of_layers(["int8", "int4", "int4", "bf16"])], ids=["int4", "mixed"]
+)
+@pytest.mark.parametrize(("count", "tokens", "blocks"), [(32, 10, 1000), (12, 40, 20)])
+def test_deterministic_holds_over_int4_and_over_layers_in_formats_of_their_own(cache, count, tokens, blocks):
+    """Batch 1 and 32, chunks, preemption, prefixes found again and samples that part from one prompt."""
+    path, plan = embedded_model_path(), Plan(kv_cache=cache)
+    rng = np.random.default_rng(1)
+    shared = rng.integers(5, 2000, 37).tolist()
+    prompts = [shared[: 16 * (i % 3)] + rng.integers(5, 2000, rng.integers(1, 40)).tolist() for i in range(count)]
+    params = SamplingParams.of(max_tokens=tokens, logprobs=1, ignore_eos=True)
+    single = halve.load(path, plan=plan, engine=EngineConfig(deterministic=True, max_num_seqs=1))
+    room = blocks * 16 * single.config.kv_cache_bytes_per_token
+    config = EngineConfig(deterministic=True, max_num_seqs=32, max_tokens_per_step=64)
+    batched = halve.load(path, plan=plan, engine=config, cache_bytes=room)
+    together = batched.generate_all(prompts, params)
+    metrics = batched.engine.metrics()
+    assert metrics.num_steps < count * tokens / 2
+    assert (metrics.num_preemptions > 0) == (blocks == 20)
+    for prompt, among in zip(prompts, together, strict=True):
+        alone = single.generate(prompt, params)
+        assert alone.token_ids == among.token_ids
+        assert alone.logprobs == among.logprobs  # to the bit
+    prompt = [*shared, 9, 9, 9]  # ends within a block, which samples share until they write
+    apart = batched.generate_all([prompt], max_tokens=8, n=3, temperature=1.0, seed=7, ignore_eos=True)
+    assert (
+        apart[0].token_ids == single.generate(prompt, max_tokens=8, temperature=1.0, seed=7, ignore_eos=True).token_ids
+    )
+    assert len({tuple(a.token_ids) for a in apart}) == 3
 
 
 def test_deterministic_refuses_torch(tiny, monkeypatch):

@@ -1,13 +1,26 @@
 """Plans: JSON and back, rules in order, and old files brought up to date."""
 
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.core.errors import PlanError
-from halve.core.plan import MIGRATIONS, VERSIONS, Activations, KVCache, Plan, Speculation, WeightRule, Weights, migrate
+from halve.core.plan import (
+    MIGRATIONS,
+    VERSIONS,
+    Activations,
+    KVCache,
+    KVFormat,
+    LayerCaches,
+    Plan,
+    Speculation,
+    WeightRule,
+    Weights,
+    migrate,
+)
 from halve.core.record import to_dict
 
 PLAN = Plan(
@@ -30,7 +43,7 @@ plans = st.builds(
     portable=st.booleans(),
     weights=st.builds(Weights, rules=st.lists(rules, max_size=4).map(tuple)),
     activations=st.builds(Activations, format=st.sampled_from(["fp32", "bf16", "int8", "fp8"])),
-    kv_cache=st.builds(KVCache, format=st.sampled_from(["fp32", "bf16", "int8", "fp8"])),
+    kv_cache=st.builds(KVCache.of_layers, st.lists(st.sampled_from(get_args(KVFormat)), min_size=1, max_size=5)),
     speculation=st.builds(Speculation, method=st.sampled_from(["none", "ngram"]), max_tokens=st.integers(1, 32)),
 )
 
@@ -84,7 +97,24 @@ def test_patterns_tell_capitals_apart_and_a_star_spans_dots():
             {"weights": {"rules": [{"pattern": "*", "format": "int8", "method": "awq"}], "version": 1}},
             "rules.0..method",
         ),
-        ({"kv_cache": {"format": "int4", "version": 1}}, r"^plan\.kv_cache\.format: 'int4' is not one of"),
+        ({"kv_cache": {"format": "int3", "version": 1}}, r"^plan\.kv_cache\.format: 'int3' is not one of"),
+        (
+            {"kv_cache": {"format": "bf16", "layers": [{"layers": [0], "format": "int5"}], "version": 2}},
+            r"^plan\.kv_cache\.layers\[0\]\.format: 'int5' is not one of",
+        ),
+        (
+            {"kv_cache": {"format": "bf16", "layers": [{"layers": [], "format": "int8"}], "version": 2}},
+            r"^kv_cache\.layers: \[\] in int8; name layers, 0 for the first",
+        ),
+        (
+            {"kv_cache": {"format": "bf16", "layers": [{"layers": [-1], "format": "int8"}], "version": 2}},
+            r"^kv_cache\.layers: \[-1\] in int8",
+        ),
+        (
+            {"kv_cache": {"format": "bf16", "layers": [{"layers": [1, 2, 1], "format": "int8"}], "version": 2}},
+            r"^kv_cache\.layers: \[1\] are named twice; a layer has one format",
+        ),
+        ({"kv_cache": {"format": "bf16", "version": 3}}, "^kv_cache: version 3 was written by a newer Halve"),
         ({"activations": {"format": "fp4", "version": 1}}, r"^plan\.activations\.format: 'fp4' is not one of"),
         ({"portable": 1}, "^plan.portable: expected bool, got 1"),
         ({"version": 2}, r"^plan: version 2 was written by a newer Halve \(this one reads up to 1\)"),
@@ -117,6 +147,28 @@ def test_what_is_wrong_with_a_plan_is_named(change, message):
 def test_text_that_is_no_plan_is_refused(text, message):
     with pytest.raises(PlanError, match=message):
         Plan.from_json(text)
+
+
+@given(st.lists(st.sampled_from(get_args(KVFormat)), min_size=1, max_size=6))
+def test_a_cache_of_layers_has_the_format_of_each(formats):
+    cache = KVCache.of_layers(formats)
+    assert cache.formats(len(formats)) == tuple(formats)
+    assert set(cache.names) == set(formats)
+
+
+def test_a_caches_formats_are_said_in_words_and_layers_beyond_the_model_are_refused():
+    cache = KVCache.of_layers(["int4", "int8", "int4", "int4", "int8", "bf16"])
+    assert str(cache) == "int4, int8 in layers 1 and 4, bf16 in layer 5"
+    assert str(KVCache(format="int4")) == "int4"
+    with pytest.raises(PlanError, match=r"^kv_cache.layers: \[4, 5\] of a model with layers 0 to 3"):
+        cache.formats(4)
+    with pytest.raises(PlanError, match="named twice"):
+        KVCache(layers=(LayerCaches(layers=(0,), format="int8"), LayerCaches(layers=(0,), format="int4")))
+
+
+def test_a_cache_from_before_layers_had_formats_reads_as_it_did():
+    old = {"version": 1, "kv_cache": {"format": "int8", "version": 1}}
+    assert Plan.from_json(json.dumps(old)).kv_cache == KVCache(format="int8")
 
 
 # A history that never was: "kv" became kv_cache, kv_cache.bits became .dtype, .dtype became .format.

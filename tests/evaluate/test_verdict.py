@@ -5,6 +5,7 @@ import pytest
 
 from halve.core.certificate import Measured, Quality
 from halve.evaluate import answer, compare, differences, documents_needed, fails, passes, quality
+from halve.evaluate.verdict import CACHE_NOISE, NOISE, noise_of
 
 
 def measured(value, low=None, high=None, n=40):
@@ -164,3 +165,9 @@ def test_how_many_documents_would_do_follows_from_the_interval():
 def test_no_text_is_enough_for_a_value_beyond_the_limit():
     assert documents_needed(with_ratio(1.005, 1.02), 0.01) is None
     assert documents_needed(replace(with_ratio(0.99, 1.001), kl_mean=measured(0.02)), 0.01) is None
+
+
+def test_what_may_move_a_logit_is_the_most_that_activations_or_a_cache_make_of_it():
+    assert noise_of("fp32") == noise_of("fp32", ("bf16", "int8")) == NOISE["fp32"]
+    assert noise_of("fp32", ("int8", "int4")) == CACHE_NOISE["int4"] > noise_of("bf16", ("int8",))
+    assert noise_of("int8", ("int4",)) == NOISE["int8"]

@@ -17,7 +17,7 @@ from halve.kernels.native import NativeOps
 from halve.kernels.native_cache import AttentionRecord, KvWriteRecord, Step, in_own_blocks
 from halve.kernels.native_checks import check_batch
 from halve.kernels.native_library import library
-from halve.kernels.ops import KV_FORMATS, AttentionSpec, TokenBatch, kv_block_bytes
+from halve.kernels.ops import KV_FORMATS, KV_GROUP, AttentionSpec, TokenBatch, kv_block_bytes
 from halve.kernels.reference import TorchOps
 
 EPS = 2.0**-24
@@ -41,9 +41,32 @@ def qkv(tokens, spec, seed=0):
     return [normal(tokens, n * spec.head_dim, seed=seed + i) for i, n in enumerate(widths)]
 
 
-def rounded(x, spec):
-    """Keys or values [T, G * D] as the cache holds them, float64 [T, G, D]."""
+def rotated(x):
+    """[..., D] by the Walsh-Hadamard matrix, in x's own type and in stages, so that float32 has the kernels' bits."""
+    size, apart, shape = x.shape[-1] & -x.shape[-1], 1, x.shape
+    while apart < size:
+        pairs = x.reshape(*shape[:-1], -1, 2, apart)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack((first + second, first - second), axis=-2).reshape(shape)
+        apart *= 2
+    return x * x.dtype.type(1 / np.sqrt(size))
+
+
+def rounded(x, spec, keys=False):
+    """Keys or values [T, G * D] as the cache holds them, float64 [T, G, D]; keys of int4 rotated."""
     x = x.reshape(len(x), -1, spec.head_dim)
+    if spec.kv_format == "int4":
+        x = rotated(x) if keys else x
+        groups = []
+        for start in range(0, spec.head_dim, KV_GROUP):
+            group = x[..., start : start + KV_GROUP]
+            high, low = group.max(-1, keepdims=True), group.min(-1, keepdims=True)
+            scale = np.where(high >= -low, high, low) / np.float32(-8)
+            scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
+            scale[np.abs(scale) < 2.0**-126] = 0
+            codes = np.clip(np.rint(group / np.where(scale == 0, np.float32(1), scale)), -8, 7)
+            groups.append(codes.astype(np.float64) * scale)
+        return np.concatenate(groups, axis=-1)
     if spec.kv_format == "bf16":
         x = x.astype(ml_dtypes.bfloat16)
     if spec.kv_format == "int8":
@@ -60,7 +83,10 @@ def exact_attention(q, k, v, spec, sinks=None):
     The bound of `NativeOps.attention`: d on the logarithm of every weight.
     """
     group, dim = spec.num_heads // spec.num_kv_heads, spec.head_dim
-    q, k, v = q.astype(np.float64).reshape(len(q), -1, dim), rounded(k, spec), rounded(v, spec)
+    q, k, v = q.astype(np.float64).reshape(len(q), -1, dim), rounded(k, spec, keys=True), rounded(v, spec)
+    size, given = dim & -dim, q
+    if spec.kv_format == "int4":
+        q = rotated(q)
     out, bound, first = np.empty_like(q), np.empty((*q.shape[:2], 1)), len(k) - len(q)
     for t in range(len(q)):
         own = first + t
@@ -78,6 +104,11 @@ def exact_attention(q, k, v, spec, sinks=None):
             share = (2 * len(keys) + 16) * EPS
             if spec.kv_format == "int8":
                 d += max(np.abs(q[t, h]).max() / 65534, TINY) * np.abs(keys).sum(-1).max() / np.sqrt(dim)
+                share += 2e-3
+            if spec.kv_format == "int4":
+                stages = np.log2(size) + 2  # of float32, each of sums of `size` numbers of the query over its root
+                turned = stages * EPS * np.abs(given[t, h]).sum() / np.sqrt(size)
+                d += (max(np.abs(q[t, h]).max() / 254, TINY) + turned) * np.abs(keys).sum(-1).max() / np.sqrt(dim)
                 share += 2e-3
             bound[t, h] = (np.expm1(2 * d) + share) * np.abs(values).max() + 128 * 127 * TINY
     return out.reshape(len(q), -1), np.broadcast_to(bound, q.shape).reshape(len(q), -1)
@@ -102,6 +133,11 @@ SPECS = [
     AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=80, chunk=37),
     AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64, kv_format="int8", chunk=16),
     AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=20, kv_format="fp32", chunk=1),
+    AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, kv_format="int4"),
+    AttentionSpec(num_heads=5, num_kv_heads=5, head_dim=33, kv_format="int4"),
+    AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=80, window=5, kv_format="int4"),
+    AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=96, window=37, kv_format="int4"),
+    AttentionSpec(num_heads=7, num_kv_heads=1, head_dim=256, chunk=37, kv_format="int4"),
 ]
 every_spec = pytest.mark.parametrize(
     "spec", SPECS, ids=lambda s: f"H{s.num_heads}-G{s.num_kv_heads}-D{s.head_dim}-w{s.window}-c{s.chunk}-{s.kv_format}"
@@ -333,11 +369,16 @@ def test_a_block_has_the_bytes_that_both_languages_say(kv_format, dim, block_siz
     assert cache_.data.ctypes.data % 64 == 0
 
 
-def test_int8_takes_a_little_more_than_half_of_bf16():
+def test_int8_takes_a_little_more_than_half_of_bf16_and_int4_of_int8():
     of = {
         f: kv_block_bytes(AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=64, kv_format=f), 16) for f in KV_FORMATS
     }
-    assert of == {"fp32": 8 * 16 * 512, "bf16": 8 * 16 * 256, "int8": 8 * 16 * (128 + 4)}
+    assert of == {
+        "fp32": 8 * 16 * 512,
+        "bf16": 8 * 16 * 256,
+        "int8": 8 * 16 * (128 + 4),
+        "int4": 8 * 16 * (64 + 2 * 2 * 2),
+    }
 
 
 def test_a_large_cache_is_zero_and_aligned():
@@ -464,7 +505,7 @@ def test_a_cache_of_another_layer_is_refused():
         ({"num_kv_heads": 0}, "num_kv_heads 0 must divide"),
         ({"head_dim": 1025}, "head_dim 1025 is not between 1 and 1024"),
         ({"window": 0}, "window 0 must be 1 or more"),
-        ({"kv_format": "int4"}, "kv_format 'int4' is not one of"),
+        ({"kv_format": "int3"}, "kv_format 'int3' is not one of"),
     ],
 )
 def test_attention_that_is_not_computed_is_refused(change, message):

@@ -15,7 +15,10 @@ from halve.kernels.ops import AttentionSpec, TokenBatch
 from halve.kernels.reference import (
     QUERY_CHUNK,
     TorchOps,
+    hadamard,
     round_fp8,
+    round_keys_int4,
+    round_kv_int4,
     round_kv_int8,
     round_rows_fp8,
     round_rows_int8,
@@ -231,7 +234,8 @@ def test_attention_is_the_same_beyond_one_chunk_of_queries(ops):
 
 
 @pytest.mark.parametrize(
-    ("kv_format", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.float32)]
+    ("kv_format", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.float32), ("int4", torch.float32)],
 )
 def test_a_cache_is_stored_in_its_format(ops, kv_format, dtype):
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, kv_format=kv_format)
@@ -248,6 +252,39 @@ def test_int8_rounds_to_127_steps_of_a_bf16_scale_with_ties_to_even():
     step = float(np.float32(3e38 / 127).astype(ml_dtypes.bfloat16))
     np.testing.assert_allclose(rounded[3].tolist(), [-round(3e38 / step) * step, 0, 0, 0, 0], rtol=1e-7)
     assert torch.isnan(round_kv_int8(torch.tensor([1.0, torch.nan]))).any()
+
+
+def test_int4_rounds_to_16_steps_of_a_bf16_scale_for_each_32_dims_with_ties_to_even():
+    x = torch.zeros(1, 80)
+    x[0, :5] = torch.tensor([-8.0, 7.9, 0.5, 1.5, -2.5])
+    x[0, 32:35] = torch.tensor([8.0, -8.0, -4.4])  # of both signs the positive one is kept whole
+    x[0, 64:67] = torch.tensor([1e-41, -3e38, 1.0])  # a shorter group
+    rounded = round_kv_int4(x)
+    assert rounded[0, :6].tolist() == [-8, 7, 0, 2, -2, 0]
+    assert rounded[0, 32:36].tolist() == [8, -7, -4, 0]
+    step = float(np.float32(3e38 / 8).astype(ml_dtypes.bfloat16))
+    np.testing.assert_allclose(rounded[0, 64:68].tolist(), [0, -8 * step, 0, 0], rtol=1e-7)
+    assert not round_kv_int4(torch.full((1, 32), 1e-41)).any()
+    assert torch.isnan(round_kv_int4(torch.tensor([1.0, torch.nan]))).any()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 33, 64, 80, 128])
+def test_the_rotation_of_keys_is_orthonormal_its_own_inverse_and_within_runs(dim):
+    x = torch.from_numpy(normal(5, dim, seed=1))
+    turned = hadamard(x)
+    torch.testing.assert_close(hadamard(turned), x, atol=1e-6, rtol=0)
+    run = dim & -dim
+    matrix = hadamard(torch.eye(dim))
+    assert torch.equal(matrix.abs() > 0, torch.block_diag(*[torch.ones(run, run)] * (dim // run)) > 0)
+    torch.testing.assert_close(turned, x @ matrix, atol=1e-6, rtol=0)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim), atol=1e-6, rtol=0)
+
+
+def test_a_dim_that_is_large_in_every_key_costs_less_after_the_rotation():
+    keys = torch.from_numpy(normal(50, 64, seed=2))
+    keys[:, 7] += 20
+    lost = {name: (way(keys) - keys).square().mean() for name, way in (("as", round_kv_int4), ("by", round_keys_int4))}
+    assert lost["by"] < 0.6 * lost["as"]
 
 
 def test_blocks_are_copied_whole(ops):

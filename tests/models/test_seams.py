@@ -72,7 +72,17 @@ def int8(x):
     return np.clip(np.rint(x / scale), -127, 127) * scale
 
 
-ROUNDED = {"fp32": lambda x: x, "bf16": bf16, "int8": int8}
+def int4(x, *, keys=False):
+    """As the reference tells it; DIM is one group, a power of two."""
+    hadamard = np.array([[(-1) ** (i & j).bit_count() for i in range(DIM)] for j in range(DIM)]) / np.sqrt(DIM)
+    x = (x @ hadamard if keys else x).astype(np.float32)
+    high, low = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
+    scale = bf16(np.where(high >= -low, high, low) / np.float32(-8))
+    rounded = np.clip(np.rint(x / scale), -8, 7) * scale
+    return rounded @ hadamard if keys else rounded
+
+
+ROUNDED = {"fp32": lambda x: x, "bf16": bf16, "int8": int8, "int4": int4}
 
 
 def norm(x, gain):
@@ -112,7 +122,8 @@ def expected_logits(config, tensors, tokens, rounded=lambda x: x):
         q, k, v = (project(f"{at}.self_attn.{n}_proj", normed).reshape(len(tokens), -1, DIM) for n in "qkv")
         if spec.rope is not None:
             q, k = turn(q, spec.rope), turn(k, spec.rope)
-        k, v = (ROUNDED[spec.kv_format](x) for x in (k, v))
+        k = int4(k, keys=True) if spec.kv_format == "int4" else ROUNDED[spec.kv_format](k)
+        v = ROUNDED[spec.kv_format](v)
         attended = attend(q, k, v, spec, tensors.get(f"{at}.self_attn.sinks"))
         x = x + project(f"{at}.self_attn.o_proj", attended.reshape(len(tokens), -1))
         normed = norm(x, tensors[f"{at}.post_attention_layernorm.weight"])
@@ -189,7 +200,14 @@ def test_a_window_over_a_long_text_is_exact_beyond_every_chunk_of_queries(ops):
     )
 
 
-FORMATS_BY_LAYER = [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16"), ("int8", "bf16"), ("fp32", "int8")]
+FORMATS_BY_LAYER = [
+    ("bf16", "bf16"),
+    ("bf16", "fp32"),
+    ("fp32", "bf16"),
+    ("int8", "bf16"),
+    ("fp32", "int8"),
+    ("int4", "int8"),
+]
 
 
 @pytest.mark.parametrize("formats", FORMATS_BY_LAYER, ids="-".join)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.core.certificate import Certificate, Measured
-from halve.core.plan import Activations, KVCache, Plan, Speculation, WeightRule, Weights
+from halve.core.plan import Activations, KVCache, LayerCaches, Plan, Speculation, WeightRule, Weights
 from halve.report import words
 
 
@@ -168,6 +168,13 @@ def test_a_plan_is_said_in_sentences() -> None:
     )
     assert (
         "Keys and values of earlier tokens are rounded to 8-bit integers, one 16-bit scale for each token and" in said
+    )
+    mixed = KVCache(format="int4", layers=(LayerCaches(layers=(0, 3), format="int8"),))
+    said = " ".join(words.plan_sentences(Plan(kv_cache=mixed)))
+    assert (
+        "Keys and values of earlier tokens are rounded to 4-bit integers, one 16-bit scale for each 32 numbers of a "
+        "head, keys after a rotation, in the cache. Those of layers 0, 3 are rounded to 8-bit integers, one 16-bit "
+        "scale for each token and head." in said
     )
     floats = Plan(activations=Activations(format="fp8"), kv_cache=KVCache(format="fp8"))
     said = " ".join(words.plan_sentences(floats))

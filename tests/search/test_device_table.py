@@ -13,7 +13,7 @@ from halve.kernels import native, native_library
 from halve.models import LayerSpec, ModelConfig
 from halve.models.config import Rope
 from halve.search import device_table as module
-from halve.search.device_table import DeviceTable, Line, PlannedTimes, device_table
+from halve.search.device_table import DeviceTable, Line, PlannedTimes, device_key, device_table
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -114,6 +114,15 @@ def again(made, formats=FORMATS, monkeypatch=None):
     if monkeypatch:
         monkeypatch.setattr(module, "_Bench", None)  # calling it fails
     return device_table(CONFIG, ops, formats, kv_format="bf16", folder=folder)
+
+
+@runs_native
+def test_times_hold_for_the_formats_of_the_layers_caches():
+    keys = {
+        str(formats): device_key(CONFIG, native.NativeOps(), formats, "1")["kv_cache"]
+        for formats in ("int4", ["int4", "int4"], ["int8", "int4"], ["int4", "int8"])
+    }
+    assert list(keys.values()) == ["int4", "int4", "int8 int4", "int4 int8"]
 
 
 def test_what_is_on_disk_is_not_measured_again(made, monkeypatch):

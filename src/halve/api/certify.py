@@ -58,7 +58,7 @@ def served(model: Model, reference_kl: float, prompts: Sequence[Array]) -> Serve
         batch=config.max_num_seqs,
         step_tokens=step_tokens_of(config, model.config.vocab_size),
         activations=plan.activations.format,
-        kv_cache=plan.kv_cache.format,
+        kv_cache=str(plan.kv_cache),
         decoded_share=1 - PROMPT_SHARE,
         reference_kl=reference_kl,
         speculation=config.speculation.method,

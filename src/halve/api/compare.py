@@ -293,7 +293,7 @@ def _facts(side: Side, model: Model) -> Facts:
         file_bytes=side.size_bytes,
         bytes_per_token=side.bytes_per_token,
         activations=model.plan.activations.format,
-        kv_cache=model.plan.kv_cache.format,
+        kv_cache=str(model.plan.kv_cache),
     )
 
 

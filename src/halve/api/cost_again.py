@@ -58,13 +58,14 @@ def cost_again(
     workload = workload_of(word, config.context, level_of(level))
     stored = [_formats(checkpoint, config) for checkpoint in checkpoints]
     ops = native.NativeOps(activations=plan.activations.format)
-    rounded = config.with_kv_format(plan.kv_cache.format)
+    kv_formats = plan.kv_cache.formats(config.num_layers)
+    rounded = config.with_kv_format(kv_formats)
     with progress.task("Timing every product", "products") as advance:
         table = device_table(
             config,
             ops,
             {name for formats in stored for name in formats.values()},
-            kv_format=plan.kv_cache.format,
+            kv_format=kv_formats,
             folder=None,
             version=__version__,
             progress=advance,

@@ -221,7 +221,7 @@ def load(
     checkpoint = open_checkpoint(resolve(str(model)))
     plan = read_plan(checkpoint) if plan is None else plan
     config = load_config(checkpoint, plan)
-    check_served(device, plan.activations.format, plan.kv_cache.format)
+    check_served(device, plan.activations.format, *plan.kv_cache.names)
     cached = None if expert_cache is None else parse_bytes(expert_cache, "expert_cache")
     if cached is not None and device not in ("auto", "cpu"):
         raise ConfigError(
@@ -299,18 +299,21 @@ def cache_blocks(
     )
 
 
-def check_served(device: str, activations: str, kv_cache: str) -> None:
+def check_served(device: str, activations: str, *kv_caches: str) -> None:
     """Refuse, with PlanError, what a plan rounds to where the kernels of a device have no row for it."""
-    if device not in ("auto", "cpu") or native_library.available() is not None:
+    if device in ("auto", "cpu") and native_library.available() is None:
+        computes, way_out = "our C++ on the CPU computes", "use device cuda (--device cuda), another torch device"
+        known = {"activations": native_rows.ACTIVATIONS, "kv_cache": tuple(native_cache.FORMATS)}
+    elif device.partition(":")[0] == "cuda" and cuda_rows.refusal(device) is None:
+        computes, way_out = "our CUDA kernels compute", "run on the CPU (--device cpu)"
+        known = {"activations": cuda_rows.ACTIVATIONS, "kv_cache": cuda_rows.CACHES}
+    else:
         return
-    for what, chosen, known in (
-        ("activations", activations, native_rows.ACTIVATIONS),
-        ("kv_cache", kv_cache, tuple(native_cache.FORMATS)),
-    ):
-        if chosen not in known:
+    for what, chosen in (("activations", activations), *(("kv_cache", kept) for kept in kv_caches)):
+        if chosen not in known[what]:
             raise PlanError(
-                f"{what} {chosen}: our C++ on the CPU computes {', '.join(known)}; use device cuda (--device cuda), "
-                f"another torch device, or a plan with {what} in one of these"
+                f"{what} {chosen}: {computes} {', '.join(known[what])}; {way_out}, or a plan with {what} in one of "
+                "these"
             )
 
 

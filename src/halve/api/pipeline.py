@@ -228,7 +228,7 @@ def label(candidate: Candidate | Judged) -> str:
 def _rounded(candidate: Candidate) -> str:
     """What a plan rounds beside the weights, for the log: `int8 activations and a bf16 cache`."""
     plan = candidate.plan
-    return f"{plan.activations.format} activations and a {plan.kv_cache.format} cache"
+    return f"{plan.activations.format} activations and a {plan.kv_cache} cache"
 
 
 def in_words(measured: Quality | Attempt | Judged) -> str:
@@ -499,7 +499,7 @@ def _nothing_passed(job: Job, dearest: Candidate, what: str, best: Attempt | Jud
 def _exact_flags(candidate: Candidate) -> str:
     """The flags that leave unrounded what the candidate rounds beside its weights; empty when it rounds nothing."""
     plan = candidate.plan
-    rounded = {"--activations": plan.activations.format, "--kv-cache": plan.kv_cache.format}
+    rounded = {"--activations": plan.activations.format, "--kv-cache": str(plan.kv_cache)}
     return " ".join(f"{flag} fp32" for flag, chosen in rounded.items() if chosen != "fp32")
 
 

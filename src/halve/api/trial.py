@@ -26,7 +26,7 @@ from halve.engine import SamplingParams
 from halve.evaluate import compare
 from halve.evaluate.canary import first_difference
 from halve.evaluate.scorer import DecoderScorer
-from halve.evaluate.verdict import NOISE
+from halve.evaluate.verdict import noise_of
 from halve.kernels.ops import Array
 from halve.models import Decoder
 
@@ -160,7 +160,8 @@ def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> 
     scores = compare(DecoderScorer(reference), DecoderScorer(model.decoder), documents, window_tokens=window_tokens)
     divergence = float(scores.kl.mean())
     rounding = AGREEMENT_BF16 if model.ops.name == "cuda" else AGREEMENT
-    if not divergence <= max(rounding, NOISE[model.plan.activations.format] ** 2 / 2):
+    noise = noise_of(model.plan.activations.format, model.plan.kv_cache.names)
+    if not divergence <= max(rounding, noise**2 / 2):
         raise KernelError(
             f"kernels {model.kernels} differ from the reference by a KL divergence of {divergence:.2g} nats per token; "
             "this is a defect of Halve on this machine: please report it, with `halve doctor --json`"

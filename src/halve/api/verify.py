@@ -133,7 +133,7 @@ def verify(
             again = _measured_again(again, trial, results, (original, smaller), config, device)
             # Tasks are told apart by their counts below.
             unasked = (replace(quality, tasks={}) for quality in (recorded.quality, measured))
-            found += differences(*unasked, activations=plan.activations.format)
+            found += differences(*unasked, activations=plan.activations.format, caches=plan.kv_cache.names)
             found += task_differences(recorded.tasks, results)
             if trial.replayed is not None and isinstance(costed, CostAgain):
                 check_replay(trial.replayed, costed.paced.workload, again.rooflines)

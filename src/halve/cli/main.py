@@ -61,12 +61,23 @@ class Method(StrEnum):
 
 
 class InputFormat(StrEnum):
-    """What the inputs of products, or keys and values, are rounded to."""
+    """What the inputs of products are rounded to."""
 
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     int8 = "int8"
+    fp8 = "fp8"
+
+
+class CacheFormat(StrEnum):
+    """What keys and values are kept in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
     fp8 = "fp8"
 
 
@@ -115,8 +126,8 @@ def optimize(
         InputFormat, typer.Option(help="Inputs of products are rounded to this; auto: int8 with integer weights.")
     ] = InputFormat.auto,
     kv_cache: Annotated[
-        InputFormat, typer.Option(help="Keys and values are kept in this; auto: bf16, fp32 when portable.")
-    ] = InputFormat.auto,
+        CacheFormat, typer.Option(help="Keys and values are kept in this; auto: bf16, fp32 when portable.")
+    ] = CacheFormat.auto,
     portable: Annotated[bool, typer.Option("--portable", help="Also opens in transformers and vLLM.")] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="Your text (.txt, .jsonl, a directory). Without it: a mixed text we ship.")

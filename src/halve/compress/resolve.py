@@ -34,11 +34,13 @@ class Assignment:
 def resolve(plan: Plan, config: ModelConfig) -> tuple[Assignment, ...]:
     """Match every module of the model with its rule.
 
-    Raises PlanError for unknown formats, a rule that matches nothing, int8 activations that no integer weight meets,
-    and in a portable plan for formats that differ inside a fused group and for activations or caches that are rounded;
-    FormatError naming the module and the formats that would fit when one does not divide its width.
+    Raises PlanError for unknown formats, a rule that matches nothing, a layer that is not there, int8 activations that
+    no integer weight meets, and in a portable plan for formats that differ inside a fused group and for activations or
+    caches that are rounded; FormatError naming the module and the formats that would fit when one does not divide its
+    width.
     """
     check(plan)
+    plan.kv_cache.formats(config.num_layers)
     group_of = {m.name: g.name for g in groups(config) for m in g.members}
     used: set[int] = set()
     assignments = []
@@ -93,7 +95,8 @@ def _check_portable(plan: Plan, assignments: list[Assignment], config: ModelConf
     for group, members in formats.items():
         if len(set(members.values())) > 1:
             raise PlanError(f"{group}: a portable bundle needs one format for a fused group, not {members}")
-    for what, chosen in (("activations", plan.activations.format), ("kv_cache", plan.kv_cache.format)):
+    kept = [("kv_cache", chosen) for chosen in plan.kv_cache.names]
+    for what, chosen in (("activations", plan.activations.format), *kept):
         if chosen != "fp32":
             raise PlanError(
                 f"{what} {chosen}: a portable plan computes in float32, as other engines do that its logits are "

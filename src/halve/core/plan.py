@@ -5,7 +5,8 @@ turn, so that a file written today stays readable; a section or version from a n
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from halve.core.record import from_dict, parse_json, shown, to_dict
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 ActivationFormat = Literal["fp32", "bf16", "int8", "fp8"]
-KVFormat = Literal["fp32", "bf16", "int8", "fp8"]
+KVFormat = Literal["fp32", "bf16", "int8", "int4", "fp8"]
 RoundingMethod = Literal["rtn", "clip", "gptq"]
 SpeculationMethod = Literal["none", "ngram", "draft"]
 
@@ -24,7 +25,7 @@ MIGRATIONS: dict[str, dict[int, Migration]] = {
     "plan": {},
     "weights": {},
     "activations": {},
-    "kv_cache": {},
+    "kv_cache": {1: lambda raw: {**raw, "layers": []}},  # formats of single layers came
     "experts": {},
     "speculation": {},
 }
@@ -67,15 +68,67 @@ class Activations:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCaches:
+    """Layers, by their numbers, whose keys and values are kept in a format of their own. Raises PlanError."""
+
+    layers: tuple[int, ...]
+    format: KVFormat
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.layers) < 0:
+            raise PlanError(f"kv_cache.layers: {list(self.layers)} in {self.format}; name layers, 0 for the first")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class KVCache:
-    """Keys and values are rounded to this format before attention reads them.
+    """Keys and values are rounded to this format before attention reads them; `layers` names those in another.
 
     int8: one bf16 scale a token and head for keys and one for values (`halve.kernels.reference.round_kv_int8`).
-    fp8: e4m3 without a scale, beyond 448 cut off; for GPUs, not for our C++.
+    int4: one for each 32 dims of these, keys rotated by a Hadamard matrix (`halve.kernels.reference.round_keys_int4`).
+    fp8: e4m3 without a scale, beyond 448 cut off; for GPUs, not for our C++. Raises PlanError for a layer named twice.
     """
 
     format: KVFormat = "bf16"
-    version: int = 1
+    layers: tuple[LayerCaches, ...] = ()
+    version: int = 2
+
+    def __post_init__(self) -> None:
+        named = [layer for some in self.layers for layer in some.layers]
+        if twice := sorted({layer for layer in named if named.count(layer) > 1}):
+            raise PlanError(f"kv_cache.layers: {twice} are named twice; a layer has one format")
+
+    @classmethod
+    def of_layers(cls, formats: Sequence[KVFormat]) -> "KVCache":
+        """The cache of layers in these formats, in order; the one that most have is said once."""
+        counts = Counter(formats)
+        most = counts.most_common(1)[0][0]
+        others = (
+            LayerCaches(layers=tuple(i for i, one in enumerate(formats) if one == name), format=name)
+            for name in counts
+            if name != most
+        )
+        return cls(format=most, layers=tuple(others))
+
+    def formats(self, num_layers: int) -> tuple[KVFormat, ...]:
+        """The format of each layer of a model. Raises PlanError for a layer that it does not have."""
+        own = {layer: some.format for some in self.layers for layer in some.layers}
+        if beyond := sorted(layer for layer in own if layer >= num_layers):
+            raise PlanError(f"kv_cache.layers: {beyond} of a model with layers 0 to {num_layers - 1}")
+        return tuple(own.get(layer, self.format) for layer in range(num_layers))
+
+    @property
+    def names(self) -> tuple[KVFormat, ...]:
+        """Every format that a layer may be in, that of most layers first."""
+        return tuple(dict.fromkeys((self.format, *(some.format for some in self.layers))))
+
+    def __str__(self) -> str:
+        """In words, such as `int4, int8 in layers 0 and 3`."""
+        return ", ".join([self.format, *(f"{one.format} in {_layers(one.layers)}" for one in self.layers)])
+
+
+def _layers(numbers: tuple[int, ...]) -> str:
+    *before, last = map(str, sorted(numbers))
+    return f"layers {', '.join(before)} and {last}" if before else f"layer {last}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +241,7 @@ class Plan:
 
 # The version that this Halve writes, by section; "plan" is the outer object. It rises when what an older file says
 # would be read as something else; a new value of a field does not raise it: a Halve without it refuses it by name.
-VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 1, "experts": 1, "speculation": 1}
+VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 2, "experts": 1, "speculation": 1}
 
 
 def migrate(

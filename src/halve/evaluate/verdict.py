@@ -1,12 +1,12 @@
 """What a measured quality says about a limit, and whether a second measurement says the same as the first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil, log1p
 from typing import Protocol
 
 from halve.core.certificate import Answer, JudgedBy, Measured, Quality
-from halve.core.plan import ActivationFormat
+from halve.core.plan import ActivationFormat, KVFormat
 
 # How far a logit moves when float32 sums run in another order on another machine, by the format of the activations.
 # A rounding to bf16 that falls to the other side is a thousand times the difference that caused it: with weights off
@@ -14,6 +14,15 @@ from halve.core.plan import ActivationFormat
 # 2e-4 with keys and values in bf16, by 6e-4 with them in int8, by 6e-3 with activations in bf16, by 4e-2 with
 # activations in int8. Keys and values are bf16 by default.
 NOISE = {"fp32": 1e-3, "bf16": 1e-2, "int8": 6e-2, "fp8": 6e-2}  # nats
+# The same by the format of a cache, where that is more: int4 moves a key or a value by an eighth of the largest, and
+# kernels of whole numbers round queries to 8 bits beside. Between them and the reference the logits of tiny-en move by
+# 2.4e-2 (a KL of 2.8e-4).
+CACHE_NOISE = {"int4": 4e-2}  # nats
+
+
+def noise_of(activations: ActivationFormat, caches: Sequence[KVFormat] = ()) -> float:
+    """How far a logit may move by rounding alone, in nats: the most that a format of the plan makes of it."""
+    return max(NOISE[activations], *(CACHE_NOISE.get(one, 0.0) for one in caches), 0.0)
 
 
 def passes(quality: Quality, limit: float, by: JudgedBy = "both") -> bool:
@@ -75,14 +84,17 @@ def answer(quality: Quality, limit: float | None) -> Answer:
     return "contradicted" if quality.ppl_ratio.low > 1 + limit else "inconclusive"
 
 
-def differences(recorded: Quality, again: Quality, *, activations: ActivationFormat = "fp32") -> list[str]:
+def differences(
+    recorded: Quality, again: Quality, *, activations: ActivationFormat = "fp32", caches: Sequence[KVFormat] = ()
+) -> list[str]:
     """One line for each figure that does not reproduce; none when all do.
 
-    activations: as the plan of the smaller model has them. Counts, confidence and the set of tasks must be equal;
-    values and both ends of intervals agree within what NOISE allows, since the bootstrap is the same on every machine.
+    activations, caches: as the plan of the smaller model has them. Counts, confidence and the set of tasks must be
+    equal; values and both ends of intervals agree within what `noise_of` allows, since the bootstrap is the same on
+    every machine.
     """
     # What rounds the other way is a part of what parts the models: two such parts differ by 2 sqrt(KL) at most.
-    noise = min(NOISE[activations], max(NOISE["fp32"], 2 * max(recorded.kl_mean.value, 0.0) ** 0.5))
+    noise = min(noise_of(activations, caches), max(NOISE["fp32"], 2 * max(recorded.kl_mean.value, 0.0) ** 0.5))
     lines = [
         f"{name}: recorded {getattr(recorded, name)}, now {getattr(again, name)}"
         for name in ("num_documents", "num_tokens", "confidence")

@@ -154,7 +154,10 @@ class NativeOps:
         With s the largest sum |q| |k| / sqrt(D) of a query, n positions and eps = 2^-24, weights of the softmax are off
         by a factor of e^d, d = (D + 16) * eps * s + 16 * eps, and the output by (2 d + (2 n + 16) eps) max |v|. int8 in
         blocks of 16 with a head size that 16 divides is multiplied in whole numbers where it has avx2 or dotprod
-        (csrc/attention_int8.h): max |q| * max sum |k| / sqrt(D) / 65534 more in d and max |v| / 500 in the output.
+        (csrc/attention_int8.h): max |q| * max sum |k| / sqrt(D) / 65534 more in d and max |v| / 500 in the output. int4
+        in such blocks with a head size that 32 divides likewise (csrc/attention_int4.h), / 254 in d; its q and k are
+        those rotated by the Hadamard matrix of n, the largest power of two that divides D, which takes
+        (log2(n) + 2) * eps * sum |q| / sqrt(n) * max sum |k| / sqrt(D) more in d, with q as given.
         A token's bits do not depend on other sequences, on how its own was cut into steps, or on threads; only on the
         instruction set and the block size.
 

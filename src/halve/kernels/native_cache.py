@@ -8,7 +8,7 @@ import numpy as np
 from halve.kernels.ops import Array, AttentionSpec, TokenBatch, kv_block_bytes
 
 BLOCK_SIZE = 16  # of the cache that holds whole sequences for one call; the fast kernels take this one
-FORMATS = {"fp32": 0, "bf16": 1, "int8": 2}
+FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _ALIGN = 64
 _HUGE_PAGE = 2 << 20
 

@@ -21,7 +21,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # Memory for a packed matrix: uint8 [bytes], on a multiple of 64 bytes.
 Allocate = Callable[[int], Array]
 
-KV_FORMATS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # formats of our C++'s cache -> bytes of an element
+# Formats of our C++'s cache -> bits of an element.
+KV_FORMATS: Mapping[str, int] = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+KV_GROUP = 32  # dims of a head that share a scale in int4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,8 +69,8 @@ class AttentionSpec:
 
     window: a token sees itself and the `window - 1` before it; None sees all before it. chunk: positions fall into
     chunks of that many from 0 on, and a token sees those of its own chunk only; None for no chunks.
-    kv_format: keys and values are rounded to it before they are read, cached or not (`reference.ROUND_KV`). int8 has a
-    scale for each token and head.
+    kv_format: keys and values are rounded to it before they are read, cached or not (`reference.ROUND_KEYS`,
+    `reference.ROUND_KV`). int8 has a scale for each token and head, int4 one for each KV_GROUP dims of them.
     """
 
     num_heads: int
@@ -79,16 +81,27 @@ class AttentionSpec:
     kv_format: str = "bf16"
 
 
+def kv_token_bytes(kv_format: str, head_dim: int) -> int:
+    """Bytes of one token's key or value of one head, with its scales, as the format defines it: without padding."""
+    if kv_format == "int4":
+        return -(-head_dim // 2) + 2 * -(-head_dim // KV_GROUP)
+    return {"fp32": 4 * head_dim, "bf16": 2 * head_dim, "int8": head_dim + 2, "fp8": head_dim}[kv_format]
+
+
 def kv_block_bytes(spec: AttentionSpec, block_size: int) -> int:
     """Bytes of one block of one layer's paged cache: keys and values of block_size tokens, and their scales.
 
     The C++ rounds each head up to 64 bytes (csrc/kv_layout.h).
     """
-    element, pair = KV_FORMATS[spec.kv_format], 1 if spec.kv_format == "fp32" else 2
-    keys = -(-spec.head_dim // pair) * pair * block_size
-    values = -(-block_size // pair) * pair * spec.head_dim
-    scales = 2 * 2 * block_size if spec.kv_format == "int8" else 0
-    head = (keys + values) * element + scales
+    if spec.kv_format == "int4":
+        groups = -(-spec.head_dim // KV_GROUP)
+        keys, values = -(-spec.head_dim // 8) * 4 * block_size, -(-block_size // 2) * groups * KV_GROUP
+        head = keys + values + 2 * 2 * groups * block_size
+    else:
+        element, pair = KV_FORMATS[spec.kv_format] // 8, 1 if spec.kv_format == "fp32" else 2
+        keys = -(-spec.head_dim // pair) * pair * block_size
+        values = -(-block_size // pair) * pair * spec.head_dim
+        head = (keys + values) * element + (2 * 2 * block_size if spec.kv_format == "int8" else 0)
     return spec.num_kv_heads * -(-head // 64) * 64
 
 

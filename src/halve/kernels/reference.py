@@ -19,7 +19,7 @@ from halve.formats.activations import LARGEST_FP8, SMALLEST_ABSMAX, activations_
 from halve.formats.base import BF16, FP8
 from halve.hardware import Device, detect_cpu
 from halve.kernels.dispatch import Kernel, Spec, choose
-from halve.kernels.ops import Array, AttentionSpec, Packed, TokenBatch
+from halve.kernels.ops import KV_GROUP, Array, AttentionSpec, Packed, TokenBatch
 from halve.kernels.sampling import Sampled, SamplingBatch, sample
 
 SMALLEST_SCALE = 2.0**-126  # of int8: the smallest normal float; one below it is 0
@@ -35,6 +35,49 @@ def round_kv_int8(x: Tensor) -> Tensor:
     scale = torch.where(scale < SMALLEST_SCALE, 0.0, scale)
     codes = (x / torch.where(scale == 0, 1.0, scale)).round().clamp(-127, 127)
     return codes * scale
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Rotate float32 [..., D] by the orthonormal Walsh-Hadamard matrix; it is its own inverse.
+
+    Where D is no power of two, runs of the largest that divides it are rotated, each for itself. Sums are taken stage
+    by stage, as the C++ takes them, so that both round the same numbers. Source: arXiv:2404.00456.
+    """
+    size = x.shape[-1] & -x.shape[-1]
+    apart = 1
+    while apart < size:
+        first, second = x.reshape(*x.shape[:-1], -1, 2, apart).unbind(-2)
+        x = torch.stack((first + second, first - second), dim=-2).reshape(x.shape)
+        apart *= 2
+    return x * torch.tensor(1 / math.sqrt(size), dtype=torch.float32, device=x.device)
+
+
+def round_kv_int4(x: Tensor) -> Tensor:
+    """Values in int4: round float32 [..., D] with one bf16 scale for each KV_GROUP of D, and widen it again.
+
+    scale = m / -8 rounded to bf16, m the number of largest magnitude (of both signs, the positive one), 0 below 2^-126
+    in magnitude; code = x / scale to nearest even, within -8..7. So m keeps its size and all 16 codes are used. Error
+    of an element: at most half the scale, a whole one where it has the other sign and m's magnitude, and |m| where the
+    scale is 0.
+    """
+    groups = []
+    for start in range(0, x.shape[-1], KV_GROUP):
+        group = x[..., start : start + KV_GROUP]  # the last may be shorter
+        high, low = group.amax(-1, keepdim=True), group.amin(-1, keepdim=True)
+        scale = (torch.where(high >= -low, high, low) / -8).to(torch.bfloat16).to(torch.float32)
+        scale = torch.where(scale.abs() < SMALLEST_SCALE, 0.0, scale)
+        codes = (group / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+        groups.append(codes * scale)
+    return torch.cat(groups, dim=-1)
+
+
+def round_keys_int4(x: Tensor) -> Tensor:
+    """Keys in int4: rotated by `hadamard`, rounded as values are, and rotated back.
+
+    The rotation spreads a dim that is large in every key over all dims, where it costs no scale. Kernels keep keys
+    rotated and rotate queries instead, which leaves every score as it is. Source: arXiv:2404.00456.
+    """
+    return hadamard(round_kv_int4(hadamard(x)))
 
 
 def round_rows_int8(x: Tensor) -> Tensor:
@@ -84,10 +127,12 @@ ROUND_KV: Mapping[str, Rounding] = {
     "fp32": lambda x: x,
     "bf16": round_bf16,
     "int8": round_kv_int8,
+    "int4": round_kv_int4,
     "fp8": round_fp8,
 }
-# What a format of one byte stands for, exactly.
-STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32, "fp8": torch.bfloat16}
+ROUND_KEYS: Mapping[str, Rounding] = {**ROUND_KV, "int4": round_keys_int4}
+# What a format of one byte or less stands for, exactly.
+STORED = {name: torch.bfloat16 if name in ("bf16", "fp8") else torch.float32 for name in ROUND_KV}
 QUERY_CHUNK = 256  # queries whose scores are held at once where torch's fused attention does not apply
 
 
@@ -254,7 +299,8 @@ class TorchOps:
     ) -> Tensor:
         """Causal softmax attention over whole sequences or a paged cache."""
         q_THD = q.view(len(q), spec.num_heads, spec.head_dim)
-        k_TGD, v_TGD = (ROUND_KV[spec.kv_format](x.view(len(x), spec.num_kv_heads, spec.head_dim)) for x in (k, v))
+        k_TGD = ROUND_KEYS[spec.kv_format](k.view(len(k), spec.num_kv_heads, spec.head_dim))
+        v_TGD = ROUND_KV[spec.kv_format](v.view(len(v), spec.num_kv_heads, spec.head_dim))
         if cache is not None:
             slots = self._index(batch.slot_mapping)
             for stored, new in zip(cache, (k_TGD, v_TGD), strict=True):

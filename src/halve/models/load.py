@@ -44,10 +44,13 @@ class CheckpointSource:
 
 
 def load_config(checkpoint: Checkpoint, plan: Plan | None = None) -> ModelConfig:
-    """The model's configuration with the plan's cache format; the checkpoint's tensors are checked by name."""
+    """The model's configuration with the plan's cache formats; the checkpoint's tensors are checked by name.
+
+    Raises PlanError for a plan that names layers which the model does not have.
+    """
     config = read_config(checkpoint.config)
     check_names(checkpoint, config)
-    return config.with_kv_format((plan or Plan()).kv_cache.format)
+    return config.with_kv_format((plan or Plan()).kv_cache.formats(config.num_layers))
 
 
 def load_decoder(

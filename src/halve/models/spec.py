@@ -1,7 +1,10 @@
 """What a model computes, as data: sizes, and one `LayerSpec` a layer. `config.py` reads them from config.json."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from halve.kernels.ops import kv_token_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,10 +171,11 @@ class ModelConfig:
 
     @property
     def kv_cache_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token in all layers; int8 has scales of 2 bytes."""
-        widths = {"fp32": 4 * self.head_dim, "bf16": 2 * self.head_dim, "int8": self.head_dim + 2, "fp8": self.head_dim}
-        return sum(2 * self.num_kv_heads * widths[layer.kv_format] for layer in self.layers)
+        """Bytes of the keys and values of one token in all layers, with their scales."""
+        return sum(2 * self.num_kv_heads * kv_token_bytes(layer.kv_format, self.head_dim) for layer in self.layers)
 
-    def with_kv_format(self, kv_format: str) -> "ModelConfig":
-        """The same model with every layer's cache in `kv_format`."""
-        return replace(self, layers=tuple(replace(layer, kv_format=kv_format) for layer in self.layers))
+    def with_kv_format(self, kv_format: str | Sequence[str]) -> "ModelConfig":
+        """The same model with every layer's cache in `kv_format`, or each in its own."""
+        formats = [kv_format] * len(self.layers) if isinstance(kv_format, str) else kv_format
+        layers = zip(self.layers, formats, strict=True)
+        return replace(self, layers=tuple(replace(layer, kv_format=one) for layer, one in layers))

@@ -240,8 +240,13 @@ def _other_sentences(plan: Plan) -> list[str]:
     kept = {
         **floats,
         "int8": "are rounded to 8-bit integers, one 16-bit scale for each token and head,",
+        "int4": "are rounded to 4-bit integers, one 16-bit scale for each 32 numbers of a head, keys after a rotation,",
         "fp8": "are rounded to 8-bit floats (e4m3)",
     }
+    apart = [
+        f"Those of layers {', '.join(map(str, some.layers))} {kept[some.format].rstrip(',')}."
+        for some in plan.kv_cache.layers
+    ]
     guessed = {
         "none": [],
         "ngram": ["Next tokens are guessed from what followed before; answers are the same without."],
@@ -252,6 +257,7 @@ def _other_sentences(plan: Plan) -> list[str]:
     return [
         f"The inputs of every projection {inputs[plan.activations.format]}.",
         f"Keys and values of earlier tokens {kept[plan.kv_cache.format]} in the cache.",
+        *apart,
         *guessed[plan.speculation.method],
         "The model directory opens in transformers and other engines that read compressed-tensors."
         if plan.portable

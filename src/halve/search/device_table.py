@@ -131,8 +131,9 @@ class PlannedTimes:
         return self.of(num_tokens, step.num_sampled, num_pairs)
 
 
-def device_key(config: ModelConfig, ops: NativeOps, kv_format: str, version: str) -> dict[str, str]:
+def device_key(config: ModelConfig, ops: NativeOps, kv_format: str | Sequence[str], version: str) -> dict[str, str]:
     """What measured times depend on: the machine, what runs on it, and the shapes."""
+    kv_formats = [kv_format] if isinstance(kv_format, str) else kv_format
     shapes = [config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim]
     return {
         "model": ops.device.model,
@@ -141,7 +142,7 @@ def device_key(config: ModelConfig, ops: NativeOps, kv_format: str, version: str
         "threads": str(ops.num_threads),
         "halve": version,
         "activations": ops.activations,
-        "kv_cache": kv_format,
+        "kv_cache": " ".join(dict.fromkeys(kv_formats) if len(set(kv_formats)) == 1 else kv_formats),
         "shapes": " ".join(map(str, [*shapes, config.vocab_size, config.num_layers])),
     }
 
@@ -151,15 +152,16 @@ def device_table(
     ops: NativeOps,
     formats: Iterable[str],
     *,
-    kv_format: str,
+    kv_format: str | Sequence[str],
     folder: Path | None,
     version: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> DeviceTable:
     """The table of a model's shapes on this device, from disk as far as it is there, else measured and kept.
 
-    formats: that products are needed in, where they fit. folder: where tables are kept; None keeps none. version: of
-    Halve. A file of another machine, or broken, is measured again, and that is said.
+    formats: that products are needed in, where they fit. kv_format: of the cache, or of each layer's. folder: where
+    tables are kept; None keeps none. version: of Halve. A file of another machine, or broken, is measured again, and
+    that is said.
     """
     key = device_key(config, ops, kv_format, version)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

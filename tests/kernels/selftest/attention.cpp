@@ -70,7 +70,7 @@ struct Shape {
 };
 
 std::string describe(const Shape& s) {
-    constexpr const char* names[] = {"fp32", "bf16", "int8"};
+    constexpr const char* names[] = {"fp32", "bf16", "int8", "int4"};
     return format("%s heads=%d/%d head_dim=%d block=%d window=%d%s%s contexts to %d", names[static_cast<int>(s.format)],
                   static_cast<int>(s.heads), static_cast<int>(s.kv_heads), static_cast<int>(s.head_dim),
                   static_cast<int>(s.block_size), static_cast<int>(s.window), s.sinks ? " sinks" : "",
@@ -90,8 +90,8 @@ Buffer<float> attend(const Rows& rows, const Shape& s, const Cache& cache, const
                      const float* sinks, const float* cos, const float* sin) {
     const int64_t width = s.heads * s.head_dim;
     Buffer<float> out(q.size(), -7.0f);
-    Attention work{q.data(), width,      cos,   sin,     &cache.record, &step.record,
-                   sinks,    out.data(), width, s.heads, s.window,      nullptr};
+    Attention work{q.data(), width,   cos,      sin, &cache.record, &step.record, sinks, out.data(),
+                   width,    s.heads, s.window, 0,   nullptr};
     Buffer<uint8_t, 64> scratch(static_cast<size_t>(attention_scratch_bytes(work)));
     work.scratch = reinterpret_cast<float*>(scratch.data());
     for (int64_t unit = attention_units(work); unit-- > 0;) rows.attention(work, unit);
@@ -107,7 +107,9 @@ void check_shape(Report& report, const Shape& s) {
     const Step history(whole, s.block_size, widest), step(s.sequences, s.block_size, widest);
     const int64_t held = history.record.num_tokens * s.kv_heads * s.head_dim;
     const Buffer<float> k = random.values(held), v = random.values(held), sinks = random.values(s.heads, 3.0f);
-    const Buffer<float> q = random.values(step.record.num_tokens * s.heads * s.head_dim, 3.0f);
+    const bool int4 = s.format == KvFormat::kInt4;
+    const float most = int4 ? 0.3f : 3.0f;  // so that what int4 rounds of a query hides nothing else
+    const Buffer<float> q = random.values(step.record.num_tokens * s.heads * s.head_dim, most);
     const Buffer<float> cos = random.values(history.record.num_tokens * s.head_dim / 2);
     const Buffer<float> sin = random.values(history.record.num_tokens * s.head_dim / 2);
     const float *c = s.rotated ? cos.data() : nullptr, *d = s.rotated ? sin.data() : nullptr;
@@ -120,10 +122,13 @@ void check_shape(Report& report, const Shape& s) {
     }
     const float* sunk = s.sinks ? sinks.data() : nullptr;
     // Means of values below 1. A score is a sum of head_dim products below 3 (6 and 2 where rotated), over
-    // sqrt(head_dim); int8 rounds queries and weights to 16 bits (attention_fast.h).
-    const double root = std::sqrt(static_cast<double>(s.head_dim)), query = s.rotated ? 12.0 : 3.0;
+    // sqrt(head_dim); int8 rounds queries and weights to 16 bits (attention_int8.h), int4 queries to 8
+    // (attention_int4.h) after a rotation, which leaves numbers of twice their size at most here, and keys of 0.6 on
+    // average (1.2).
+    const double root = std::sqrt(static_cast<double>(s.head_dim)), query = (s.rotated ? 4.0 : 1.0) * most;
     double bound = 16 * 0x1p-24 * (8.0 + query * root);
     if (s.format == KvFormat::kInt8) bound += (2 * query * root + kSegment) / 65534;
+    if (int4) bound += 4 * query * root * (s.rotated ? 1.2 : 0.6) / 254 + kSegment / 65534.0;
     report.close("attention " + describe(s), attend(report.rows, s, wanted, step, q, sunk, c, d),
                  attend(rows_baseline, s, wanted, step, q, sunk, c, d), std::vector<double>(q.size(), bound));
 }
@@ -133,7 +138,7 @@ void check_shape(Report& report, const Shape& s) {
 void check_attention(Report& report) {
     const std::vector<Sequence> mixed{{1, 1}, {33, 9}, {70, 1}, {150, 1}}, prefill{{1, 1}, {7, 7}, {90, 90}};
     const std::vector<Sequence> deep{{3, 1}, {2100, 1}};  // two splits and a part
-    for (const KvFormat kind : {KvFormat::kFloat32, KvFormat::kBfloat16, KvFormat::kInt8}) {
+    for (const KvFormat kind : {KvFormat::kFloat32, KvFormat::kBfloat16, KvFormat::kInt8, KvFormat::kInt4}) {
         const Shape shapes[] = {
             {kind, 4, 2, 64, 0, 16, false, false, prefill}, {kind, 4, 4, 34, 5, 16, true, false, prefill},
             {kind, 8, 1, 128, 0, 16, false, false, mixed},  {kind, 9, 3, 64, 0, 16, true, true, mixed},

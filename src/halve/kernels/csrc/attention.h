@@ -11,6 +11,7 @@
 
 #include "attention_exact.h"
 #include "attention_float.h"
+#include "attention_int4.h"
 #include "attention_int8.h"
 #include "attention_sums.h"
 #include "attention_units.h"
@@ -108,6 +109,7 @@ void ask(const Tile& t, Kernel& kernel) {
         const int64_t token = t.token + row / t.heads, head = t.first_head + row % t.heads, angles = token * (dim / 2);
         rotate(a.q + token * a.q_stride + head * dim, a.cos ? a.cos + angles : nullptr,
                a.cos ? a.sin + angles : nullptr, dim, query);
+        if (a.cache->format == static_cast<int32_t>(KvFormat::kInt4)) hadamard(query, dim);
         for (int64_t i = 0; i < dim; ++i) query[i] *= scale;
         kernel.ask(row, query);
     }
@@ -186,6 +188,9 @@ void attention(const Attention& a, int64_t unit) {
                 return attend<FloatKernel<uint16_t>>(t);
             case KvFormat::kInt8:
                 return attend<IntKernel>(t);
+            case KvFormat::kInt4:
+                if (c.head_dim % kKvGroup == 0) return attend<Int4Kernel>(t);
+                break;
         }
     }
 #endif

@@ -68,6 +68,24 @@ class ExactKernel {
                     [scale](int8_t code) { return static_cast<float>(code) * scale; }, out);
                 break;
             }
+            case KvFormat::kInt4:
+                values ? read_int4<true>(head, token, out) : read_int4<false>(head, token, out);
+                break;
+        }
+    }
+
+    template <bool kValues>
+    void read_int4(const char* head, int64_t token, float* __restrict out) const {
+        const KvCache& c = *places_.a.cache;
+        const KvLayout& l = places_.layout;
+        constexpr int64_t kRun = kValues ? 16 : 4;  // dims in low halves of bytes, those of the high halves behind them
+        const uint8_t* codes = reinterpret_cast<const uint8_t*>(kValues ? head + l.values : head);
+        for (int64_t i = 0; i < c.head_dim; ++i) {
+            const int64_t run = i / (2 * kRun), at = i % kRun * (kValues ? 2 : 1);
+            const uint8_t both = codes[(kValues ? value_byte(l, token, run) : key_byte(c, token, run)) + at];
+            const int code = i / kRun % 2 ? both >> 4 : both & 15;
+            const float scale = from_bf16(int4_scales(c, l, head, kValues, i / kKvGroup)[token]);
+            out[i] = static_cast<float>(code - 8) * scale;
         }
     }
 

@@ -4,6 +4,7 @@
 #include "attention_units.h"
 #include "kv_layout.h"
 #include "lanes.h"
+#include "rotation.h"
 
 namespace halve {
 namespace {
@@ -36,6 +37,26 @@ inline uint16_t round_int8(const float* __restrict x, int64_t n, int8_t* __restr
     return usable ? scale : step < 0x1p-126f ? 0 : 0x7fc0;
 }
 
+// Codes 0..15 of n numbers of one group, 8 for zero; the scale is returned.
+inline uint16_t round_int4(const float* __restrict x, int64_t n, uint8_t* __restrict codes) {
+    float high = x[0], low = x[0];
+    for (int64_t i = 0; i < n; ++i) {
+        high = x[i] > high ? x[i] : high;
+        low = x[i] < low ? x[i] : low;
+    }
+    const uint16_t scale = to_bf16((high >= -low ? high : low) / -8.0f);
+    const float step = from_bf16(scale), size = step < 0 ? -step : step;
+    const bool number = absmax(x, n) <= 3.4e38f, usable = number && size >= 0x1p-126f && size <= 3.4e38f;
+    const float whole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    for (int64_t i = 0; i < n; ++i) {
+        float code = (x[i] / step + whole) - whole;
+        code = code < -8.0f ? -8.0f : code;
+        code = code > 7.0f ? 7.0f : code;
+        codes[i] = static_cast<uint8_t>(usable ? code + 8.0f : 8.0f);
+    }
+    return usable ? scale : number && size < 0x1p-126f ? 0 : 0x7fc0;
+}
+
 // Where one token of one head is written. Only its own bytes are touched: its neighbours may be written meanwhile.
 struct Place {
     const KvCache& cache;
@@ -58,6 +79,33 @@ struct Place {
         for (int64_t i = 0; i < dim; ++i) v[2 * i] = values[i];
     }
 
+    // Keys, rotated, and values in int4; there is room for whole groups of them.
+    void put_int4(const float* keys, const float* values) const {
+        const int64_t dim = cache.head_dim;
+        uint8_t codes[kMaxHeadDim + kKvGroup];
+        uint8_t* k = reinterpret_cast<uint8_t*>(head);
+        uint8_t* v = k + layout.values;
+        codes_of(keys, false, codes);
+        for (int64_t i = 0; i < parts(dim, 8); ++i) {
+            uint8_t* at = k + key_byte(cache, token, i);
+            for (int64_t j = 0; j < 4; ++j) at[j] = static_cast<uint8_t>(codes[8 * i + j] | codes[8 * i + 4 + j] << 4);
+        }
+        codes_of(values, true, codes);
+        for (int64_t g = 0; g < layout.groups; ++g) {
+            const uint8_t* from = codes + g * kKvGroup;
+            uint8_t* at = v + value_byte(layout, token, g);
+            for (int64_t j = 0; j < 16; ++j) at[2 * j] = static_cast<uint8_t>(from[j] | from[16 + j] << 4);
+        }
+    }
+
+    void codes_of(const float* x, bool values, uint8_t* codes) const {
+        for (int64_t g = 0; g < layout.groups; ++g) {
+            const int64_t first = g * kKvGroup, n = smaller(kKvGroup, cache.head_dim - first);
+            int4_scales(cache, layout, head, values, g)[token] = round_int4(x + first, n, codes + first);
+            for (int64_t i = n; i < kKvGroup; ++i) codes[first + i] = 8;
+        }
+    }
+
     void scale(uint16_t of_keys, uint16_t of_values) const {
         uint16_t* scales = reinterpret_cast<uint16_t*>(head + layout.scales);
         scales[token] = of_keys;
@@ -65,7 +113,7 @@ struct Place {
     }
 };
 
-inline void put_rounded(const Place& place, const float* keys, const float* values) {
+inline void put_rounded(const Place& place, float* keys, const float* values) {
     const int64_t dim = place.cache.head_dim;
     switch (static_cast<KvFormat>(place.cache.format)) {
         case KvFormat::kFloat32:
@@ -84,6 +132,10 @@ inline void put_rounded(const Place& place, const float* keys, const float* valu
             place.put(k, v);
             break;
         }
+        case KvFormat::kInt4:
+            hadamard(keys, dim);
+            place.put_int4(keys, values);
+            break;
     }
 }
 

@@ -11,7 +11,7 @@
 namespace halve {
 
 // Bumped whenever a record or a signature below changes; native.py refuses a library of another version.
-constexpr int32_t kAbiVersion = 7;
+constexpr int32_t kAbiVersion = 8;
 
 constexpr int64_t kElements = 4096;  // elements of an elementwise operation that are handed out together
 constexpr int64_t kMaxHeadDim = 1024;
@@ -46,7 +46,7 @@ struct Elementwise {
     int64_t size;
 };
 
-enum class KvFormat : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum class KvFormat : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
 // Keys and values of one layer: num_blocks blocks of kv_block_bytes(...), laid out as kv_cache.h says.
 struct KvCache {

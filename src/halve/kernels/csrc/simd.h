@@ -90,6 +90,10 @@ inline Words load_words(const int8_t* p) {
     return (Words)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
+inline Words load_words(const uint8_t* p) {
+    return (Words)_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
 inline void store_words(int16_t* p, Words v) { _mm512_storeu_si512(p, (__m512i)v); }
 
 inline Words broadcast_pair(const int16_t* p) {
@@ -113,9 +117,8 @@ inline Lanes to_floats(Ints v) { return _mm512_cvtepi32_ps((__m512i)v); }
 
 // Rounded to nearest even, each within 16 bits.
 inline Words to_words(Lanes low, Lanes high) {
-    const __m256i a = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low));
-    const __m256i b = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high));
-    return (Words)_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+    const __m512i mixed = _mm512_packs_epi32(_mm512_cvtps_epi32(low), _mm512_cvtps_epi32(high));
+    return (Words)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), mixed);
 }
 
 // The larger of lanes that are not negative, NaN above all.
@@ -127,6 +130,10 @@ inline Words load_words(const int16_t* p) { return (Words)_mm256_loadu_si256(rei
 
 inline Words load_words(const int8_t* p) {
     return (Words)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline Words load_words(const uint8_t* p) {
+    return (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
 inline void store_words(int16_t* p, Words v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)v); }

@@ -15,6 +15,8 @@ inline Words load_words(const int16_t* p) { return (Words)vld1q_s16(p); }
 
 inline Words load_words(const int8_t* p) { return (Words)vmovl_s8(vld1_s8(p)); }
 
+inline Words load_words(const uint8_t* p) { return (Words)vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p))); }
+
 inline void store_words(int16_t* p, Words v) { vst1q_s16(p, (int16x8_t)v); }
 
 inline Words broadcast_pair(const int16_t* p) {

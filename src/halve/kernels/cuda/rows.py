@@ -18,6 +18,7 @@ from halve.hardware import Device
 from halve.kernels.dispatch import Kernel, Spec
 
 ACTIVATIONS = ("fp32", "bf16", "int8", "fp8")  # what a plan may say
+CACHES = ("fp32", "bf16", "int8", "fp8")  # of its formats of keys and values, what runs here; fp32 as bf16
 
 
 def unavailable() -> str | None:
