@@ -33,7 +33,8 @@ HEAD_LOGITS = 1 << 24  # logits whose gradients are held at once: 64 MiB in floa
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
     """Some rows of a matrix that speak for all. index: int64 [drawn]; stands_for: float64 [drawn], how many rows each
-    one counts for; total: rows of the matrix."""
+    one counts for; total: rows of the matrix.
+    """
 
     index: Array
     stands_for: Array
@@ -48,8 +49,8 @@ class Rows:
     def drawn(cls, importance: Array, most: int) -> "Rows":
         """At most so many rows, each with a chance in proportion to its importance, float [rows], and never above one.
 
-        A sum over rows of values, each over its chance, is then without bias (Horvitz and Thompson 1952), and close where
-        values go about as importance does. Chances are laid side by side and one row is taken at every whole number
+        A sum over rows of values, each over its chance, is then without bias (Horvitz and Thompson 1952), and close
+        where values go about as importance does. Chances are laid side by side and one row is taken at every whole number
         (systematic sampling), so that the draw is the same each time.
         """
         total = len(importance)
@@ -88,8 +89,8 @@ class Fisher:
     ) -> float:
         """Nats per token that a group's stored weights are expected to cost.
 
-        energy: float [in], E[x^2], which counts where hessian, float [in, in], is None. drawn: which rows of each member
-        are given, all where it is None.
+        energy: float [in], E[x^2], which counts where hessian, float [in, in], is None. drawn: which rows of each
+        member are given, all where it is None.
         """
         counts, total = self.outputs[group], 0.0
         moments = None if hessian is None else torch.from_numpy(np.array(hessian, np.float32))
@@ -113,7 +114,8 @@ class Fisher:
 
     def importance(self, group: str | None, originals: Sequence[Array], energy: Array | None) -> list[Array]:
         """About how the rows of each member share a group's loss: what each would cost if it were all lost, float64
-        [out]. group: None for an embedding table alone, which has no energy."""
+        [out]. group: None for an embedding table alone, which has no energy.
+        """
         if group is None or energy is None:
             return [self.token_share * _squares_by(original, self.table) for original in originals]
         counts, found, start = self.outputs[group], [], 0
