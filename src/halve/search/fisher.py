@@ -50,8 +50,8 @@ class Rows:
         """At most so many rows, each with a chance in proportion to its importance, float [rows], and never above one.
 
         A sum over rows of values, each over its chance, is then without bias (Horvitz and Thompson 1952), and close
-        where values go about as importance does. Chances are laid side by side and one row is taken at every whole number
-        (systematic sampling), so that the draw is the same each time.
+        where values go about as importance does. Chances are laid side by side and one row is taken at every whole
+        number (systematic sampling), so that the draw is the same each time.
         """
         total = len(importance)
         if total <= most:
