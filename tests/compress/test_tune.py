@@ -8,10 +8,11 @@ import torch
 
 from halve.checkpoint import open_checkpoint
 from halve.compress import apply_plan
-from halve.compress.tune import tune, write_tuned
+from halve.compress.tune import loss_and_slopes, tune, write_tuned
 from halve.core.errors import DataError
 from halve.core.plan import Plan
 from halve.formats import FORMATS
+from halve.kernels.ops import TokenBatch
 from halve.kernels.reference import TorchOps
 from halve.models import load_config, load_decoder, stored_formats
 from halve.models.embedded import embedded_model_path
@@ -92,3 +93,40 @@ def test_without_text_there_is_nothing_to_learn(rounded):
     _, student = decoder(folder)
     with pytest.raises(DataError, match="holds no tokens"):
         tune(teacher, student, [], window_tokens=WINDOW, steps=1, seconds=1.0)
+
+
+def test_what_is_closest_on_held_out_text_is_kept(rounded, monkeypatch):
+    _, config, folder = rounded
+    _, teacher = decoder(embedded_model_path(), widened=True)
+    _, student = decoder(folder)
+    monkeypatch.setattr("halve.compress.tune.LEARNING_RATE", 5.0)  # far too much: every step makes it worse
+    monkeypatch.setattr("halve.compress.tune.CHECK_STEPS", 1)
+    text, other = documents(config, 4)[:3], documents(config, 4)[3:]
+    found = tune(teacher, student, text, window_tokens=WINDOW, steps=2, seconds=600.0, held_out=other)
+    assert found.record.kept_step == 0
+    assert found.record.held_out_kl == found.record.held_out_first_kl
+    with open_checkpoint(folder) as bundle:
+        for module in modules(config):
+            stored = bundle.read_weight(module.name, module.shape).scale.astype(np.float32)
+            np.testing.assert_array_equal(found.scales[module.name].reshape(stored.shape), stored)
+
+
+def test_slopes_are_those_of_finite_differences(rounded):
+    _, config, folder = rounded
+    _, teacher = decoder(embedded_model_path(), widened=True)
+    _, student = decoder(folder)
+    batch = TokenBatch.whole([documents(config, 1)[0][:WINDOW]])
+    _, slopes = loss_and_slopes(teacher, student, batch)
+    projection = student.layers[1].projections["down"]
+    matrix, (member,) = projection.linears[0][1], projection.group.members
+    first, direction = matrix.scale.clone(), torch.sign(slopes[member.name])
+
+    def loss(step):
+        matrix.scale = first * torch.exp(step * direction)
+        with torch.no_grad():
+            aim, found = (m.logits(m.hidden(batch)).double().log_softmax(-1) for m in (teacher, student))
+        matrix.scale = first
+        return float((aim.exp() * (aim - found)).sum(-1).mean())
+
+    along = (loss(1e-3) - loss(-1e-3)) / 2e-3
+    assert along == pytest.approx(float((slopes[member.name] * direction).sum()), rel=0.02)

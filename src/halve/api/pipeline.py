@@ -16,7 +16,7 @@ from halve.api.expert_moves import judge_experts
 from halve.api.model import torch_ops
 from halve.api.plans import Plans, Purpose, find_plans
 from halve.api.progress import Advance, Progress, Standing, Tried
-from halve.api.study import Question, statistics_of, study
+from halve.api.study import Question, first_tokens, statistics_of, study
 from halve.api.texts import Texts
 from halve.api.workspace import Workspace
 from halve.checkpoint import Checkpoint, open_checkpoint
@@ -41,6 +41,7 @@ log = logging.getLogger("halve")
 
 TUNE_STEPS = 48
 TUNE_S = 90.0  # and no longer, on a slow machine
+HELD_OUT_TOKENS = 2048  # of selection text that says which step of tuning is kept
 TUNED_SHARE = 0.65  # of a plan's KL that is expected to be left when its scales are tuned
 MAX_ATTEMPTS = 3  # openings of the sealed text when formats are searched, each at a third of the error rate
 CONFIDENCE = 0.95
@@ -448,16 +449,19 @@ def _make_tuned(
             window_tokens=job.texts.window_tokens,
             steps=TUNE_STEPS,
             seconds=seconds,
+            held_out=first_tokens(job.texts.selection[::-1], HELD_OUT_TOKENS),
             progress=advance,
         )
         write_tuned(bundle, config, plan, tuned, directory)
     shutil.rmtree(source)
     record = tuned.record
     log.info(
-        "scales and norms tuned in %d steps: KL %.4g to %.4g on calibration text",
+        "scales and norms tuned in %d steps: KL %.4g to %.4g on calibration text, %.4g to %.4g on held-out text",
         record.steps,
         record.first_kl,
         record.last_kl,
+        record.held_out_first_kl,
+        record.held_out_kl,
     )
     with open_checkpoint(directory) as made:
         sha256 = made.reader.sha256()

@@ -5,6 +5,9 @@ byte and no kernel changes with it. So the scale of every group, and the gains o
 KL(original || smaller) over calibration text, each step on other windows (distillation, arXiv:1503.02531; scales alone,
 as in the last stage of EfficientQAT, arXiv:2407.11062). A scale s is s0 * exp(t) with t learned, so that steps are
 shares of it and no scale changes its sign.
+
+What helps on the text that is learned from may hurt on other text. Where text is held out, what is kept is the state of
+least KL on it, with scales as a file stores them; the first state is one of those, so that nothing gets worse there.
 """
 
 import math
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from halve.checkpoint import Checkpoint, TensorWriter, weight_specs, weight_tensors
 from halve.compress.apply import carry_files, make_directory, write_text
+from halve.compress.calibrate import flat_batches
 from halve.compress.distil import batches
 from halve.core.certificate import Tuning
 from halve.core.errors import CheckpointError
@@ -33,6 +37,7 @@ LEARNING_RATE = 3e-3
 WARMUP_STEPS = 5
 HEAD_LOGITS = 1 << 24  # logits whose gradients are held at once: 64 MiB in float32
 TOLD = 10  # steps whose loss is averaged for the record
+CHECK_STEPS = 8  # between two looks at the held-out text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +57,7 @@ def tune(
     window_tokens: int,
     steps: int,
     seconds: float,
+    held_out: Sequence[Array] = (),
     seed: int = 0,
     clock: Callable[[], float] = time.monotonic,
     progress: Callable[[int, int], None] | None = None,
@@ -59,8 +65,9 @@ def tune(
     """Train until the steps are done or the time is over, one step at least. `smaller` is left as it was tuned.
 
     Both are dense models over torch's Ops, the smaller one with its weights as stored (not widened) and activations in
-    float32. documents: int32 token ids each. The same seed gives the same scales where the time does not end it. Raises
-    DataError without tokens, CheckpointError when the loss stops being finite. progress: steps done, in all.
+    float32. documents: int32 token ids each; held_out: others, which decide what is kept. The same seed gives the same
+    scales where the time does not end it. Raises DataError without tokens, CheckpointError when the loss stops being
+    finite. progress: steps done, in all.
     """
     started = clock()
     scaled = _scaled(smaller)
@@ -70,8 +77,16 @@ def tune(
     for gain in gains.values():
         gain.requires_grad_()
     optimizer = torch.optim.Adam([*shares.values(), *gains.values()], lr=LEARNING_RATE, betas=(0.9, 0.99))
+    judge = _Judge(original, smaller, held_out, window_tokens)
     losses: list[float] = []
     tokens = 0
+
+    def scales_now() -> dict[str, Tensor]:
+        """As a file stores them."""
+        return {name: (first[name] * shares[name].exp()).to(torch.bfloat16).float() for name in first}
+
+    _put(scaled, first)
+    judge.look(0, first, gains)
     for step, batch in enumerate(batches(documents, window_tokens, np.random.default_rng(seed))):
         done = max(step / steps, (clock() - started) / seconds)
         if step and done >= 1:
@@ -79,24 +94,32 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - done)
         optimizer.zero_grad()
-        leaves = {name: (first[name] * shares[name].exp()).requires_grad_() for name in first}
-        _put(scaled, leaves)
-        losses.append(_backward(original, smaller, batch))
-        if not math.isfinite(losses[-1]):
-            raise CheckpointError(f"tuning: the loss is {losses[-1]} at step {step}; take another seed or other text")
-        for name, leaf in leaves.items():
-            if leaf.grad is not None:
-                shares[name].grad = leaf.grad * leaf.detach()  # d/dt of s0 * exp(t)
+        _put(scaled, {name: first[name] * shares[name].exp() for name in first})
+        loss, slopes = loss_and_slopes(original, smaller, batch)
+        if not math.isfinite(loss):
+            raise CheckpointError(f"tuning: the loss is {loss} at step {step}; take another seed or other text")
+        losses.append(loss)
+        for name, slope in slopes.items():
+            shares[name].grad = slope
         optimizer.step()
         tokens += batch.num_tokens
+        if judge.batches and len(losses) % CHECK_STEPS == 0:
+            _put(scaled, found := scales_now())
+            judge.look(len(losses), found, gains)
         if progress:
             progress(step + 1, steps)
-    found_scales = {name: first[name] * shares[name].exp() for name in first}
-    _put(scaled, found_scales)
+    _put(scaled, found := scales_now())
+    if judge.batches:
+        judge.look(len(losses), found, gains)
+        found = judge.scales
+        _put(scaled, found)
+        with torch.no_grad():
+            for name, gain in gains.items():
+                gain.copy_(judge.gains[name])
     for gain in gains.values():
         gain.requires_grad_(False)
     return Tuned(
-        scales={name: value.cpu().numpy() for name, value in found_scales.items()},
+        scales={name: value.cpu().numpy() for name, value in found.items()},
         gains={name: gain.detach().cpu().numpy() for name, gain in gains.items()},
         record=Tuning(
             steps=len(losses),
@@ -104,8 +127,56 @@ def tune(
             seconds=clock() - started,
             first_kl=float(np.mean(losses[:TOLD])),
             last_kl=float(np.mean(losses[-TOLD:])),
+            kept_step=judge.step if judge.batches else None,
+            held_out_first_kl=judge.first if judge.batches else None,
+            held_out_kl=judge.best if judge.batches else None,
         ),
     )
+
+
+def loss_and_slopes(original: Decoder, smaller: Decoder, batch: TokenBatch) -> tuple[float, dict[str, Tensor]]:
+    """KL(original || smaller) in nats per token, and by module its derivative by t of every scale s * exp(t), at t = 0.
+
+    Gains that ask for gradients get theirs.
+    """
+    scaled = _scaled(smaller)
+    leaves = {name: _scale(found[0]).detach().requires_grad_() for name, found in scaled.items()}
+    _put(scaled, leaves)
+    loss = _backward(original, smaller, batch)
+    slopes = {name: leaf.grad * leaf.detach() for name, leaf in leaves.items() if leaf.grad is not None}
+    _put(scaled, {name: leaf.detach() for name, leaf in leaves.items()})
+    return loss, slopes
+
+
+class _Judge:
+    """Keeps the state of least KL on text that is not learned from."""
+
+    def __init__(self, original: Decoder, smaller: Decoder, documents: Sequence[Array], window_tokens: int) -> None:
+        self.original, self.smaller = original, smaller
+        self.batches = [TokenBatch.whole(one) for one in flat_batches(documents, window_tokens)]
+        with torch.no_grad():
+            self.taught = [original.hidden(batch) for batch in self.batches]
+        self.first = self.best = math.inf
+        self.step = 0
+        self.scales: dict[str, Tensor] = {}
+        self.gains: dict[str, Tensor] = {}
+
+    def look(self, step: int, scales: Mapping[str, Tensor], gains: Mapping[str, Tensor]) -> None:
+        """Score the model as it stands, with these scales and gains; keep them where they are the best so far."""
+        if not self.batches:
+            return
+        with torch.no_grad():
+            total = sum(
+                _divergence(self.original, self.smaller, taught, self.smaller.hidden(batch), backward=False)
+                for batch, taught in zip(self.batches, self.taught, strict=True)
+            )
+        kl = total / sum(batch.num_tokens for batch in self.batches)
+        if step == 0:
+            self.first = kl
+        if step == 0 or kl < self.best:
+            self.best, self.step = kl, step
+            self.scales = {name: value.detach().clone() for name, value in scales.items()}
+            self.gains = {name: gain.detach().clone() for name, gain in gains.items()}
 
 
 def write_tuned(bundle: Checkpoint, config: ModelConfig, plan: Plan, tuned: Tuned, directory: Path) -> None:
@@ -180,13 +251,23 @@ def _backward(original: Decoder, smaller: Decoder, batch: TokenBatch) -> float:
         taught = original.hidden(batch)
     hidden = smaller.hidden(batch)
     leaf = hidden.detach().requires_grad_()
+    total = _divergence(original, smaller, taught, leaf, backward=True)
+    hidden.backward(leaf.grad)
+    return total / batch.num_tokens
+
+
+def _divergence(original: Decoder, smaller: Decoder, taught: Tensor, hidden: Tensor, *, backward: bool) -> float:
+    """The sum over tokens of KL(original || smaller), from final states, as many logits at a time as fit.
+
+    backward: also add the gradients of its mean.
+    """
     total, size = 0.0, max(1, HEAD_LOGITS // smaller.config.vocab_size)
-    for start in range(0, batch.num_tokens, size):
+    for start in range(0, len(taught), size):
         with torch.no_grad():
             aim = original.logits(taught[start : start + size]).log_softmax(-1)
-        found = smaller.logits(leaf[start : start + size]).log_softmax(-1)
-        loss = (aim.exp() * (aim - found)).sum() / batch.num_tokens
-        loss.backward()
+        found = smaller.logits(hidden[start : start + size]).log_softmax(-1)
+        loss = (aim.exp() * (aim - found)).sum()
+        if backward:
+            (loss / len(taught)).backward()
         total += float(loss.detach())
-    hidden.backward(leaf.grad)
     return total

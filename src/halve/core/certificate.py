@@ -290,7 +290,9 @@ class Attempt:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tuning:
     """How scales and norms were tuned under codes that stay. first_kl, last_kl: nats per token of calibration text,
-    original against smaller with activations as they are, over the first and the last steps.
+    original against smaller with activations as they are, over the first and the last steps. kept_step: the steps after
+    which the held-out text, of which no gradient was taken, was closest; on it held_out_first_kl before and held_out_kl
+    then. Null where an older Halve kept the last step.
     """
 
     steps: int
@@ -298,6 +300,9 @@ class Tuning:
     seconds: float
     first_kl: float
     last_kl: float
+    kept_step: int | None = None
+    held_out_first_kl: float | None = None
+    held_out_kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
