@@ -134,7 +134,7 @@ def peers_of(pythons: Sequence[str]) -> dict[str, tuple[str, str] | str]:
 
     found: dict[str, tuple[str, str] | str] = {}
     for peer, (package, _) in PEERS.items():
-        having = ((python, version(python, package)) for python in pythons)
+        having = ((python, version(python, peer)) for python in pythons)
         first = next(((python, v) for python, v in having if v is not None), None)
         found[peer] = first or f"no environment given by --env has {package}"
     return found
@@ -163,7 +163,10 @@ def run_peer(bench: Bench, peer: str, python: str, name: str, windows: Path, out
         return None
     shutil.rmtree(out, ignore_errors=True)
     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
-    return f"it failed: {lines[-1] if lines else f'status {done.returncode}'}"
+    raised = [
+        line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)
+    ]  # a progress bar may come behind it
+    return f"it failed: {(raised or lines or [f'status {done.returncode}'])[-1]}"
 
 
 def score_peer(bench: Bench, made: Path, name: str) -> dict[str, float]:
@@ -175,6 +178,15 @@ def score_peer(bench: Bench, made: Path, name: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         from_gptq(bench, made, FORMATS[name], out := Path(folder) / "model")
         return bench.score(out)
+
+
+def peer_bytes(bench: Bench, name: str) -> int:
+    """Of a token in a peer's model: computed in float32, it is saved so, but runs with the original's tables."""
+    stored = dict(bench.source)
+    for module in modules(bench.config):
+        if module.name.startswith("model.layers.") and not FORMATS[name].refusal(module.shape[1]):
+            stored[module.name] = FORMATS[name]
+    return bytes_per_token(bench.config, stored)
 
 
 def from_gptq(bench: Bench, made: Path, fmt: Format, out: Path) -> None:
@@ -303,7 +315,8 @@ def main() -> None:
                     continue
                 took = round(time.perf_counter() - started, 1)
                 version = having[1] if isinstance(having, tuple) else None
-                rows[peer] = score_peer(bench, out, name) | {"version": version, "took_s": took}
+                found = score_peer(bench, out, name) | {"bytes": peer_bytes(bench, name)}
+                rows[peer] = found | {"version": version, "took_s": took}
                 show(name, peer, rows[peer])
             for row, make in rows_of(bench, name, tuned=options.tune_steps > 0):
                 if re.search(options.rows, row):

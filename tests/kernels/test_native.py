@@ -88,7 +88,7 @@ def test_products_stay_within_the_derived_bound_at_odd_shapes(isa, name, activat
 
 @every_isa
 @every_format
-@pytest.mark.parametrize(("scale", "size"), [(1e-40, 1e30), (1e30, 1e-30), (1e-30, 1e-12), (1.0, 1e-42)])
+@pytest.mark.parametrize(("scale", "size"), [(1e-40, 1e30), (1e30, 1e-30), (1e-30, 1e-12), (1.0, 1e-42), (-0.02, 1.0)])
 @every_activations
 def test_products_stay_within_the_bound_at_extreme_scales(isa, name, scale, size, activations):
     scale = np.clip(scale, 1e-7, 1e4) if name == "fp16" else scale  # what fp16 holds

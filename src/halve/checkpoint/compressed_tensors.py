@@ -103,7 +103,7 @@ def read_weight(reader: TensorReader, module: str, layout: Layout, shape: tuple[
     """A matrix as it is stored, its codes and scales views on the file where no conversion is needed.
 
     shape: what the model's configuration asks for. Raises CheckpointError naming the tensor on missing tensors,
-    other types or shapes, NaN, infinity, and scales that aren't positive over codes that aren't zero.
+    other types or shapes, NaN, infinity, and scales of zero over codes that are not.
     """
     stored = layout.stored(module)
     if stored is None:
@@ -193,10 +193,13 @@ def _expect_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) 
 
 
 def _check_scales(module: str, weight: Weight) -> None:
-    """A scale that isn't positive may stand only over zeros: anything else is a damaged or foreign file."""
+    """A scale of zero may stand only over zeros: anything else is a damaged file.
+
+    Scales may be negative: AutoRound puts the number of largest magnitude at the lowest code, whatever its sign.
+    """
     assert weight.scale is not None
     scale = widen(weight.scale)
-    rows = np.flatnonzero((scale <= 0).any(axis=-1))
+    rows = np.flatnonzero((scale == 0).any(axis=-1))
     if not rows.size:
         return
     part = Weight(
@@ -206,12 +209,11 @@ def _check_scales(module: str, weight: Weight) -> None:
         scale=np.ascontiguousarray(weight.scale[rows]),
     )
     codes = widen(part.unpacked_codes()).reshape(*scale[rows].shape, -1)
-    wrong = np.argwhere((scale[rows] <= 0) & (codes != 0).any(axis=-1))
+    wrong = np.argwhere((scale[rows] == 0) & (codes != 0).any(axis=-1))
     if wrong.size:
         row, group = int(rows[wrong[0, 0]]), int(wrong[0, 1])
         raise CheckpointError(
-            f"{module}.weight_scale: {scale[row, group]} at [{row}, {group}] over codes that aren't zero; "
-            f"scales must be positive; {AGAIN}"
+            f"{module}.weight_scale: 0 at [{row}, {group}] over codes that aren't zero; {AGAIN}"
         )
 
 
