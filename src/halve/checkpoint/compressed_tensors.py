@@ -212,9 +212,7 @@ def _check_scales(module: str, weight: Weight) -> None:
     wrong = np.argwhere((scale[rows] == 0) & (codes != 0).any(axis=-1))
     if wrong.size:
         row, group = int(rows[wrong[0, 0]]), int(wrong[0, 1])
-        raise CheckpointError(
-            f"{module}.weight_scale: 0 at [{row}, {group}] over codes that aren't zero; {AGAIN}"
-        )
+        raise CheckpointError(f"{module}.weight_scale: 0 at [{row}, {group}] over codes that aren't zero; {AGAIN}")
 
 
 def check_finite(name: str, array: Array) -> None:
