@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,25 @@ def test_a_step_is_the_sum_of_its_groups_the_head_the_rest_and_its_pairs():
     assert times.of(1, 1, 4) == 7 + 10 + 100 + 1000 + 2
     assert times.of(1, 2, 0) == 7 + 10 + 101 + 1000
     assert times.of(1, 0, 0) == 7 + 10 + 1000
+
+
+def test_answers_beside_a_prompt_pay_for_their_keys_as_answers():
+    pair = Line(counts=(1, 32, 64, 128), seconds=(10.0, 10.0, 1.0, 1.0))
+    times = PlannedTimes(
+        DeviceTable(device={}, num_layers=1, products={"lm_head": {"a": line(0.0)}}, rest=line(0.0), pair=pair),
+        {"lm_head": "a"},
+    )
+    answer, prompt = (
+        SimpleNamespace(num_tokens=1, start=99, draft=()),
+        SimpleNamespace(num_tokens=100, start=0, draft=()),
+    )
+
+    def seconds(*chunks):
+        return times.of_step(SimpleNamespace(chunks=chunks, num_sampled=1))
+
+    assert seconds(answer) == 100 * 10
+    assert seconds(prompt) == 5050
+    assert seconds(answer, prompt, answer) == 2 * seconds(answer) + seconds(prompt)
 
 
 def test_a_format_without_times_is_named():

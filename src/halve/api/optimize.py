@@ -21,7 +21,7 @@ from halve.api.progress import SILENT, Progress
 from halve.api.questions import judge_tasks, keep_tasks, read_tasks
 from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
-from halve.api.study import LARGE, Question
+from halve.api.study import Question, is_large
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
 from halve.api.workloads import level_of, price_of, seconds_of, workload_of
@@ -314,7 +314,7 @@ def _may_gptq(named: Candidate | None, method: MethodChoice, config: ModelConfig
     """Whether any plan of this run may be rounded by gptq, which needs second moments."""
     if named is not None:
         return named.method == "gptq"
-    return method == "gptq" or (method == "auto" and num_parameters(config) < LARGE)
+    return method == "gptq" or (method == "auto" and not is_large(config))
 
 
 def _certificate(

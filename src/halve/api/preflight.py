@@ -12,10 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from halve.api.roofline import Sampler
-from halve.api.study import FISHER_TOKENS, LARGE, SWAP_TOKENS
+from halve.api.study import FISHER_TOKENS, LARGE_CALIBRATION_TOKENS, SWAP_TOKENS, is_large
 from halve.api.texts import Texts
 from halve.api.versus.figures import TOLERANCE
 from halve.compress import Hessians
@@ -233,30 +231,38 @@ def _memory_bytes(config: ModelConfig, texts: Texts, weight_bytes: int, *, searc
 
 def _seconds(config: ModelConfig, texts: Texts, *, searched: bool, gptq: bool) -> float:
     """Of all stages; a sparse model's token runs through its active parameters."""
-    active, weights = num_active_parameters(config), num_parameters(config)
-    flops_s = _float32_flops(config)
+    active, weights, large = num_active_parameters(config), num_parameters(config), is_large(config)
+    exact_s = _flops(config, rough=False)
+    rough_s = _flops(config, rough=True) if large else exact_s
     calibration, selection, sealed = (sum(map(len, t)) for t in (texts.calibration, texts.selection, texts.sealed))
+    if large and not gptq:
+        calibration = min(calibration, LARGE_CALIBRATION_TOKENS)
     forward = 2.0 * active
-    work = forward * (calibration + 2 * sealed)
+    exact, rough = forward * 2 * sealed, forward * calibration
     if gptq:
-        work += calibration * Hessians.size_bytes(config) / 2
+        rough += calibration * Hessians.size_bytes(config) / 2
     rounding = CLIP_S_PER_WEIGHT * weights * (3 if gptq else 1)
     plans = 1
     if searched:
         plans = PLANS_JUDGED + 1
-        large = weights >= LARGE
-        work += 3 * forward * FISHER_TOKENS / (2 if large else 1)
-        work += 0 if large else forward * SWAP_TOKENS * 3 * len(list(modules(config)))
-        work += forward * selection * SHARE_READ * (1 + PLANS_JUDGED)
-    return work / flops_s + plans * rounding + CALLS_S
+        rough += 3 * forward * FISHER_TOKENS / (2 if large else 1)
+        exact += 0 if large else forward * SWAP_TOKENS * 3 * len(list(modules(config)))
+        exact += forward * selection * SHARE_READ * (1 + PLANS_JUDGED)
+    return exact / exact_s + rough / rough_s + plans * rounding + CALLS_S
 
 
-def _float32_flops(config: ModelConfig) -> float:
-    """What a product of the model's own width gives here: floating point operations a second."""
+def _flops(config: ModelConfig, *, rough: bool) -> float:
+    """What a product of the model's own width gives here: floating point operations a second.
+
+    rough: by the arithmetic of statistics of large models (`halve.kernels.rough`).
+    """
     import torch
 
+    from halve.kernels.rough import RoughOps, rough_ops
+
     rows, width, out = 256, config.hidden_size, min(config.intermediate_size, 4096)
-    x, w = torch.from_numpy(np.ones((rows, width), np.float32)), torch.from_numpy(np.ones((out, width), np.float32))
+    dtype = torch.bfloat16 if rough and isinstance(rough_ops("cpu"), RoughOps) else torch.float32
+    x, w = torch.ones((rows, width), dtype=dtype), torch.ones((out, width), dtype=dtype)
     best = math.inf
     for _ in range(4):
         started = time.perf_counter()

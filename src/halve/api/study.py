@@ -44,9 +44,16 @@ SWAP_TOKENS = 2048  # of selection text that swaps are measured on
 WINDOW = 128  # of both: many documents say more than long ones
 LARGE = 200_000_000  # parameters: from here on nothing is swapped, and gptq is only taken when it is asked for
 SCREEN_ROWS = 256  # of a large model's matrices that options are screened by
+# Means of squares settle soon: a large model's are of a part of the text, in short windows of many documents.
+LARGE_CALIBRATION_TOKENS, LARGE_WINDOW = 16_384, 512
 KEEP_HESSIANS_BYTES = 1 << 29  # beyond it they lie with the run and go with it
 KEEP_STUDIES = 8
 SWAP_SHARE = 0.4  # of the time given
+
+
+def is_large(config: ModelConfig) -> bool:
+    """Whether a model is studied by a part of the text, and screened only."""
+    return num_parameters(config) >= LARGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +107,7 @@ class Question:
     @property
     def large(self) -> bool:
         """Whether swaps and gptq would take more than the rest of the search."""
-        return num_parameters(self.config) >= LARGE
+        return is_large(self.config)
 
     @property
     def needs_hessians(self) -> bool:
@@ -212,12 +219,17 @@ def statistics_of(
     if found is not None:
         shutil.rmtree(found.folder, ignore_errors=True)
         found.folder.mkdir(parents=True)
+    documents, window_tokens = texts.calibration, texts.window_tokens
+    if is_large(config) and found is None:
+        window_tokens = min(LARGE_WINDOW, window_tokens)
+        documents = first_tokens(documents, LARGE_CALIBRATION_TOKENS, window_tokens)
+        log.info("a large model: its inputs are measured on %d tokens of the text", sum(map(len, documents)))
     with progress.task("Calibrating", "layers") as advance:
         energies = calibrate(
             config,
             CheckpointSource(checkpoint),
-            texts.calibration,
-            window_tokens=texts.window_tokens,
+            documents,
+            window_tokens=window_tokens,
             device=device,
             hessians=found,
             progress=advance,
@@ -230,9 +242,9 @@ def statistics_of(
     return Statistics(energies=energies, hessians=found)
 
 
-def first_tokens(documents: Sequence[Array], most: int) -> list[Array]:
+def first_tokens(documents: Sequence[Array], most: int, size: int = WINDOW) -> list[Array]:
     """Windows of documents, so many tokens in all: the first of each document, then the second, so that all speak."""
-    cut = [windows(document, WINDOW) for document in documents]
+    cut = [windows(document, size) for document in documents]
     turns = (parts[turn] for turn in range(max(map(len, cut), default=0)) for parts in cut if turn < len(parts))
     found: list[Array] = []
     left = most

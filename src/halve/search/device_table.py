@@ -1,8 +1,12 @@
 """What the products and all else of a step cost on this device, measured once for a model's shapes and kept on disk.
 
-A step of T tokens, of which R rows are sampled, over sequences whose queries meet `pairs` keys, is predicted as
+A step of T tokens, of which R rows are sampled, is predicted as
 
-    sum over layers and groups of product(shape, format, T) + head(format, R) + rest(T) + pairs * pair(T)
+    sum over layers and groups of product(shape, format, T) + head(format, R) + rest(T)
+        + answer_pairs * pair(answers) + prompt_pairs * pair(T)
+
+pairs: keys that queries meet. Those of tokens that are each of a sequence of its own, the answers, are read from the
+cache once for each; a prompt's are read once for many of its queries, whatever else is in its step.
 
 product: a fused group's product with the rounding of its input, timed as part of a program of `kernels/program.py`,
 over as many different matrices as the model has layers, after reading as much other memory as the rest of the model
@@ -52,6 +56,7 @@ MOST_FLUSHED = 640 << 20  # bytes read between two timings, at most: twice the l
 MOST_COPIES_BYTES = 256 << 20
 PRODUCTS = ("prepare", "product", "reduce")
 MOST_DECODES = 32  # tokens that are each of a sequence of their own
+FEWEST_PROMPT = 64  # from here on they are measured as one prompt's
 NEAR = BLOCK  # tokens before a short context's last
 
 
@@ -111,7 +116,26 @@ class PlannedTimes:
     _cache: dict[int, float] = field(default_factory=dict)
 
     def of(self, num_tokens: int, num_rows: int, num_pairs: float) -> float:
-        """Seconds of a step."""
+        """Seconds of a step of answers alone, or of a prompt alone."""
+        return self._without_pairs(num_tokens, num_rows) + num_pairs * self._pair_s(num_tokens)
+
+    def of_step(self, step: PlannedStep) -> float:
+        """Seconds of a planned step."""
+        answers, prompts = 0, 0
+        answer_pairs, prompt_pairs = 0.0, 0.0
+        for chunk in step.chunks:
+            count = chunk.num_tokens + len(chunk.draft)
+            pairs = count * chunk.start + count * (count + 1) / 2
+            if count == 1:
+                answers, answer_pairs = answers + 1, answer_pairs + pairs
+            else:
+                prompts, prompt_pairs = prompts + count, prompt_pairs + pairs
+        met = answer_pairs * self._pair_s(min(answers, MOST_DECODES)) if answers else 0.0
+        if prompts:
+            met += prompt_pairs * self._pair_s(max(prompts, FEWEST_PROMPT))
+        return self._without_pairs(answers + prompts, step.num_sampled) + met
+
+    def _without_pairs(self, num_tokens: int, num_rows: int) -> float:
         if num_tokens not in self._cache:
             self._cache[num_tokens] = self.table.rest.at(num_tokens) + sum(
                 self.table.group_s(name.rpartition(".")[2], fmt, num_tokens)
@@ -119,16 +143,12 @@ class PlannedTimes:
                 if name.startswith("layers.")
             )
         head = self.table.group_s("lm_head", self.formats["lm_head"], num_rows) if num_rows else 0.0
-        return self._cache[num_tokens] + head + num_pairs * self.table.pair.at(num_tokens)
+        return self._cache[num_tokens] + head
 
-    def of_step(self, step: PlannedStep) -> float:
-        """Seconds of a planned step."""
-        num_tokens, num_pairs = 0, 0.0
-        for chunk in step.chunks:
-            count = chunk.num_tokens + len(chunk.draft)
-            num_tokens += count
-            num_pairs += count * chunk.start + count * (count + 1) / 2
-        return self.of(num_tokens, step.num_sampled, num_pairs)
+    def _pair_s(self, num_tokens: int) -> float:
+        """Of a query's key. It falls with tokens that share what is read, so that it is not a `Line`'s rising one."""
+        pair = self.table.pair
+        return float(np.interp(num_tokens, pair.counts, pair.seconds))
 
 
 def device_key(config: ModelConfig, ops: NativeOps, kv_format: str | Sequence[str], version: str) -> dict[str, str]:
