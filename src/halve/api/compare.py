@@ -16,7 +16,7 @@ from halve.api.pipeline import original_scorer
 from halve.api.progress import SILENT, Progress
 from halve.api.roofline import rooflines
 from halve.api.sides import Kind, Side
-from halve.api.texts import WINDOW_TOKENS, shipped_sealed
+from halve.api.texts import WINDOW_TOKENS, beginnings, shipped_sealed
 from halve.api.trial import in_turns
 from halve.checkpoint import Checkpoint
 from halve.core.certificate import Measured, Roofline, Speed
@@ -117,6 +117,9 @@ def compare(
             Tokenizer.from_directory(words[0].path, vocab_size=config.vocab_size),
             vocab_size=config.vocab_size,
         )
+        if text is None:
+            judged_on = next((side.certificate.sealed for side in sides if side.certificate is not None), None)
+            tokens = beginnings(tokens, None if judged_on is None else judged_on.document_tokens)
         require_enough(tokens, "sealed")
         models = [side.load(found, device) for side, found in zip(sides, words[:2], strict=True)]
         quality = _quality(models, of_reference, tokens, device, progress)

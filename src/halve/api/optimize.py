@@ -21,7 +21,7 @@ from halve.api.progress import SILENT, Progress
 from halve.api.questions import judge_tasks, keep_tasks, read_tasks
 from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
-from halve.api.study import Question, is_large
+from halve.api.study import LARGE_DOCUMENT_TOKENS, Question, is_large
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
 from halve.api.workloads import level_of, price_of, seconds_of, workload_of
@@ -137,7 +137,13 @@ def optimize(
         context = config.context
         purpose = Purpose(workload=workload_of(str(workload), context, level_of(slo)), usd_per_hour=price)
         tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
-        texts = prepare_texts(text_path, tokenizer, config, selected=searched)
+        texts = prepare_texts(
+            text_path,
+            tokenizer,
+            config,
+            selected=searched,
+            document_tokens=LARGE_DOCUMENT_TOKENS if device == "cpu" and is_large(config) else None,
+        )
         command = _command(
             model,
             out,
@@ -355,7 +361,12 @@ def _certificate(
         speed=trial.speeds[1],
         original_speed=trial.speeds[0],
         inputs=inputs,
-        sealed=SealedText(kept=keep_text, source=job.texts.source, window_tokens=job.texts.window_tokens),
+        sealed=SealedText(
+            kept=keep_text,
+            source=job.texts.source,
+            window_tokens=job.texts.window_tokens,
+            document_tokens=job.texts.document_tokens,
+        ),
         attempts=outcome.attempts,
         max_attempts=MAX_ATTEMPTS if job.searched else 1,
         weights_sha256=weights_sha256,

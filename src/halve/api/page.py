@@ -132,6 +132,10 @@ def _notes(job: Job, outcome: Outcome, trial: Trial) -> tuple[str, ...]:
         f"Text: {job.texts.source}; {len(job.texts.calibration)} documents to calibrate, {len(job.texts.selection)} to "
         f"select, {len(job.texts.sealed)} sealed, scored in windows of at most {job.texts.window_tokens} tokens.",
     ]
+    if job.texts.document_tokens is not None:
+        notes.append(
+            f"Of each document the first {job.texts.document_tokens} tokens were read: a large model on a CPU."
+        )
     plans = outcome.plans
     if plans is None:
         return tuple(notes)

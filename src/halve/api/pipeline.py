@@ -13,7 +13,7 @@ from typing import Literal
 from halve.api.bundle import read_plan
 from halve.api.certify import score
 from halve.api.expert_moves import judge_experts
-from halve.api.model import torch_ops
+from halve.api.model import make_ops, torch_ops
 from halve.api.plans import Plans, Purpose, find_plans
 from halve.api.progress import Advance, Progress, Standing, Tried
 from halve.api.study import Question, first_tokens, statistics_of, study
@@ -356,7 +356,7 @@ def _judged(job: Job, original: DecoderScorer, candidate: Candidate, directory: 
     with job.progress.task(f"Judging {label(candidate)}", "tokens") as advance, open_checkpoint(directory) as made:
         measured, passed = judge_early(
             original,
-            DecoderScorer(reload(made, job.device)),
+            DecoderScorer(_as_judged(job, made)),
             job.texts.selection,
             job.texts.window_tokens,
             job.limit,
@@ -470,6 +470,17 @@ def _make_tuned(
     job.workspace.save_state()
     job.workspace.made_here.add(directory.name)
     return directory
+
+
+def _as_judged(job: Job, made: Checkpoint) -> Decoder:
+    """A candidate by the reference kernels; a large one by those that will serve it, which are several times as fast.
+
+    The certificate is measured by the latter in any case, and says how far they are from the reference.
+    """
+    if not job.question.large or job.device != "cpu":
+        return reload(made, job.device)
+    plan = read_plan(made)
+    return load_decoder(made, load_config(made, plan), make_ops("cpu", plan.activations.format))
 
 
 class _OverError(Exception):

@@ -21,6 +21,7 @@ from halve.core.certificate import Preflight
 from halve.core.errors import ConfigError, OutputError, QualityError
 from halve.core.units import format_bytes, format_duration
 from halve.core.workload import ServiceLevel
+from halve.evaluate.scorer import WAVE_LOGITS
 from halve.evaluate.verdict import NOISE
 from halve.formats import FORMATS, Format
 from halve.hardware import detect_cpu, free_memory_bytes
@@ -34,6 +35,7 @@ log = logging.getLogger("halve")
 
 PROCESS_BYTES = 900 << 20  # Python and torch with nothing loaded, and its allocator's slack
 STATES_BYTES = 1 << 30  # most of the original's final states that are kept (halve.api.pipeline.KEEP_BYTES)
+LOGITS_BYTES = 4 * WAVE_LOGITS  # of windows that are scored side by side (halve.evaluate.scorer)
 WIDENED_BYTES = 1 << 30  # a model no larger than this in float32 is scored from float32 weights
 SPARE_DISK_BYTES = 64 << 20  # certificate, report, sealed text
 PLANS_JUDGED = 5
@@ -221,7 +223,7 @@ def _memory_bytes(config: ModelConfig, texts: Texts, weight_bytes: int, *, searc
     """Both models at once as scored or run, a window's logits of both, and what is kept between plans."""
     widened = 4 * num_parameters(config)
     model = widened if widened <= WIDENED_BYTES else weight_bytes
-    window = texts.window_tokens * config.vocab_size * 4
+    window = min(texts.window_tokens * config.vocab_size * 4, LOGITS_BYTES)
     selected = sum(map(len, texts.selection)) * config.hidden_size * 4
     states = min(STATES_BYTES, selected) if searched else 0
     widest = 4 * config.hidden_size * max(m.shape[0] for m in modules(config)) if searched else 0

@@ -34,6 +34,7 @@ class Texts:
     seen: Fingerprint  # of all that calibration and search see
     window_tokens: int
     source: str
+    document_tokens: int | None = None  # of each document, at most
 
 
 def read_texts(path: Path | None) -> list[Document]:
@@ -48,16 +49,24 @@ def window_of(config: ModelConfig) -> int:
     return min(config.context, WINDOW_TOKENS)
 
 
-def prepare_texts(path: Path | None, tokenizer: Tokenizer, config: ModelConfig, *, selected: bool) -> Texts:
+def prepare_texts(
+    path: Path | None,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    *,
+    selected: bool,
+    document_tokens: int | None = None,
+) -> Texts:
     """Split, encode and check that each split that will be used holds enough.
 
-    selected: whether candidates will be judged on the selection split. Raises DataError saying how much text is
-    there and how much is needed.
+    selected: whether candidates will be judged on the selection split. document_tokens: of each document, only so many
+    first tokens are taken. Raises DataError saying how much text is there and how much is needed.
     """
     parts = split(read_texts(path))
     seen, unseen = _unseen(parts)
     calibration, selection, sealed = (
-        encode(part, tokenizer, vocab_size=config.vocab_size) for part in (parts.calibration, parts.selection, unseen)
+        beginnings(encode(part, tokenizer, vocab_size=config.vocab_size), document_tokens)
+        for part in (parts.calibration, parts.selection, unseen)
     )
     require_enough(sealed, "sealed")
     require_enough(calibration, "calibration")
@@ -74,7 +83,13 @@ def prepare_texts(path: Path | None, tokenizer: Tokenizer, config: ModelConfig, 
         seen=seen,
         window_tokens=window_of(config),
         source="shipped mixed text" if path is None else str(Path(path).resolve()),
+        document_tokens=document_tokens,
     )
+
+
+def beginnings(documents: list[Array], most: int | None) -> list[Array]:
+    """The first tokens of each document, at most so many; all of them for None."""
+    return documents if most is None else [tokens[:most] for tokens in documents]
 
 
 def _unseen(parts: Splits) -> tuple[Fingerprint, list[Document]]:

@@ -23,6 +23,7 @@ from halve.api.recorded import (
 )
 from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
+from halve.api.texts import beginnings
 from halve.api.trial import Trial, run_trial
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.core.certificate import Answer, Certificate, Size, TaskResult, WorkloadCost
@@ -82,6 +83,7 @@ def verify(
         config = load_config(original).with_kv_format("fp32")
         tokenizer = Tokenizer.from_directory(original.path, vocab_size=config.vocab_size)
         tokens = encode(documents, tokenizer, vocab_size=config.vocab_size)
+        tokens = beginnings(tokens, recorded.sealed.document_tokens)
         if text is not None:
             require_enough(tokens, "sealed")
         with progress.task("Verifying", "tokens") as advance:

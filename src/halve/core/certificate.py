@@ -270,11 +270,15 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SealedText:
-    """Where the sealed documents are: in the bundle (`halve/sealed.jsonl`), or only named by hash and path."""
+    """Where the sealed documents are: in the bundle (`halve/sealed.jsonl`), or only named by hash and path.
+
+    document_tokens: of each document, so many first tokens were judged; null where all were.
+    """
 
     kept: bool
     source: str
     window_tokens: int
+    document_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
