@@ -39,7 +39,7 @@ from halve.evaluate import PairedScores, compare, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.models import load_config, stored_formats
 from halve.search import Candidate, Judged, cheapest_passing, likely_start
-from halve.search.front import bytes_cost, candidates
+from halve.search.front import Offer, bytes_cost, candidates
 from halve.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,16 +88,18 @@ def score_all(model: Path, texts: list[Path]) -> tuple[list[tuple[Candidate, Pai
             source=source,
             method="auto",
             portable=False,
-            activations="int8",
-            kv_cache="bf16",
+            activations=("int8",),
+            kv_caches=("bf16",),
             device="cpu",
             texts=prepare_texts(Path(folder) / "pool.jsonl", tokenizer, config, selected=True),
             model_sha256=checkpoint.sha256(),
         )
         original = original_scorer(checkpoint, config, "cpu")
         studied = study(question, original, Path(folder), SILENT)
-        rounded = {"portable": False, "activations": "int8", "kv_cache": "bf16"}
-        front = candidates(config, studied.parts, studied.sensitivity, bytes_cost, source, num_points=96, **rounded)
+        offers = [Offer(setting=setting) for setting in studied.settings]
+        front = candidates(
+            config, studied.parts, studied.sensitivity, bytes_cost, source, offers, portable=False, num_points=96
+        )
         low, high = (share * log1p(LIMIT) for share in NEAR)
         near = [c for c in front if low <= (c.predicted_kl or 0.0) <= high]
         near = near[:: -(-len(near) // MOST_PLANS)]

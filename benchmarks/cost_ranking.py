@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
-from step_prediction import BLOCK, Mixed, decode_batch
+from step_prediction import BLOCK, Mixed, decode_batch, decodes
 
 from halve.checkpoint.files import read_object
 from halve.formats import FORMATS
@@ -46,7 +46,7 @@ def main() -> None:
         config = replace(config, layers=config.layers[: options.layers])
     ops, rng = NativeOps(activations="int8"), np.random.default_rng(0)
     names = [name for name in NAMES if name in FORMATS]
-    table = device_table(config, ops, set(names) | {"int8"}, kv_format="bf16", folder=None)
+    table = device_table(config, {"int8": set(names) | {"int8"}}, caches=["bf16"], folder=None)
     plans = []
     for i in range(options.plans):
         # Some formats of a window that slides from cheap to dear, so that costs spread.
@@ -61,8 +61,8 @@ def main() -> None:
     rows = np.arange(options.batch, dtype=np.int32)
     predicted, decoders = [], []
     for plan in plans:
-        times = PlannedTimes(table, plan)
-        predicted.append(times.of(options.batch, options.batch, options.batch * (options.context + 1)))
+        times = PlannedTimes(table, plan, "int8", ("bf16",) * config.num_layers)
+        predicted.append(times.model_s(decodes(options.batch, options.context)))
         by_module = {m.name: plan[g.name] for g in groups(config) for m in g.members}
         by_module.setdefault("model.embed_tokens", "int8")
         decoder = Decoder(config.with_kv_format("bf16"), ops, Mixed(by_module))

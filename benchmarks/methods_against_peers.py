@@ -350,7 +350,8 @@ def opened(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) ->
         device="cpu",
         texts=texts,
         model_sha256=checkpoint.sha256(lambda done, total: None),
-        **ROUNDED,  # type: ignore[arg-type]
+        activations=("fp32",),
+        kv_caches=("fp32",),
     )
     (own := folder / "statistics").mkdir()
     statistics = statistics_of(checkpoint, config, texts, "cpu", own, own, SILENT, hessians=True)

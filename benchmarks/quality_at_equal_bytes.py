@@ -98,7 +98,8 @@ def main() -> None:
             device="cpu",
             texts=texts,
             model_sha256=checkpoint.sha256(lambda done, total: None),
-            **rounded,
+            activations=("fp32",),
+            kv_caches=("fp32",),
         )
         started = time.perf_counter()
         studied = study(question, original, Path(folder), SILENT)

@@ -25,7 +25,8 @@ from halve.kernels.ops import TokenBatch
 from halve.kernels.sampling import SamplingBatch
 from halve.models import Decoder, read_config
 from halve.models.names import groups
-from halve.search.device_table import PlannedTimes, device_table, random_weight
+from halve.search.device_table import PlannedTimes, StepShape, device_table
+from halve.search.timing import random_weight
 
 BLOCK = 16
 
@@ -65,6 +66,11 @@ def decode_batch(batch: int, context: int, vocab_size: int) -> TokenBatch:
     )
 
 
+def decodes(batch: int, context: int) -> StepShape:
+    """A step of so many sequences, each at the same place."""
+    return StepShape(batch, batch * (context + 1.0), 0, 0.0, batch)
+
+
 def main() -> None:
     """Measure, print a table and the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,9 +95,9 @@ def main() -> None:
     by_module = {m.name: by_group[g.name] for g in groups(config) for m in g.members}
     by_module.setdefault("model.embed_tokens", "int8")
     started = time.perf_counter()
-    table = device_table(config, ops, set(names), kv_format="bf16", folder=None)
+    table = device_table(config, {"int8": set(names)}, caches=["bf16"], folder=None)
     table_s = time.perf_counter() - started
-    times = PlannedTimes(table, by_group)
+    times = PlannedTimes(table, by_group, "int8", ("bf16",) * config.num_layers)
     decoder = Decoder(config.with_kv_format("bf16"), ops, Mixed(by_module))
     cache = decoder.new_cache(32 * (options.context // BLOCK + 1), BLOCK)
     found = {}
@@ -102,7 +108,8 @@ def main() -> None:
             began = time.perf_counter()
             decoder.sample(tokens, cache, rows, SamplingBatch.greedy(batch))
             taken.append(time.perf_counter() - began)
-        measured, predicted = median(taken[2:]), times.of(batch, batch, batch * (options.context + 1))
+        shape = decodes(batch, options.context)
+        measured, predicted = median(taken[2:]), times.model_s(shape)
         if options.parts:
             from halve.models.compiled import CompiledSteps
 
@@ -113,12 +120,10 @@ def main() -> None:
                 began = time.perf_counter()
                 part.run(step, tokens.token_ids, rows)
                 own.append(time.perf_counter() - began)
-            pairs = batch * (options.context + 1)
             print(
-                f"  products {1e3 * median(own):.3f} ms, predicted "
-                f"{1e3 * (predicted - table.rest.at(batch) - pairs * table.pair.at(batch)):.3f} ms "
-                f"(head {1e3 * table.group_s('lm_head', by_group['lm_head'], batch):.3f} ms); "
-                f"rest {1e3 * table.rest.at(batch):.3f} ms, pairs {1e3 * pairs * table.pair.at(batch):.3f} ms"
+                f"  products {1e3 * median(own):.3f} ms, predicted {1e3 * times.products_s(shape):.3f} ms "
+                f"(head {1e3 * table.group_s('int8', 'lm_head', by_group['lm_head'], batch):.3f} ms); "
+                f"all else predicted {1e3 * times.others_s(shape):.3f} ms"
             )
         found[f"decode {batch}"] = (measured, predicted, max(taken[2:]) - min(taken[2:]))
     for name, (measured, predicted, spread) in found.items():

@@ -93,8 +93,8 @@ def test_no_expert_of_a_trained_model_goes_for_nothing():
             device="cpu",
             texts=prepare_texts(None, tokenizer, config, selected=True),
             model_sha256="",
-            activations="fp32",
-            kv_cache="fp32",
+            activations=("fp32",),
+            kv_caches=("fp32",),
         )
         original = DecoderScorer(load_decoder(checkpoint, config, TorchOps(widened=True)), keep_bytes=1 << 29)
         judged = judge_experts(question, original, 0.001, SILENT)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import halve
+from halve.api import pipeline
 from halve.core.errors import OutputError
 from tests.api.tiny import environment
 from tests.tools import not_of_time
@@ -16,8 +17,10 @@ from tests.tools import not_of_time
 RUN = """
 import sys
 import halve
+from halve.api import pipeline
 from halve.api.workspace import Workspace
 
+pipeline.TUNED_SHARE = float("inf")
 model, out, text, awaited = sys.argv[1:5]
 real = Workspace.save_state
 
@@ -45,6 +48,14 @@ def start(model, out, text, awaited):
 def end(process, how):
     process.send_signal(how)
     process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _untuned():
+    """Sums of gradients depend on where memory lies, so that of tuned scales a last bit may differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "TUNED_SHARE", float("inf"))  # no plan is expected to pass when it is tuned
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -47,8 +47,18 @@ def test_the_front_lies_in_the_bundle_with_every_plan_in_words(found):
     assert any("layer" in line for line in chosen["layers"])
     assert front["workload"] == "batch"
     moves = front["rejected_moves"]
-    assert moves
-    assert all(m["why"] and m["cost"] < 0 < m["loss"] for m in moves)
+    of_weights = [m for m in moves if m["part"].startswith(("layers.", "lm_head", "embedding"))]
+    assert of_weights
+    assert all(m["cost"] < 0 < m["loss"] for m in of_weights)
+    assert all(m["why"] for m in moves)
+    if native_library.available() is None:
+        others = {(m["part"], m["rejected"]): m for m in moves if m not in of_weights}
+        assert {"kv_cache", "activations", "speculation"} <= {part for part, _ in others}
+        plan = Plan.from_json((found.path / "halve/plan.json").read_text())
+        assert len([of for of in others if of[0] == "kv_cache"]) >= 2
+        assert (str(plan.kv_cache) in {"bf16", "int8", "int4"}) or plan.kv_cache.layers
+        draft = others["speculation", "draft in int3-g64"]
+        assert "every guess is right" in draft["why"]
 
 
 def test_the_certificate_says_what_the_workload_costs_and_how_to_repeat_it(found):

@@ -14,7 +14,8 @@ from halve.kernels import native, native_library
 from halve.models import LayerSpec, ModelConfig
 from halve.models.config import Rope
 from halve.search import device_table as module
-from halve.search.device_table import DeviceTable, Line, PlannedTimes, device_key, device_table
+from halve.search.device_table import DeviceTable, PlannedTimes, StepShape, device_table
+from halve.search.line import Line
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -45,6 +46,8 @@ def test_a_line_is_straight_between_its_points_and_beyond_the_last_and_never_fal
     assert [one.at(x) for x in (0, 1, 2, 3, 4, 7)] == [1.0, 1.0, 2.0, 3.0, 3.0, 3.0]
     assert Line(counts=(1, 2), seconds=(1.0, 2.0)).at(4) == 4.0
     assert Line(counts=(2,), seconds=(5.0,)).at(100) == 5.0
+    assert [one.near(x) for x in (0, 4, 7)] == [1.0, 2.5, 2.0]
+    assert Line(counts=(1,), seconds=(1.0,)).followed_by(Line(counts=(2,), seconds=(3.0,))).at(1.5) == 2.0
 
 
 @pytest.mark.parametrize(
@@ -55,35 +58,50 @@ def test_a_line_that_is_none_is_refused(counts, seconds):
         Line(counts=counts, seconds=seconds)
 
 
-def table(**products):
-    kinds = {kind: {"a": line(1.0), "b": line(10.0)} for kind in ("qkv", "o", "gate_up", "down")}
+KINDS = ("qkv", "o", "gate_up", "down")
+ONE_ANSWER = StepShape(1, 4, 0, 0.0, 1)
+
+
+def table(**changed):
+    products = {kind: {"a": line(1.0), "b": line(10.0)} for kind in KINDS}
     return DeviceTable(
-        device={},
-        num_layers=2,
-        products={**kinds, "lm_head": {"a": line(100.0, 101.0)}, **products},
-        rest=line(1000.0),
-        pair=line(0.5),
+        **{
+            "device": {},
+            "num_layers": 2,
+            "products": {"int8": {**products, "lm_head": {"a": line(100.0, 101.0)}}},
+            "rest": {"bf16": line(1000.0), "int8": line(2000.0)},
+            "pair": {"bf16": line(0.5), "int8": line(0.25)},
+            "engine": line(1e4, 3e4),
+            **changed,
+        }
     )
 
 
-def test_a_step_is_the_sum_of_its_groups_the_head_the_rest_and_its_pairs():
-    formats = {f"layers.{i}.{kind}": "a" for i in range(2) for kind in ("qkv", "o", "gate_up", "down")}
-    times = PlannedTimes(table(), {**formats, "layers.1.o": "b", "lm_head": "a"})
-    assert times.of(1, 1, 4) == 7 + 10 + 100 + 1000 + 2
-    assert times.of(1, 2, 0) == 7 + 10 + 101 + 1000
-    assert times.of(1, 0, 0) == 7 + 10 + 1000
+def times_of(formats, caches=("bf16", "bf16"), activations="int8", **changed):
+    return PlannedTimes(table(**changed), formats, activations, caches)
+
+
+ALL_A = {**{f"layers.{i}.{kind}": "a" for i in range(2) for kind in KINDS}, "lm_head": "a"}
+
+
+def test_a_step_is_the_sum_of_its_groups_the_head_the_rest_its_pairs_and_the_engine():
+    times = times_of({**ALL_A, "layers.1.o": "b"})
+    assert times.model_s(ONE_ANSWER) == 7 + 10 + 100 + 1000 + 2
+    assert times.of(ONE_ANSWER) == times.model_s(ONE_ANSWER) + 1e4
+    assert times.model_s(StepShape(1, 0, 0, 0.0, 2)) == 7 + 10 + 101 + 1000
+    assert times.model_s(StepShape(1, 0, 0, 0.0, 0)) == 7 + 10 + 1000
+
+
+def test_layers_whose_caches_differ_take_each_their_share():
+    assert times_of({}, ("bf16", "int8")).others_s(ONE_ANSWER) == (1000 + 2 + 2000 + 1) / 2
 
 
 def test_answers_beside_a_prompt_pay_for_their_keys_as_answers():
     pair = Line(counts=(1, 32, 64, 128), seconds=(10.0, 10.0, 1.0, 1.0))
-    times = PlannedTimes(
-        DeviceTable(device={}, num_layers=1, products={"lm_head": {"a": line(0.0)}}, rest=line(0.0), pair=pair),
-        {"lm_head": "a"},
-    )
-    answer, prompt = (
-        SimpleNamespace(num_tokens=1, start=99, draft=()),
-        SimpleNamespace(num_tokens=100, start=0, draft=()),
-    )
+    nothing = {"rest": {"bf16": line(0.0)}, "pair": {"bf16": pair}, "engine": line(0.0)}
+    times = times_of({"lm_head": "a"}, products={"int8": {"lm_head": {"a": line(0.0)}}}, **nothing)
+    answer = SimpleNamespace(num_tokens=1, start=99, draft=())
+    prompt = SimpleNamespace(num_tokens=100, start=0, draft=())
 
     def seconds(*chunks):
         return times.of_step(SimpleNamespace(chunks=chunks, num_sampled=1))
@@ -93,15 +111,18 @@ def test_answers_beside_a_prompt_pay_for_their_keys_as_answers():
     assert seconds(answer, prompt, answer) == 2 * seconds(answer) + seconds(prompt)
 
 
-def test_a_format_without_times_is_named():
-    with pytest.raises(ConfigError, match="no times of lm_head in int2-g32"):
-        PlannedTimes(table(), {"lm_head": "int2-g32"}).of(1, 1, 0)
+def test_what_was_not_timed_is_named():
+    with pytest.raises(ConfigError, match="no times of lm_head in int2-g32 with int8 activations"):
+        times_of({"lm_head": "int2-g32"}).of(ONE_ANSWER)
+    with pytest.raises(ConfigError, match="no times of lm_head in a with bf16 activations"):
+        times_of({"lm_head": "a"}, activations="bf16").of(ONE_ANSWER)
+    with pytest.raises(ConfigError, match="no times of a cache in int4; measure it again"):
+        times_of({}, ("bf16", "int4"))
 
 
 @runs_native
 def test_a_simulator_runs_on_planned_times():
-    formats = {f"layers.{i}.{kind}": "a" for i in range(2) for kind in ("qkv", "o", "gate_up", "down")}
-    times = PlannedTimes(table(), {**formats, "lm_head": "a"})
+    times = times_of(ALL_A)
     workload = Workload.poisson(requests_per_s=1.0, num_requests=5, prompt_tokens=8, output_tokens=4)
     assert simulate(workload, times.of_step, num_blocks=64).output_tokens == 20
 
@@ -110,49 +131,65 @@ def test_a_simulator_runs_on_planned_times():
 def _made(tmp_path_factory):
     if native_library.available() is not None:
         pytest.skip("the C++ kernels are not built")
-    folder, ops = tmp_path_factory.mktemp("tables"), native.NativeOps(activations="int8")
-    seen = []
-    found = device_table(CONFIG, ops, FORMATS, kv_format="bf16", folder=folder, progress=lambda *at: seen.append(at))
-    return folder, ops, found, seen
+    folder, seen = tmp_path_factory.mktemp("tables"), []
+    found = device_table(
+        CONFIG, {"int8": FORMATS}, caches=["bf16"], folder=folder, progress=lambda *at: seen.append(at)
+    )
+    return folder, found, seen
 
 
 def test_every_format_that_fits_has_its_times(made):
-    _, ops, found, seen = made
+    _, found, seen = made
+    products = found.products["int8"]
     for kind in ("qkv", "o", "gate_up", "lm_head"):
-        assert found.products[kind].keys() == set(FORMATS)
-    assert found.products["down"].keys() == {"int8", "int4-g32", "bf16"}  # 96 inputs are not two groups of 64
-    assert seen[-1] == (19, 19)
-    assert found.device["model"] == ops.device.model
-    assert all(s > 0 for lines in found.products.values() for one in lines.values() for s in one.seconds)
-    assert found.rest.counts[0] == 1
-    assert max(found.rest.counts) < CONFIG.context
-    assert np.isfinite(found.rest.at(500) + found.pair.at(500))
+        assert products[kind].keys() == set(FORMATS)
+    assert products["down"].keys() == {"int8", "int4-g32", "bf16"}  # 96 inputs are not two groups of 64
+    assert seen[-1] == (20, 20)
+    assert found.device["model"] == native.NativeOps().device.model
+    assert all(s > 0 for lines in products.values() for one in lines.values() for s in one.seconds)
+    rest, pair = found.rest["bf16"], found.pair["bf16"]
+    assert rest.counts[0] == 1
+    assert max(rest.counts) < CONFIG.context
+    assert np.isfinite(rest.at(500) + pair.near(500))
+    assert 0 < found.engine.at(1) < found.engine.at(32) < 0.1
 
 
-def again(made, formats=FORMATS, monkeypatch=None):
-    folder, ops, *_ = made
+def again(made, monkeypatch=None, **changed):
     if monkeypatch:
-        monkeypatch.setattr(module, "_Bench", None)  # calling it fails
-    return device_table(CONFIG, ops, formats, kv_format="bf16", folder=folder)
-
-
-@runs_native
-def test_times_hold_for_the_formats_of_the_layers_caches():
-    keys = {
-        str(formats): device_key(CONFIG, native.NativeOps(), formats, "1")["kv_cache"]
-        for formats in ("int4", ["int4", "int4"], ["int8", "int4"], ["int4", "int8"])
-    }
-    assert list(keys.values()) == ["int4", "int4", "int8 int4", "int4 int8"]
+        monkeypatch.setattr(module, "Stopwatch", None)  # calling it fails
+        monkeypatch.setattr(module, "engine_line", None)
+    return device_table(CONFIG, **{"formats": {"int8": FORMATS}, "caches": ["bf16"], "folder": made[0], **changed})
 
 
 def test_what_is_on_disk_is_not_measured_again(made, monkeypatch):
-    assert again(made, monkeypatch=monkeypatch) == made[2]
+    assert again(made, monkeypatch=monkeypatch) == made[1]
 
 
-def test_formats_that_are_new_are_added(made):
-    more = again(made, (*FORMATS, "int3-g32"))
-    assert "int3-g32" in more.products["qkv"]
-    assert more.products["qkv"]["int8"] == made[2].products["qkv"]["int8"]
+def test_formats_activations_and_caches_that_are_new_are_added(made):
+    more = again(made, formats={"int8": (*FORMATS, "int3-g32"), "bf16": ["int8"]}, caches=["int4", "bf16"])
+    assert "int3-g32" in more.products["int8"]["qkv"]
+    assert more.products["int8"]["qkv"]["int8"] == made[1].products["int8"]["qkv"]["int8"]
+    assert more.products["bf16"]["qkv"].keys() == {"int8"}
+    assert more.rest.keys() == {"bf16", "int4"}
+    assert more.rest["bf16"] == made[1].rest["bf16"]
+
+
+def test_a_run_that_was_killed_goes_on_behind_what_it_measured(tmp_path, monkeypatch):
+    if native_library.available() is not None:
+        pytest.skip("the C++ kernels are not built")
+
+    def killed(done, _):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    given = {"formats": {"int8": ["int8"]}, "caches": ["bf16"], "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        device_table(CONFIG, **given, progress=killed)
+    (path,) = tmp_path.glob("*.json")
+    before, seen = json.loads(path.read_text()), []
+    found = device_table(CONFIG, **given, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (3, 3)  # of six
+    assert found.rest["bf16"].seconds == tuple(before["rest"]["bf16"]["seconds"])
 
 
 @pytest.mark.parametrize("fault", ["another machine", "broken", "another version"])
@@ -163,16 +200,17 @@ def test_a_table_that_is_not_this_machines_is_measured_again_and_that_is_said(ma
     if fault == "another machine":
         raw["device"]["model"] = "Elsewhere"
     elif fault == "another version":
-        raw["rest"]["seconds"] = "none"
+        raw["rest"]["bf16"]["seconds"] = "none"
     path.write_text("{" if fault == "broken" else json.dumps(raw))
     with caplog.at_level(logging.WARNING):
-        found = again(made, ("int8",))
+        found = again(made, formats={"int8": ["int8"]})
     assert "measured again" in caplog.text
-    assert found.device == made[2].device
+    assert found.device == made[1].device
     path.write_text(before)
 
 
-def test_without_a_folder_nothing_is_kept(made, tmp_path, monkeypatch):
+@runs_native
+def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    device_table(CONFIG, made[1], ("int8",), kv_format="bf16", folder=None)
+    device_table(CONFIG, {"int8": ["int8"]}, caches=["bf16"], folder=None)
     assert not list(tmp_path.iterdir())

@@ -13,12 +13,15 @@ from halve.core.plan import Plan
 from halve.engine.scheduler import Chunk
 from halve.formats import FORMATS
 from halve.search import Candidate, Judged, candidates, cheapest_passing, in_words, likely_start
-from halve.search.device_table import DeviceTable, Line
-from halve.search.front import StepCounts, bytes_cost, rejected_moves
+from halve.search.device_table import DeviceTable, PlannedTimes
+from halve.search.front import Offer, StepCounts, bytes_cost, rejected_moves, retreat
+from halve.search.line import Line
 from halve.search.sensitivity import Score, Sensitivity, parts_of
+from halve.search.settings import Setting
 from tests.search.test_device_table import CONFIG
 
 PARTS = parts_of(CONFIG)
+USUAL = Setting(activations="int8", caches=("bf16", "bf16"))
 LOSSES = {"int8": 1e-4, "int4-g32": 2e-3, "int2-g32": 5e-1, "bf16": 0.0}
 WEIGHT = {"layers.0.qkv": 3.0, "lm_head": 20.0}
 
@@ -44,7 +47,7 @@ def sensitivity():
 
 def found(**options):
     stored = {m.name: FORMATS["bf16"] for p in PARTS for m in p.modules}
-    given = {"portable": False, "activations": "int8", "kv_cache": "bf16", **options}
+    given = {"offers": [Offer(setting=USUAL)], "portable": False, **options}
     return candidates(CONFIG, PARTS, sensitivity(), bytes_cost, stored, **given)
 
 
@@ -67,6 +70,16 @@ def test_a_plan_is_what_its_choices_say_and_one_that_changes_nothing_is_left_out
         assert candidate.method == "gptq"
 
 
+def test_settings_are_chosen_together_with_formats():
+    smaller = Setting(activations="int8", caches=("int4", "int8"), loss=1e-3)
+    front = found(offers=[Offer(setting=USUAL, cost=50.0), Offer(setting=smaller, cost=10.0, suffix="-kv4.8-1")])
+    assert front[0].plan.kv_cache.formats(2) == ("int4", "int8")
+    assert front[0].format == "int2-g32-kv4.8-1"
+    assert front[-1].plan.kv_cache.formats(2) == ("bf16", "bf16")  # the least loss of all
+    assert all(a.cost < b.cost and a.predicted_kl > b.predicted_kl for a, b in itertools.pairwise(front))
+    assert len({c.format for c in front}) == len(front)
+
+
 def test_what_loses_more_for_what_it_saves_keeps_more_bits():
     for candidate in found():
         bits = {n: FORMATS[c.format].bits for n, c in candidate.choices.items()}
@@ -76,7 +89,15 @@ def test_what_loses_more_for_what_it_saves_keeps_more_bits():
 def test_cost_counts_the_steps_of_a_workload():
     line = Line(counts=(1, 2), seconds=(1.0, 3.0))
     kinds = ("qkv", "o", "gate_up", "down", "lm_head")
-    table = DeviceTable(device={}, num_layers=2, products={k: {"int8": line} for k in kinds}, rest=line, pair=line)
+    products = {k: {"int8": line} for k in kinds}
+    table = DeviceTable(
+        device={},
+        num_layers=2,
+        products={"int8": products},
+        rest={"bf16": line, "int8": line},
+        pair={"bf16": Line(counts=(1,), seconds=(0.5,)), "int8": Line(counts=(1,), seconds=(0.25,))},
+        engine=Line(counts=(1,), seconds=(10.0,)),
+    )
     counts = StepCounts()
     steps = [
         type("Step", (), {"chunks": [Chunk(None, 0, n, (), -1, 0)], "num_sampled": r})
@@ -84,10 +105,13 @@ def test_cost_counts_the_steps_of_a_workload():
     ]
     seconds = counts.watching(lambda step: 7.0)
     assert [seconds(step) for step in steps] == [7.0] * 3
-    cost = counts.cost(table)
+    cost = counts.cost(table, "int8")
     by_name = {p.name: p for p in PARTS}
     assert cost(by_name["layers.0.o"], FORMATS["int8"]) == pytest.approx(1 + 3 + 3)
     assert cost(by_name["lm_head"], FORMATS["int8"]) == pytest.approx(1 + 3)
+    times = PlannedTimes(table, {}, "int8", ("bf16", "int8"))
+    pairs = 1 + 3 + 3  # of a token, and twice of two
+    assert counts.others_s(times) == pytest.approx(1 + 3 + 3 + pairs * (0.5 + 0.25) / 2 + 3 * 10)
 
 
 def line(n):
@@ -95,6 +119,14 @@ def line(n):
         Candidate(format=str(i), method="rtn", plan=Plan(), bytes_per_token=i, predicted_kl=1.0 / (i + 1), choices={})
         for i in range(n)
     ]
+
+
+def test_each_further_opening_of_the_sealed_text_is_for_a_plan_that_loses_clearly_less():
+    ranked = line(40)  # losses of 1, 1/2, 1/3 ...
+    assert retreat(ranked, 3, 3) == [3, 5, 7]  # 1/4, at most 3/16, at most 1/8
+    assert retreat(ranked, 38, 3) == [38, 39]
+    assert retreat(ranked, 39, 3) == [39]
+    assert retreat(ranked[:1], 0, 3) == [0]
 
 
 def judge_from(first):

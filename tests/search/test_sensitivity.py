@@ -57,7 +57,7 @@ class Case:
         self.statistics = Statistics(energies=energies, hessians=hessians)
         self.fisher = fisher(self.config, self.source, TorchOps(), self.windows)
         self.original = Decoder(self.config, TorchOps(), self.source)
-        self.swaps = Swaps(self.original, self.source, self.windows[:20], activations="fp32", device="cpu")
+        self.swaps = Swaps(self.original, self.source, self.windows[:20], device="cpu")
         self.screen = Screen(self.config, self.source, self.statistics, self.fisher, self.swaps)
         self.parts = parts_of(self.config)
         self.stored = {m.name: FORMATS["fp32"] for p in self.parts for m in p.modules}
@@ -126,13 +126,6 @@ def test_a_swap_leaves_the_original_as_it_was(case):
     part = next(p for p in case.parts if p.name == "layers.0.down")
     weights = {part.modules[0].name: case.source.weight(part.modules[0].name, part.modules[0].shape)}
     assert case.swaps.kl(part.group, weights) < 1e-9
-
-
-def test_rounded_activations_are_a_part_of_what_a_swap_measures(case):
-    rounded = Swaps(case.original, case.source, case.windows[:10], activations="int8", device="cpu")
-    part = next(p for p in case.parts if p.name == "layers.1.qkv")
-    weights = case.screen.weights(part, Choice(format="int8", method="rtn"))
-    assert rounded.kl(part.group, weights) > case.swaps.kl(part.group, weights)
 
 
 def test_options_are_what_fits_and_the_group_as_it_is(case):

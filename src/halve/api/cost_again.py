@@ -6,15 +6,16 @@ from decimal import Decimal
 from pathlib import Path
 
 from halve import __version__
-from halve.api.model import cache_blocks
+from halve.api.plans import ORIGINAL, replayed
 from halve.api.progress import Progress
 from halve.api.replayed import Paced
-from halve.api.workloads import PRESETS, level_of, replay, workload_cost, workload_of
+from halve.api.serving import engine_for
+from halve.api.workloads import PRESETS, level_of, workload_cost, workload_of
 from halve.checkpoint import Checkpoint
 from halve.core.certificate import Certificate, WorkloadCost, WorkloadReplay
 from halve.core.plan import Plan
-from halve.engine import EngineConfig, Simulation
-from halve.kernels import native, native_library
+from halve.engine import Simulation
+from halve.kernels import native_library
 from halve.models import ModelConfig, stored_formats
 from halve.models.names import groups
 from halve.search.device_table import PlannedTimes, device_table
@@ -56,28 +57,27 @@ def cost_again(
     if word not in PRESETS and not Path(word).exists():
         return f"there is no trace {word}"
     workload = workload_of(word, config.context, level_of(level))
-    stored = [_formats(checkpoint, config) for checkpoint in checkpoints]
-    ops = native.NativeOps(activations=plan.activations.format)
-    kv_formats = plan.kv_cache.formats(config.num_layers)
-    rounded = config.with_kv_format(kv_formats)
+    before, after = (_formats(checkpoint, config) for checkpoint in checkpoints)
+    own, caches = plan.activations.format, plan.kv_cache.formats(config.num_layers)
+    formats = {ORIGINAL: set(before.values())}
+    formats[own] = formats.get(own, set()) | set(after.values())
     with progress.task("Timing every product", "products") as advance:
         table = device_table(
             config,
-            ops,
-            {name for formats in stored for name in formats.values()},
-            kv_format=kv_formats,
+            formats,
+            caches=(*plan.kv_cache.names, ORIGINAL),
             folder=None,
             version=__version__,
             progress=advance,
         )
-
-    def replayed(formats: dict[str, str]) -> tuple[float, Simulation]:
-        engine = EngineConfig()
-        seconds = PlannedTimes(table, formats).of_step
-        blocks = cache_blocks(rounded, engine, None)
-        return replay(workload, seconds, engine=engine, num_blocks=blocks, context=config.context)
-
-    original, smaller = map(replayed, stored)
+    engine = engine_for(plan.serving)
+    original, smaller = (
+        replayed(workload, times, config, engine)
+        for times in (
+            PlannedTimes(table, before, ORIGINAL, (ORIGINAL,) * config.num_layers),
+            PlannedTimes(table, after, own, caches),
+        )
+    )
     return CostAgain(
         paced=Paced(
             workload=workload,

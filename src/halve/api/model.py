@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halve import __version__
 from halve.api.bundle import read_plan
 from halve.api.draft import choose_speculation, load_draft
+from halve.api.serving import engine_for
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.checkpoint.files import read_object
 from halve.core.errors import ConfigError, KernelError, PlanError, RequestError
@@ -72,7 +73,7 @@ class Model:
         self.config, self.plan, self.ops, self.decoder = decoder.config, plan, ops, decoder
         self.tokenizer = tokenizer
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
-        self._engine_config = engine_config or default_engine(decoder)
+        self._engine_config = engine_config or default_engine(decoder, plan)
         self._draft = draft
         if cache_bytes is None and isinstance(ops, OwnMemoryOps):
             cache_bytes = ops.spare_bytes()
@@ -202,7 +203,8 @@ def load(
     """Load a checkpoint or a bundle: a directory, or an `org/name` of the model hub.
 
     device: `auto` (our C++ on CPU), `cuda` (our Triton kernels, where triton is installed), another torch device, or
-    one that an installed package brings (`halve.kernels.backends`). engine: how its engine divides its steps.
+    one that an installed package brings (`halve.kernels.backends`). engine: how its engine divides its steps; None is
+    what the plan says.
     cache_bytes: memory for keys and values; None is a tenth of the machine's, or what a GPU has left, and less where
     the engine can't fill it.
     num_threads: of the C++ kernels, None for one for each physical core (`halve doctor` says how many and why); cores:
@@ -242,7 +244,7 @@ def load(
         decoder = load_decoder(checkpoint, config, ops, progress)
     for what, kernel in sorted(ops.kernels.items()):
         log.debug("%s: %s", what, kernel)
-    engine = engine or default_engine(decoder)
+    engine = engine or default_engine(decoder, plan)
     if speculation is not None or engine.speculation.method == "none":
         engine = replace(engine, speculation=choose_speculation(speculation, plan, checkpoint))
     draft = None
@@ -278,9 +280,9 @@ def _offloaded(
     return Decoder(config, ops, source, progress)
 
 
-def default_engine(decoder: Decoder) -> EngineConfig:
-    """How an engine over a decoder divides its steps unless told: a GPU takes more at once."""
-    return CUDA_ENGINE if decoder.runs_ahead else EngineConfig()
+def default_engine(decoder: Decoder, plan: Plan) -> EngineConfig:
+    """How an engine over a decoder divides its steps unless told: as the plan says; a GPU takes more at once."""
+    return CUDA_ENGINE if decoder.runs_ahead else engine_for(plan.serving)
 
 
 def cache_blocks(

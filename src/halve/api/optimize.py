@@ -37,6 +37,7 @@ from halve.core.units import parse_percent
 from halve.data import write_documents
 from halve.evaluate.canary import canary
 from halve.formats import Format, format_named
+from halve.kernels import native_library
 from halve.models import ModelConfig, load_config, sizes, stored_formats
 from halve.models.names import num_parameters
 from halve.report import render
@@ -134,6 +135,7 @@ def optimize(
         source = stored_formats(checkpoint, config)
         named = _named(config, source, format, method, activations, kv_cache, portable=portable, search=searched)
         rounded = rounded_format(portable, activations, kv_cache)
+        choices = _roundings(config, activations, kv_cache, rounded, portable=portable, device=device)
         context = config.context
         purpose = Purpose(workload=workload_of(str(workload), context, level_of(slo)), usd_per_hour=price)
         tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
@@ -216,8 +218,8 @@ def optimize(
                     source=source,
                     method=method,
                     portable=portable,
-                    activations=rounded[0],
-                    kv_cache=rounded[1],
+                    activations=choices[0],
+                    kv_caches=choices[1],
                     device=device,
                     texts=texts,
                     model_sha256=model_sha256,
@@ -309,6 +311,24 @@ def _named(
     plan = plan_for(config, fmt, chosen, portable=portable, source=stored, activations=activations, kv_cache=kv_cache)
     size = bytes_per_token(config, resolve_plan(plan, config), stored)
     return Candidate(format=fmt.name, method=chosen, plan=plan, bytes_per_token=size, choices={})
+
+
+def _roundings(
+    config: ModelConfig,
+    activations: ActivationChoice,
+    kv_cache: KVChoice,
+    usual: tuple[ActivationFormat, KVFormat],
+    *,
+    portable: bool,
+    device: str,
+) -> tuple[tuple[ActivationFormat, ...], tuple[KVFormat, ...]]:
+    """What a search may round beside the weights, the usual first: as named, or what steps are timed with here."""
+    timed = device == "cpu" and not portable and config.plain and native_library.available() is None
+    others: tuple[tuple[ActivationFormat, ...], tuple[KVFormat, ...]] = (("bf16",), ("int8", "int4"))
+    return (
+        (usual[0], *(others[0] if timed and activations == "auto" else ())),
+        (usual[1], *(others[1] if timed and kv_cache == "auto" else ())),
+    )
 
 
 def _stored(named: Candidate, config: ModelConfig, source: Mapping[str, Format]) -> dict[str, Format]:

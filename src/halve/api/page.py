@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 
+from halve.api.bundle import PLAN_FILE
 from halve.api.pipeline import Job, Outcome, label
 from halve.api.trial import Trial
 from halve.compress import ModuleReport
 from halve.core.certificate import Certificate
+from halve.core.plan import Plan
 from halve.evaluate.canary import canary_words
 from halve.models.names import EMBEDDING, groups
 from halve.report import Candidate, GroupSize, LayerError, ReportPage, Sample
 from halve.search import Judged, in_words
 
-TOLD_MOVES = 8  # that were rejected; all of them are in halve/front.json
+TOLD_MOVES = 16  # that were rejected; all of them are in halve/front.json
 KIND_WORDS = {
     "qkv": "attention q/k/v",
     "q_b": "attention queries of their latent",
@@ -30,7 +32,7 @@ def report_page(job: Job, outcome: Outcome, trial: Trial, certificate: Certifica
         title=f"{name}, made smaller",
         model_name=name,
         certificate=certificate,
-        plan=outcome.candidate.plan,
+        plan=Plan.from_json((outcome.directory / PLAN_FILE).read_text(encoding="utf-8")),
         architecture=job.checkpoint.config["architectures"][0],
         licence=job.checkpoint.licence(),
         groups=_group_sizes(outcome.modules, kinds, tied=job.config.tied),

@@ -13,6 +13,7 @@ from typing import Literal
 from halve.api.bundle import read_plan
 from halve.api.certify import score
 from halve.api.expert_moves import judge_experts
+from halve.api.guesses import judge_guesses
 from halve.api.model import make_ops, torch_ops
 from halve.api.plans import Plans, Purpose, find_plans
 from halve.api.progress import Advance, Progress, Standing, Tried
@@ -33,16 +34,18 @@ from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
 from halve.kernels.ops import Array, Ops
 from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, load_decoder, sizes
-from halve.models.names import num_parameters
+from halve.models.decoder import Projection
+from halve.models.names import head_group, num_parameters
 from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start
 from halve.search import in_words as in_words_of
+from halve.search.front import retreat
 
 log = logging.getLogger("halve")
 
 TUNE_STEPS = 48
 TUNE_S = 90.0  # and no longer, on a slow machine
 HELD_OUT_TOKENS = 2048  # of selection text that says which step of tuning is kept
-TUNED_SHARE = 0.65  # of a plan's KL that is expected to be left when its scales are tuned
+TUNED_SHARE = 0.8  # of a plan's KL that is expected to be left when its scales are tuned: measured, 0.81 to 0.87
 MAX_ATTEMPTS = 3  # openings of the sealed text when formats are searched, each at a third of the error rate
 CONFIDENCE = 0.95
 # Candidates are judged on these shares of the selection text in turn, as long as the answer is unclear.
@@ -99,6 +102,7 @@ class Outcome:
     ranked: tuple[Candidate, ...]
     plans: Plans | None  # None when the format was named
     tuning: Tuning | None = None  # of the candidate's scales
+    guesses: tuple[Move, ...] = ()  # of next tokens, that it does not make
 
     def moves(self) -> list[Move]:
         """What the chosen plan left undone, best first; it had room up to the next cheaper plan that failed."""
@@ -106,7 +110,7 @@ class Outcome:
         failed = {label(j) for j in self.judged if not j.passed} | {a.plan for a in self.attempts if a.passed is False}
         own = self.candidate.predicted_kl or 0.0
         beyond = [c.predicted_kl or 0.0 for c in self.ranked if label(c) in failed]
-        return self.plans.moves(self.candidate, min((x for x in beyond if x > own), default=own))
+        return [*self.guesses, *self.plans.moves(self.candidate, min((x for x in beyond if x > own), default=own))]
 
 
 def run(job: Job) -> Outcome:
@@ -129,7 +133,7 @@ def run(job: Job) -> Outcome:
         plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress, experts)
         statistics, ranked = studied.statistics, plans.candidates
     first, judged = _search(job, original, statistics, ranked, started, plans)
-    order = list(range(first, len(ranked)))
+    order = retreat(ranked, first, MAX_ATTEMPTS)
     if (tuned := _tuned(job, original, statistics, ranked, first, judged, started)) is not None:
         index, candidate, result = tuned
         ranked = (*ranked[:index], candidate, *ranked[index + 1 :])
@@ -144,6 +148,9 @@ def run(job: Job) -> Outcome:
             Attempt(plan=label(candidate), ppl_ratio=measured.ppl_ratio, kl_mean=measured.kl_mean, passed=passed)
         )
         if passed is not False:
+            guesses = (
+                () if plans is None else judge_guesses(plans, candidate, directory, job.texts.selection, job.progress)
+            )
             return Outcome(
                 candidate=candidate,
                 directory=directory,
@@ -154,6 +161,7 @@ def run(job: Job) -> Outcome:
                 ranked=ranked,
                 plans=plans,
                 tuning=from_dict(Tuning, job.workspace.state["tuning"]) if tuned and candidate is tuned[1] else None,
+                guesses=guesses,
             )
         log.info(
             "%s with %s does not hold on the sealed text: %s", label(candidate), _rounded(candidate), in_words(measured)
@@ -242,8 +250,14 @@ def in_words(measured: Quality | Attempt | Judged) -> str:
 
 
 def original_scorer(checkpoint: Checkpoint, config: ModelConfig, device: str) -> DecoderScorer:
-    """The original model in float32 arithmetic by the reference kernels."""
-    return DecoderScorer(load_decoder(checkpoint, config, _reference_ops(config, device)), keep_bytes=KEEP_BYTES)
+    """The original model in float32 arithmetic by the reference kernels.
+
+    Its head is kept in float32 whatever the size of the model: it runs for few rows at a time.
+    """
+    decoder = load_decoder(checkpoint, config, _reference_ops(config, device))
+    if not _widened(config):
+        decoder.head = Projection(head_group(config), torch_ops(device, widened=True), CheckpointSource(checkpoint))
+    return DecoderScorer(decoder, keep_bytes=KEEP_BYTES)
 
 
 def _calibrate(job: Job, candidate: Candidate) -> Statistics:
@@ -662,4 +676,9 @@ def reload(checkpoint: Checkpoint, device: str) -> Decoder:
 
 
 def _reference_ops(config: ModelConfig, device: str, activations: str = "fp32") -> Ops:
-    return torch_ops(device, activations, widened=4 * num_parameters(config) <= WIDEN_BYTES)
+    return torch_ops(device, activations, widened=_widened(config))
+
+
+def _widened(config: ModelConfig) -> bool:
+    """Whether weights are kept in float32 while a model is scored."""
+    return 4 * num_parameters(config) <= WIDEN_BYTES

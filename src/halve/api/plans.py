@@ -1,7 +1,7 @@
 """From what was learned of a model to the plans that are worth making, cheapest first, for one device and workload."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -12,26 +12,39 @@ from halve.api.expert_moves import JudgedMove
 from halve.api.model import cache_blocks
 from halve.api.progress import Progress
 from halve.api.replayed import Paced
+from halve.api.serving import best_serving, engine_for
 from halve.api.study import Question, Studied
 from halve.api.workloads import replay, workload_cost
 from halve.core.cache import cache_folder
 from halve.core.certificate import WorkloadCost, WorkloadReplay
 from halve.core.errors import ConfigError, QualityError
+from halve.core.plan import ActivationFormat, KVCache, Serving
 from halve.core.workload import Workload
 from halve.engine import EngineConfig, Simulation
 from halve.engine.scheduler import Step
 from halve.formats import FORMATS
-from halve.kernels import native, native_library
+from halve.kernels import native_library
 from halve.models import ModelConfig
 from halve.models.names import groups
 from halve.search import Candidate, Move
 from halve.search.device_table import DeviceTable, PlannedTimes, device_table
-from halve.search.front import STORED_SHARE, CostOf, StepCounts, bytes_cost, candidates, rejected_moves, undominated
-from halve.search.sensitivity import parts_of
+from halve.search.front import (
+    STORED_SHARE,
+    CostOf,
+    Offer,
+    StepCounts,
+    bytes_cost,
+    candidates,
+    rejected_moves,
+    undominated,
+)
+from halve.search.sensitivity import losses_of, parts_of
 
 log = logging.getLogger("halve")
 
 NUM_POINTS = 96
+ORIGINAL: ActivationFormat = "bf16"  # what the original is rounded to where it is timed
+TOO_SLOW = 1.1  # times the usual activations' seconds, with the same weights
 TYPICAL = "int4-g64"  # what the steps of a workload are counted with; which they are hardly depends on it
 
 
@@ -45,31 +58,46 @@ class Purpose:
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """candidates: cheapest first. basis: what cost is counted in; table: None where it is bytes."""
+    """candidates: cheapest first. basis: what cost is counted in; table: None where it is bytes.
+
+    costs: of parts, by what activations are rounded to. steps: of the workload; serving: how an engine divides them.
+    slower: activations that were left out, and how many times as long the workload takes with them.
+    """
 
     candidates: tuple[Candidate, ...]
     basis: Literal["seconds", "bytes"]
-    cost_of: CostOf
+    costs: Mapping[ActivationFormat, CostOf]
     studied: Studied
     question: Question
     purpose: Purpose
     table: DeviceTable | None
+    steps: StepCounts | None
+    serving: Serving = field(default_factory=Serving)
+    slower: Mapping[ActivationFormat, float] = field(default_factory=dict)
     experts: tuple[JudgedMove, ...] = ()
-    _ratios: dict[str, float] = field(default_factory=dict, compare=False)  # tokens a second, once simulated
+    _found: dict[str, tuple[float, Simulation]] = field(default_factory=dict, compare=False)  # by plan, once simulated
 
-    def simulation(self, formats: Mapping[str, str]) -> Simulation:
-        """The workload on a model whose groups are stored so."""
-        return self._paced(formats)[1]
+    def simulation(self, candidate: Candidate | None) -> Simulation:
+        """The workload on a plan, None for the original in bf16."""
+        return self._paced(candidate)[1]
 
-    def _paced(self, formats: Mapping[str, str]) -> tuple[float, Simulation]:
+    def _paced(self, candidate: Candidate | None) -> tuple[float, Simulation]:
         assert self.table is not None, "only measured times can be replayed"
-        return _replayed(self.question, self.purpose.workload, PlannedTimes(self.table, formats).of_step)
+        name = "" if candidate is None else candidate.format
+        if name not in self._found:
+            times = original_times(self.table, self.question) if candidate is None else times_of(self.table, candidate)
+            self._found[name] = replayed(self.purpose.workload, times, self.question.config, engine_for(self.serving))
+        return self._found[name]
+
+    def foresee(self, candidate: Candidate, found: tuple[float, Simulation]) -> None:
+        """Take a pace and what comes of it as what is foretold of a plan from now on."""
+        self._found[candidate.format] = found
 
     def paced(self, candidate: Candidate) -> Paced | None:
         """How fast the original and a plan are to be asked when both are run; None where times were not measured."""
         if self.table is None:
             return None
-        original, smaller = (self._paced(f) for f in (_original_formats(self.question), _formats(candidate)))
+        original, smaller = self._paced(None), self._paced(candidate)
         return Paced(
             workload=self.purpose.workload,
             paces=(original[0], smaller[0]),
@@ -78,11 +106,7 @@ class Plans:
 
     def cost_ratio(self, candidate: Candidate) -> float:
         """Seconds of an answered token over the original's, by the simulation."""
-        if not self._ratios:
-            self._ratios[""] = self.simulation(_original_formats(self.question)).output_tok_s
-        if candidate.format not in self._ratios:
-            self._ratios[candidate.format] = self.simulation(_formats(candidate)).output_tok_s
-        return self._ratios[""] / self._ratios[candidate.format]
+        return self.simulation(None).output_tok_s / self.simulation(candidate).output_tok_s
 
     def cost(self, candidate: Candidate, replayed: WorkloadReplay | None) -> WorkloadCost | None:
         """What the workload takes with a plan, beside the original; None where times were not measured.
@@ -91,21 +115,62 @@ class Plans:
         """
         if self.table is None:
             return None
-        smaller, original = (self.simulation(f) for f in (_formats(candidate), _original_formats(self.question)))
+        smaller, original = self.simulation(candidate), self.simulation(None)
         return workload_cost(self.purpose.workload, smaller, original, self.purpose.usd_per_hour, replayed)
 
     def moves(self, candidate: Candidate, room: float) -> list[Move]:
         """What the plan did not do, and why. room: nats per token that it may lose by the sensitivities."""
         parts, sensitivity = self.studied.parts, self.studied.sensitivity
-        rest = rejected_moves(parts, sensitivity, self.cost_of, candidate.choices, room)
+        beside = (candidate.predicted_kl or 0.0) - losses_of(sensitivity, candidate.choices)
+        cost_of = self.costs[candidate.plan.activations.format]
+        rest = rejected_moves(parts, sensitivity, cost_of, candidate.choices, room - beside)
         own = candidate.plan.experts
-        return [self._of_experts(one, candidate) for one in self.experts if one.move.plan != own] + rest
+        experts = [self._of_experts(one, candidate) for one in self.experts if one.move.plan != own]
+        return experts + self._of_settings(candidate, room) + rest
+
+    def _of_settings(self, candidate: Candidate, room: float) -> list[Move]:
+        """Other activations, and other caches, with the same weights."""
+        if self.table is None or self.steps is None:
+            return []
+        plan, layers = candidate.plan, self.question.config.num_layers
+        caches = plan.kv_cache.formats(layers)
+        settings = self.studied.settings
+        own = next(s for s in settings if s.activations == plan.activations.format and s.caches == caches)
+        now, moves = times_of(self.table, candidate), []
+        for other in settings:
+            if other == own or (other.activations != own.activations and other.caches != own.caches):
+                continue
+            then = replace(now, activations=other.activations, caches=other.caches)
+            more = other.loss - own.loss
+            if ratio := self.slower.get(other.activations):
+                more_s = (ratio - 1) * sum(map(now.of, self.steps.steps))
+            else:
+                more_s = sum(then.of(shape) - now.of(shape) for shape in self.steps.steps)
+            if more_s >= 0:
+                why = "takes no less time here" if more >= 0 else "loses less, but takes more time than was needed"
+            elif more > room - (candidate.predicted_kl or 0.0):
+                why = "loses more than the limit leaves"
+            else:
+                why = "saves less for its loss than what was taken"
+            of_cache = other.activations == own.activations
+            moves.append(
+                Move(
+                    part="kv_cache" if of_cache else "activations",
+                    chosen=str(plan.kv_cache) if of_cache else own.activations,
+                    rejected=str(KVCache.of_layers(other.caches)) if of_cache else other.activations,
+                    cost=more_s,
+                    loss=more,
+                    why=why,
+                )
+            )
+        return moves
 
     def _of_experts(self, judged: JudgedMove, candidate: Candidate) -> Move:
         """A change of experts that a plan did not make."""
+        cost_of = self.costs[candidate.plan.activations.format]
 
         def cost(config: ModelConfig) -> float:
-            return sum(self.cost_of(p, FORMATS[candidate.choices[p.name].format]) for p in parts_of(config))
+            return sum(cost_of(p, FORMATS[candidate.choices[p.name].format]) for p in parts_of(config))
 
         return Move(
             part="experts",
@@ -130,43 +195,77 @@ def find_plans(
     experts: changes of experts that were measured; those accepted are made with every choice of formats. workspace: for
     times that are not kept elsewhere. Raises QualityError for a service level that no plan keeps.
     """
-    table = _table(question, studied, workspace, progress)
-    cost_of: CostOf = bytes_cost
+    usual, config = studied.settings[0], question.config
+    table = _table(question, studied, workspace, progress, {usual.activations})
+    offers = {usual.activations: [Offer(setting=usual)]}
+    costs: dict[ActivationFormat, CostOf] = {usual.activations: bytes_cost}
+    steps, serving = None, Serving()
+    slower: dict[ActivationFormat, float] = {}
     if table is not None:
-        counts = StepCounts()
-        times = PlannedTimes(table, _uniform(question, TYPICAL))
-        _replayed(question, purpose.workload, counts.watching(times.of_step))
-        plain, part = counts.cost(table), next(p for p in studied.parts if p.group is not None)
-        byte_s = plain(part, FORMATS["int8"]) / bytes_cost(part, FORMATS["int8"])
-        cost_of = counts.cost(table, byte_s=STORED_SHARE * byte_s)
+        typical = PlannedTimes(table, _uniform(question, TYPICAL), usual.activations, usual.caches)
+        with progress.task("Dividing steps", "ways") as advance:
+            serving = best_serving(lambda engine: replayed(purpose.workload, typical, config, engine)[1], advance)
+        steps, offers, costs = StepCounts(), {}, {}
+        replayed(purpose.workload, typical, config, engine_for(serving), seconds=steps.watching(typical.of_step))
+        slower = _slower(question, steps, typical)
+        if others := set(question.activations) - {usual.activations} - slower.keys():
+            table = _table(question, studied, workspace, progress, {usual.activations, *others})
+            assert table is not None
+        plain, part = steps.cost(table, usual.activations), next(p for p in studied.parts if p.group is not None)
+        byte_s = STORED_SHARE * plain(part, FORMATS["int8"]) / bytes_cost(part, FORMATS["int8"])
+        for setting in studied.settings:
+            if setting.activations in slower:
+                continue
+            others_s = steps.others_s(replace(typical, activations=setting.activations, caches=setting.caches))
+            offer = Offer(setting=setting, cost=others_s, suffix=setting.beside(usual))
+            offers.setdefault(setting.activations, []).append(offer)
+        costs = {activations: steps.cost(table, activations, byte_s=byte_s) for activations in offers}
     found: list[Candidate] = []
     for judged in (None, *(one for one in experts if one.accepted)):
-        one = candidates(
-            question.config if judged is None else judged.config,
-            studied.parts if judged is None else parts_of(judged.config),
-            studied.sensitivity,
-            cost_of,
-            question.source,
-            portable=question.portable,
-            activations=question.activations,
-            kv_cache=question.kv_cache,
-            num_points=NUM_POINTS,
-        )
-        found += one if judged is None else [_with_experts(candidate, judged) for candidate in one]
-    found = undominated(found)
+        for activations, cost_of in costs.items():
+            one = candidates(
+                config if judged is None else judged.config,
+                studied.parts if judged is None else parts_of(judged.config),
+                studied.sensitivity,
+                cost_of,
+                question.source,
+                offers[activations],
+                portable=question.portable,
+                num_points=NUM_POINTS,
+            )
+            found += one if judged is None else [_with_experts(candidate, judged) for candidate in one]
+    found = [replace(one, plan=replace(one.plan, serving=serving)) for one in undominated(found)]
     if not found:
         raise QualityError("no plan makes this model cheaper here; name a format by --format to have it made anyway")
     plans = Plans(
         candidates=tuple(found),
         basis="bytes" if table is None else "seconds",
-        cost_of=cost_of,
+        costs=costs,
         studied=studied,
         question=question,
         purpose=purpose,
         table=table,
+        steps=steps,
+        serving=serving,
+        slower=slower,
         experts=experts,
     )
     return _within_level(plans)
+
+
+def _slower(question: Question, steps: StepCounts, typical: PlannedTimes) -> dict[ActivationFormat, float]:
+    """Activations with which the workload takes longer than any fewer bits of weights are likely to make up for."""
+
+    def seconds(activations: ActivationFormat) -> float:
+        times = replace(typical, activations=activations)
+        return sum(times.of(shape) for shape in steps.steps)
+
+    usual, *others = question.activations
+    ratios = {one: seconds(one) / seconds(usual) for one in others}
+    for one, ratio in ratios.items():
+        if ratio > TOO_SLOW:
+            log.info("%s activations are left out: the workload takes %.2f times as long with them", one, ratio)
+    return {one: ratio for one, ratio in ratios.items() if ratio > TOO_SLOW}
 
 
 def _with_experts(candidate: Candidate, judged: JudgedMove) -> Candidate:
@@ -188,7 +287,7 @@ def _within_level(plans: Plans) -> Plans:
         raise ConfigError(
             "slo: step times can't be measured on this device yet, so no service level can be kept; leave it out"
         )
-    fastest = plans.simulation(_formats(plans.candidates[0]))
+    fastest = plans.simulation(plans.candidates[0])
     if not fastest.level_met:
         raise QualityError(
             f"no plan keeps this service level: the fastest, {plans.candidates[0].format}, answers requests that come "
@@ -199,15 +298,20 @@ def _within_level(plans: Plans) -> Plans:
     low, high = 0, len(plans.candidates)
     while high - low > 1:
         middle = (low + high) // 2
-        if plans.simulation(_formats(plans.candidates[middle])).level_met:
+        if plans.simulation(plans.candidates[middle]).level_met:
             low = middle
         else:
             high = middle
     return replace(plans, candidates=plans.candidates[:high])
 
 
-def _table(question: Question, studied: Studied, workspace: Path, progress: Progress) -> DeviceTable | None:
-    """Times of every option on this device; None where our C++ does not run the plans."""
+def _table(
+    question: Question, studied: Studied, workspace: Path, progress: Progress, wholly: Collection[ActivationFormat]
+) -> DeviceTable | None:
+    """Times on this device; None where our C++ does not run the plans.
+
+    wholly: activations that every option is timed with; others are with a typical format only.
+    """
     if not question.config.plain:
         log.info("plans are ranked by the bytes that a token reads: steps of this kind of model are not timed")
         return None
@@ -217,35 +321,58 @@ def _table(question: Question, studied: Studied, workspace: Path, progress: Prog
     if reason := native_library.available():
         log.info("plans are ranked by the bytes that a token reads: %s", reason)
         return None
-    ops = native.NativeOps(activations=question.activations)
-    formats = {s.format for scores in studied.sensitivity.parts.values() for s in scores}
-    formats |= {f.name for f in question.source.values()} | {TYPICAL, "int8"}
+    scored = {s.format for scores in studied.sensitivity.parts.values() for s in scores} | {TYPICAL, "int8"}
+    original = {f.name for f in question.source.values()}
+    formats = {one: scored | original if one in wholly else {TYPICAL, "int8"} for one in question.activations}
+    formats[ORIGINAL] = formats.get(ORIGINAL, set()) | original
     with progress.task("Timing every product", "products") as advance:
         return device_table(
             question.config,
-            ops,
             formats,
-            kv_format=question.kv_cache,
+            caches=dict.fromkeys((*question.kv_caches, ORIGINAL)),
             version=__version__,
             folder=cache_folder("device") or workspace / "device",
             progress=advance,
         )
 
 
-def _replayed(question: Question, workload: Workload, seconds: Callable[[Step], float]) -> tuple[float, Simulation]:
-    engine = EngineConfig()
-    config = question.config.with_kv_format(question.kv_cache)
+def replayed(
+    workload: Workload,
+    times: PlannedTimes,
+    config: ModelConfig,
+    engine: EngineConfig,
+    *,
+    seconds: Callable[[Step], float] | None = None,
+    num_drafts: int = 0,
+    draft_rate: float = 0.0,
+) -> tuple[float, Simulation]:
+    """The highest pace at which a model of these step times keeps a workload's level, and what comes of it then.
+
+    seconds: of a step, where it takes more than `times` says. num_drafts, draft_rate: as `simulate` takes them.
+    """
+    own = config.with_kv_format(times.caches)
     return replay(
-        workload, seconds, engine=engine, num_blocks=cache_blocks(config, engine, None), context=config.context
+        workload,
+        seconds or times.of_step,
+        engine=engine,
+        num_blocks=cache_blocks(own, engine, None),
+        context=config.context,
+        num_drafts=num_drafts,
+        draft_rate=draft_rate,
     )
 
 
-def _formats(candidate: Candidate) -> dict[str, str]:
-    return {name: choice.format for name, choice in candidate.choices.items() if name != "embedding"}
+def times_of(table: DeviceTable, candidate: Candidate) -> PlannedTimes:
+    """Step times of a plan."""
+    plan = candidate.plan
+    formats = {name: choice.format for name, choice in candidate.choices.items() if name != "embedding"}
+    return PlannedTimes(table, formats, plan.activations.format, plan.kv_cache.formats(table.num_layers))
 
 
-def _original_formats(question: Question) -> dict[str, str]:
-    return {g.name: question.source[g.members[0].name].name for g in groups(question.config)}
+def original_times(table: DeviceTable, question: Question) -> PlannedTimes:
+    """Step times of the original, run in bf16."""
+    formats = {g.name: question.source[g.members[0].name].name for g in groups(question.config)}
+    return PlannedTimes(table, formats, ORIGINAL, (ORIGINAL,) * table.num_layers)
 
 
 def _uniform(question: Question, name: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from halve.kernels.sampling import SamplingBatch
 from halve.models import Decoder, ModelConfig
 from halve.models.config import LayerSpec, Rope
 from halve.models.names import EMBEDDING, groups
-from halve.search.device_table import random_weight
+from halve.search.timing import random_weight
 
 FEW, MANY = 2, 4  # layers that are built
 BATCHES = (1, 8)

@@ -1,7 +1,7 @@
 """What a search learns of a model, kept in the user's cache for the next limit: statistics, scores of every option.
 
-It depends on the model, on the text it is shown, and on how the smaller model will compute, but not on the limit or
-the workload, so that another limit takes seconds. Files are written whole or not at all; what is broken is made again,
+It depends on the model and on the text it is shown, but not on the limit or the workload, so that another limit takes
+seconds. Files are written whole or not at all; what is broken is made again,
 and that alone.
 """
 
@@ -23,7 +23,7 @@ from halve.compress import Energies, Hessians, Statistics, calibrate
 from halve.core.cache import cache_folder
 from halve.core.errors import ConfigError
 from halve.core.plan import ActivationFormat, KVFormat, RoundingMethod
-from halve.core.record import from_dict, parse_json, to_dict
+from halve.core.record import from_dict, from_json, parse_json, to_dict, to_json
 from halve.evaluate import windows
 from halve.evaluate.scorer import DecoderScorer
 from halve.formats import Format
@@ -34,6 +34,7 @@ from halve.models import CheckpointSource, ModelConfig
 from halve.models.names import num_parameters
 from halve.search.fisher import fisher
 from halve.search.sensitivity import Part, Score, Screen, Sensitivity, analyse, options_of, parts_of
+from halve.search.settings import Setting, SettingLosses, measure_losses, settings_of
 from halve.search.swaps import Swaps
 from halve.search.uniform import MethodChoice
 
@@ -41,6 +42,7 @@ log = logging.getLogger("halve")
 
 FISHER_TOKENS = 4096  # of calibration text that run backward; half of them in large models
 SWAP_TOKENS = 2048  # of selection text that swaps are measured on
+SETTING_TOKENS, SETTING_WINDOW = 2048, 512  # of it that other roundings are weighed on: a cache's need a context
 WINDOW = 128  # of both: many documents say more than long ones
 LARGE = 200_000_000  # parameters: from here on nothing is swapped, and gptq is only taken when it is asked for
 SCREEN_ROWS = 256  # of a large model's matrices that options are screened by
@@ -61,11 +63,12 @@ def is_large(config: ModelConfig) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Studied:
-    """statistics: for methods. parts and sensitivity: what can be chosen, and what it loses."""
+    """statistics: for methods. parts, sensitivity, settings: what can be chosen, and what it loses."""
 
     statistics: Statistics
     parts: tuple[Part, ...]
     sensitivity: Sensitivity
+    settings: tuple[Setting, ...]  # the usual one first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,8 @@ class Question:
     source: Mapping[str, Format]
     method: MethodChoice
     portable: bool
-    activations: ActivationFormat
-    kv_cache: KVFormat
+    activations: tuple[ActivationFormat, ...]  # that plans may take, the usual first
+    kv_caches: tuple[KVFormat, ...]
     device: str
     texts: Texts
     model_sha256: str
@@ -93,7 +96,6 @@ class Question:
             "document": self.texts.document_tokens,
             "method": self.method,
             "portable": self.portable,
-            "activations": self.activations,
             "device": self.device,
             "halve": __version__,
         }
@@ -151,7 +153,39 @@ def study(
     if known.keys() >= options.keys():
         log.info("the sensitivities of this model are known: %s", scores_path)
     sensitivity = _analyse(question, original, statistics, parts, options, known, scores_path, progress, time_s)
-    return Studied(statistics=statistics, parts=tuple(parts), sensitivity=sensitivity)
+    losses = _losses(question, original, folder / "settings.json", progress)
+    settings = settings_of(losses, question.activations, question.kv_caches, question.config.num_layers)
+    return Studied(statistics=statistics, parts=tuple(parts), sensitivity=sensitivity, settings=tuple(settings))
+
+
+def _losses(question: Question, original: DecoderScorer, path: Path, progress: Progress) -> SettingLosses:
+    """What roundings beside the weights lose, from disk as far as it is known there."""
+    known = SettingLosses(activations={}, caches={})
+    try:
+        if path.exists():
+            known = from_json(SettingLosses, path.read_text(encoding="utf-8"), str(path))
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        log.warning("%s can't be read and is made again: %s", path, error)
+    if known.missing(question.activations, question.kv_caches):
+        size = min(SETTING_WINDOW, question.texts.window_tokens)
+        text = first_tokens(question.texts.selection[::-1], SETTING_TOKENS, size)
+        source = CheckpointSource(question.checkpoint)
+        with progress.task("Weighing other roundings", "formats") as advance:
+            swaps = Swaps(original.decoder, source, text, device=question.device)
+            found = measure_losses(
+                swaps,
+                question.config,
+                question.activations,
+                question.kv_caches,
+                by_layer=not question.large,
+                device=question.device,
+                progress=advance,
+            )
+        known = SettingLosses(
+            activations={**known.activations, **found.activations}, caches={**known.caches, **found.caches}
+        )
+        write_atomic(path, to_json(known))
+    return known
 
 
 def _analyse(
@@ -176,8 +210,7 @@ def _analyse(
             weighed = fisher(question.config, source, ops, text, progress=advance)
         if large:
             log.info("a large model: options are screened, and only whole plans are measured")
-        rounded = {"activations": question.activations, "device": question.device}
-        swaps = None if large else Swaps(original.decoder, source, swapped, **rounded)
+        swaps = None if large else Swaps(original.decoder, source, swapped, device=question.device)
         most_rows = SCREEN_ROWS if large else None
         screen = Screen(question.config, source, statistics, weighed, swaps, most_rows)
     kept = dict(known)

@@ -5,7 +5,7 @@ Speeds are taken in turns, so that a drifting machine slows each model alike.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from statistics import median
@@ -102,7 +102,7 @@ def run_trial(
     Raises KernelError when the kernels that will serve the smaller model disagree with the reference.
     """
     ours = load(smaller, device=device, keep=False)
-    models = [load(original, device=device, keep=False, plan=BF16), ours]
+    models = [load(original, device=device, keep=False, plan=replace(BF16, serving=ours.plan.serving)), ours]
     with witnessed():
         turns = in_turns(models, progress)
     replayed = None

@@ -112,15 +112,27 @@ def replay(
     engine: EngineConfig,
     num_blocks: int,
     context: int,
+    num_drafts: int = 0,
+    draft_rate: float = 0.0,
 ) -> tuple[float, Simulation]:
     """The highest pace at which a workload keeps its service level, and what comes of it.
+
+    num_drafts, draft_rate: of guesses, as `simulate` takes them.
 
     All at once, an infinite pace, where it has none. Where not even requests that come alone keep the level, that
     is what is returned, with level_met false.
     """
 
     def at(pace: float) -> Simulation:
-        return simulate(workload.faster(pace), seconds, num_blocks=num_blocks, context=context, config=engine)
+        return simulate(
+            workload.faster(pace),
+            seconds,
+            num_blocks=num_blocks,
+            context=context,
+            config=engine,
+            num_drafts=num_drafts,
+            draft_rate=draft_rate,
+        )
 
     level = workload.service_level
     if level.ttft_s is None and level.time_per_token_s is None:

@@ -121,7 +121,7 @@ def grouped_plan(
     *,
     portable: bool,
     activations: ActivationFormat,
-    kv_cache: KVFormat,
+    kv_cache: KVFormat | KVCache,
 ) -> Plan:
     """The plan that stores each fused group, by its name, as chosen; and `embedding`, the table of an untied model.
 
@@ -151,7 +151,7 @@ def grouped_plan(
         portable=portable,
         weights=Weights(rules=(*rules, *common, *whole)),
         activations=Activations(format=activations),
-        kv_cache=KVCache(format=kv_cache),
+        kv_cache=kv_cache if isinstance(kv_cache, KVCache) else KVCache(format=kv_cache),
     )
 
 

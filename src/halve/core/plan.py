@@ -28,6 +28,7 @@ MIGRATIONS: dict[str, dict[int, Migration]] = {
     "kv_cache": {1: lambda raw: {**raw, "layers": []}},  # formats of single layers came
     "experts": {},
     "speculation": {},
+    "serving": {},
 }
 
 MAX_DRAFT_TOKENS = 32
@@ -211,6 +212,31 @@ class Speculation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """How an engine on a CPU divides its steps over this model; null where nothing speaks against the engine's own.
+
+    max_num_seqs: sequences of a step. max_tokens_per_step: tokens of a step, prompts and decodes together.
+    max_prefill_beside_decode: tokens of prompts in a step that also decodes. Raises ConfigError.
+    """
+
+    max_num_seqs: int | None = None
+    max_tokens_per_step: int | None = None
+    max_prefill_beside_decode: int | None = None
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in self.chosen.items():
+            if value < 1:
+                raise ConfigError(f"serving.{name}: {value} must be 1 or more")
+
+    @property
+    def chosen(self) -> dict[str, int]:
+        """What is not left to the engine, by name."""
+        names = ("max_num_seqs", "max_tokens_per_step", "max_prefill_beside_decode")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """How a model is stored and run.
 
@@ -224,6 +250,7 @@ class Plan:
     kv_cache: KVCache = field(default_factory=KVCache)
     experts: ExpertPlan = field(default_factory=ExpertPlan)
     speculation: Speculation = field(default_factory=Speculation)
+    serving: Serving = field(default_factory=Serving)
     version: int = 1
 
     def to_json(self) -> str:
@@ -241,7 +268,7 @@ class Plan:
 
 # The version that this Halve writes, by section; "plan" is the outer object. It rises when what an older file says
 # would be read as something else; a new value of a field does not raise it: a Halve without it refuses it by name.
-VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 2, "experts": 1, "speculation": 1}
+VERSIONS = {"plan": 1, "weights": 1, "activations": 1, "kv_cache": 2, "experts": 1, "speculation": 1, "serving": 1}
 
 
 def migrate(

@@ -27,6 +27,7 @@ log = logging.getLogger("halve.evaluate")
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _BLOCK_ELEMENTS = 256 * 1024  # logits scored at once; 2 MiB in float64, so that the passes run in cache
+_ROWS_ELEMENTS = 1 << 24  # logits of an original that are asked for at once: 64 MiB; its head is read once for all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +103,8 @@ class RowSource(Protocol):
     def states(self, window: Array) -> Any:
         """What the rows of a window are made of."""
 
-    def rows(self, states: Any, start: int, stop: int) -> Array:
-        """Logits float32 [stop - start, vocab_size]."""
+    def rows(self, parts: Sequence[tuple[Any, int, int]]) -> Array:
+        """Logits float32 [rows, vocab_size] of positions from one to another of several windows, by their states."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -285,29 +286,51 @@ def _score_steps(original: Any, smaller: Any, cut: list[list[Array]], progress: 
     most, done = max(1, _BLOCK_ELEMENTS // original.vocab_size), 0
     for pieces in smaller.steps(windows_):
         for piece in pieces:
-            window, name = windows_[piece.index], names[piece.index]
             if piece.index not in states:
-                states[piece.index] = original.states(window)
-            last = min(piece.start + len(piece.logits), len(window) - 1)  # the last position predicts nothing
-            for begin in range(piece.start, last, most):
-                end = min(begin + most, last)
-                rows = original.rows(states[piece.index], begin, end)
-                other = piece.logits[begin - piece.start : end - piece.start]
-                _require_finite(rows, f"{name}, original")
-                _require_finite(other, f"{name}, smaller")
-                into = scores[starts[piece.index] + begin : starts[piece.index] + end]
-                new = int(np.isnan(into[:, 0]).sum())
-                into[:] = _score(rows, other, window[begin + 1 : end + 1])
-                missing[piece.index] -= new
-                done += new
-            if not missing[piece.index]:
-                del states[piece.index]
+                states[piece.index] = original.states(windows_[piece.index])
+        for spans in _spans(pieces, windows_, max(1, _ROWS_ELEMENTS // original.vocab_size)):
+            asked = original.rows([(states[piece.index], begin, end) for piece, begin, end in spans])
+            _require_finite(asked, f"{names[spans[0][0].index]} and those beside it, original")
+            taken = 0
+            for piece, first, last in spans:
+                window = windows_[piece.index]
+                for begin in range(first, last, most):
+                    end = min(begin + most, last)
+                    rows = asked[taken : taken + end - begin]
+                    other = piece.logits[begin - piece.start : end - piece.start]
+                    _require_finite(other, f"{names[piece.index]}, smaller")
+                    into = scores[starts[piece.index] + begin : starts[piece.index] + end]
+                    new = int(np.isnan(into[:, 0]).sum())
+                    into[:] = _score(rows, other, window[begin + 1 : end + 1])
+                    missing[piece.index] -= new
+                    done, taken = done + new, taken + end - begin
+        for index in {piece.index for piece in pieces}:
+            if not missing[index]:
+                states.pop(index, None)
         progress(done, int(starts[-1]))
     if left := sum(missing):
         raise QualityError(
             f"{left} of {int(starts[-1])} positions have no logits of the smaller model; its steps left them out"
         )
     return scores
+
+
+def _spans(pieces: Sequence[Piece], windows_: Sequence[Array], most: int) -> Iterator[list[tuple[Piece, int, int]]]:
+    """Pieces with their first and last positions that predict something, cut and put together to `most` rows."""
+    spans: list[tuple[Piece, int, int]] = []
+    room = most
+    for piece in pieces:
+        begin, last = piece.start, min(piece.start + len(piece.logits), len(windows_[piece.index]) - 1)
+        while begin < last:
+            end = min(begin + room, last)
+            spans.append((piece, begin, end))
+            room -= end - begin
+            begin = end
+            if not room:
+                yield spans
+                spans, room = [], most
+    if spans:
+        yield spans
 
 
 def _require_finite(logits: Array, name: str) -> None:

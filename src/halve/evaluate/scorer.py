@@ -12,6 +12,7 @@ from halve.kernels.ops import Array, Buffer, TokenBatch
 from halve.models import Decoder
 
 CHUNK_LOGITS = 1 << 22  # logits made at a time: 16 MiB of float32, which the allocator reuses
+LEAST_ROWS = 128  # but so many rows: a head of a large vocabulary takes as long to read as it multiplies these
 WAVE_LOGITS = 1 << 26  # logits of windows that an engine runs ahead: 256 MiB
 BATCH_TOKENS = 2048  # tokens of short windows that run as one flat batch
 
@@ -39,7 +40,7 @@ class DecoderScorer:
         """tokens int32 [T] -> float32 chunks [t, vocab] that cover every position in order."""
         ops = self.decoder.ops
         hidden = self._hidden(tokens)
-        step = max(1, CHUNK_LOGITS // self.vocab_size)
+        step = max(LEAST_ROWS, CHUNK_LOGITS // self.vocab_size)
         for start in range(0, len(tokens), step):
             with torch.inference_mode():
                 part = ops.to_host(self.decoder.logits(hidden[start : start + step]))
@@ -49,10 +50,12 @@ class DecoderScorer:
         """Final hidden states of a window, for `rows`."""
         return self._hidden(window)
 
-    def rows(self, states: Buffer, start: int, stop: int) -> Array:
-        """Logits float32 [stop - start, vocab] of positions of the window that has these states."""
+    def rows(self, parts: Sequence[tuple[Buffer, int, int]]) -> Array:
+        """Logits float32 [rows, vocab] of positions from one to another of windows that have these states."""
+        asked = [states[start:stop] for states, start, stop in parts]
+        joined = torch.cat(asked) if isinstance(asked[0], torch.Tensor) else np.concatenate(asked)
         with torch.inference_mode():
-            return self.decoder.ops.to_host(self.decoder.logits(states[start:stop]))
+            return self.decoder.ops.to_host(self.decoder.logits(joined))
 
     def _hidden(self, tokens: Array) -> Buffer:
         key = tokens.tobytes()

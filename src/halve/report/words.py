@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from halve.core.certificate import Certificate, Measured
-from halve.core.plan import Plan
+from halve.core.plan import Plan, Serving
 from halve.formats import FORMATS
 
 NOT_MEASURED = "not measured"
@@ -259,10 +259,21 @@ def _other_sentences(plan: Plan) -> list[str]:
         f"Keys and values of earlier tokens {kept[plan.kv_cache.format]} in the cache.",
         *apart,
         *guessed[plan.speculation.method],
+        *_serving_sentences(plan.serving),
         "The model directory opens in transformers and other engines that read compressed-tensors."
         if plan.portable
         else "The model directory is made for Halve: every part may be compressed, and other engines may refuse it.",
     ]
+
+
+def _serving_sentences(serving: Serving) -> list[str]:
+    said = {
+        "max_num_seqs": "up to {} answers",
+        "max_tokens_per_step": "up to {} tokens",
+        "max_prefill_beside_decode": "up to {} tokens of prompts beside answers",
+    }
+    words = [said[name].format(f"{value:,}") for name, value in serving.chosen.items()]
+    return [f"A step of the engine runs {' and '.join(words)}: found for the workload by simulation."] if words else []
 
 
 def split_where_different(original: str, smaller: str) -> tuple[str, str, str]:

@@ -8,18 +8,20 @@ its choices; none is tried for its own sake.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from halve.compress import Choice, grouped_plan, resolve
 from halve.core.certificate import Measured
-from halve.core.plan import ActivationFormat, KVFormat, Plan, RoundingMethod
+from halve.core.plan import ActivationFormat, KVCache, Plan, RoundingMethod
 from halve.engine.scheduler import Step
 from halve.formats import FORMATS, Format
 from halve.kernels.ops import Array
 from halve.models import ModelConfig
-from halve.search.device_table import DeviceTable
+from halve.search.device_table import DeviceTable, PlannedTimes, StepShape
 from halve.search.sensitivity import Part, Score, Sensitivity
+from halve.search.settings import Setting
 from halve.search.solver import Solution, front
 from halve.search.uniform import bytes_per_token
 
@@ -27,7 +29,10 @@ from halve.search.uniform import bytes_per_token
 # reading it takes. It decides between formats that are equally fast here.
 STORED_SHARE = 0.1
 
+RETREAT = 0.75
+
 CostOf = Callable[[Part, Format], float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,24 +89,31 @@ def bytes_cost(part: Part, fmt: Format) -> float:
 
 
 class StepCounts:
-    """Which steps a workload makes: how many of so many tokens, and of so many sampled rows."""
+    """Which steps a workload makes: how many of so many tokens, and of so many sampled rows; and all of them."""
 
     def __init__(self) -> None:
         self.tokens: Counter[int] = Counter()
         self.rows: Counter[int] = Counter()
+        self.steps: list[StepShape] = []
 
     def watching(self, seconds: Callable[[Step], float]) -> Callable[[Step], float]:
         """Step times that are counted as they are asked for."""
 
         def of(step: Step) -> float:
-            self.tokens[sum(c.num_tokens + len(c.draft) for c in step.chunks)] += 1
-            if step.num_sampled:
-                self.rows[step.num_sampled] += 1
+            shape = StepShape.of(step)
+            self.steps.append(shape)
+            self.tokens[shape.tokens] += 1
+            if shape.rows:
+                self.rows[shape.rows] += 1
             return seconds(step)
 
         return of
 
-    def cost(self, table: DeviceTable, *, byte_s: float = 0.0) -> CostOf:
+    def others_s(self, times: PlannedTimes) -> float:
+        """Seconds of all these steps in what is no product."""
+        return sum(times.others_s(shape) + times.table.engine.at(shape.rows) for shape in self.steps)
+
+    def cost(self, table: DeviceTable, activations: ActivationFormat, *, byte_s: float = 0.0) -> CostOf:
         """Seconds of all these steps in a part's products; byte_s: for each byte that is stored beside."""
 
         def of(part: Part, fmt: Format) -> float:
@@ -109,9 +121,19 @@ class StepCounts:
             if part.group is None:
                 return stored
             counts = self.rows if part.group.kind == "lm_head" else self.tokens
-            return stored + sum(n * table.group_s(part.group.kind, fmt.name, c) for c, n in counts.items())
+            kind = part.group.kind
+            return stored + sum(n * table.group_s(activations, kind, fmt.name, c) for c, n in counts.items())
 
         return of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """A setting that plans may take. cost: of what no choice of formats changes, such as attention."""
+
+    setting: Setting
+    cost: float = 0.0
+    suffix: str = ""  # of the plans' names
 
 
 def candidates(
@@ -120,30 +142,35 @@ def candidates(
     sensitivity: Sensitivity,
     cost_of: CostOf,
     source: Mapping[str, Format],
+    offers: Sequence[Offer],
     *,
     portable: bool,
-    activations: ActivationFormat,
-    kv_cache: KVFormat,
     num_points: int = 40,
 ) -> list[Candidate]:
-    """The front as plans, cheapest first; what costs as much as the original, or changes nothing, is left out."""
+    """The front as plans, cheapest first; what costs as much as the original, or changes nothing, is left out.
+
+    offers: settings of one kind of activations, since `cost_of` is of products with these.
+    """
     costs, losses = tables(parts, sensitivity, cost_of)
+    pairs = [(point, offer) for point in front(costs, losses, num_points=num_points) for offer in offers]
     found: list[Candidate] = []
-    names: set[str] = set()
-    for point in front(costs, losses, num_points=num_points):
+    names: dict[str, set[str]] = {}
+    for point, offer in _undominated(pairs, lambda p: (p[0].cost + p[1].cost, p[0].loss + p[1].setting.loss)):
         choices = choices_of(parts, sensitivity, point)
         if all(choice.method is None for choice in choices.values()):
             continue
-        plan = grouped_plan(config, choices, portable=portable, activations=activations, kv_cache=kv_cache)
+        setting = offer.setting
+        kv_cache = KVCache.of_layers(setting.caches)
+        plan = grouped_plan(config, choices, portable=portable, activations=setting.activations, kv_cache=kv_cache)
         size = bytes_per_token(config, resolve(plan, config), dict(source))
         found.append(
             Candidate(
-                format=_name(config, parts, choices, names),
+                format=_name(config, parts, choices, names.setdefault(offer.suffix, set())) + offer.suffix,
                 method=_most(parts, choices),
                 plan=plan,
                 bytes_per_token=size,
-                predicted_kl=point.loss,
-                cost=point.cost,
+                predicted_kl=point.loss + setting.loss,
+                cost=point.cost + offer.cost,
                 choices=choices,
             )
         )
@@ -152,10 +179,15 @@ def candidates(
 
 def undominated(found: Sequence[Candidate]) -> list[Candidate]:
     """Those that nothing cheaper is expected to beat, cheapest first."""
-    kept: list[Candidate] = []
-    for candidate in sorted(found, key=lambda c: (c.cost or 0.0, c.predicted_kl or 0.0)):
-        if not kept or (candidate.predicted_kl or 0.0) < (kept[-1].predicted_kl or 0.0):
-            kept.append(candidate)
+    return _undominated(found, lambda c: (c.cost or 0.0, c.predicted_kl or 0.0))
+
+
+def _undominated(found: Sequence[T], key: Callable[[T], tuple[float, float]]) -> list[T]:
+    """key: cost and loss."""
+    kept: list[T] = []
+    for one in sorted(found, key=key):
+        if not kept or key(one)[1] < key(kept[-1])[1]:
+            kept.append(one)
     return kept
 
 
@@ -224,6 +256,21 @@ def cheapest_passing(
         at = None if at is None or bracketed else (high - stride if judged[middle].passed else low + stride)
         stride *= 2
     return (high if high < len(ranked) else None), judged
+
+
+def retreat(ranked: Sequence[Candidate], first: int, how_many: int) -> list[int]:
+    """Whom to open the sealed text for, in turn: the first choice, and each time one that is expected to lose less.
+
+    Each loses RETREAT of the one before it, or what comes next to that. Which they are must be known before the text is
+    opened: a choice by what was read there would be judged on text that it has seen.
+    """
+    order = [first]
+    while len(order) < how_many and order[-1] + 1 < len(ranked):
+        last, most = order[-1], RETREAT * (ranked[order[-1]].predicted_kl or 0.0)
+        order.append(
+            next((i for i in range(last + 1, len(ranked)) if (ranked[i].predicted_kl or 0.0) <= most), last + 1)
+        )
+    return order
 
 
 def likely_start(ranked: Sequence[Candidate], limit_kl: float) -> int:

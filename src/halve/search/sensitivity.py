@@ -3,14 +3,14 @@
 The screen is one backward pass (`fisher.py`); every option is then rounded once, and its error weighed. Of each group
 one option for each number of bits, an anchor, is rounded by the method that the plan would take; the others by `clip`,
 which is many times faster than `gptq`, weighed by what gptq gains at these bits. Anchors are then measured directly, by
-swapping the group (`swaps.py`), with inputs rounded as the bundle will. Noises that are independent add, so that a
-group's measured KL is
+swapping the group (`swaps.py`):
 
     measured = a * predicted + b
 
-with a for what the screen leaves out and b for the rounding of the group's activations. a and b are fitted to what
-was measured of the group; what was not measured is read from there. Losses of groups are added up, which is sound
-near the original and is put right by judging whole plans where it is not.
+with a for what the screen leaves out and b for what a pass of float32 sums says of nothing. a and b are fitted to what
+was measured of the group; what was not measured is read from there. Losses of groups are added up, and with them what
+else a plan rounds (`settings.py`), which is sound near the original and is put right by judging whole plans where it is
+not.
 """
 
 import logging

@@ -5,6 +5,7 @@ head. Source of the idea: ExLlamaV3's measure_model and ModelOpt's `kl_div`, whi
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from halve.models.moe import ExpertProjection
 from halve.models.names import EMBEDDING, FusedGroup
 
 KEEP_LOGITS = 1 << 26  # of the original, kept in float32: 256 MiB
-BLOCK_LOGITS = 1 << 22  # scored at a time
+BLOCK_LOGITS, LEAST_ROWS = 1 << 22, 128  # scored at a time
 
 
 class Swapped:
@@ -43,16 +44,14 @@ class Swapped:
 class Swaps:
     """The original model over some windows of text, ready to have groups of it swapped.
 
-    decoder: the original on `TorchOps`. activations: what the inputs of swapped products are rounded to.
+    decoder: the original on `TorchOps`.
     """
 
-    def __init__(
-        self, decoder: Decoder, source: WeightSource, windows: Sequence[Array], *, activations: str, device: str
-    ) -> None:
+    def __init__(self, decoder: Decoder, source: WeightSource, windows: Sequence[Array], *, device: str) -> None:
         self.decoder, self.source = decoder, source
         self.batch = TokenBatch.whole(windows)
         self.num_tokens = self.batch.num_tokens
-        self.swapped_ops = TorchOps(device, activations=activations, widened=True)
+        self.swapped_ops = TorchOps(device, widened=True)
         with torch.inference_mode():
             self.streams = [decoder.ops.embed(decoder.embedding, self.batch.token_ids)]
             for layer in decoder.layers:
@@ -90,11 +89,36 @@ class Swaps:
             finally:
                 layer.projections[group.kind] = before
 
+    def kl_of_caches(self, formats: Mapping[int, str]) -> float:
+        """Mean KL of the original with keys and values of some layers rounded to a format, in nats per token."""
+        layers = self.decoder.layers
+        before = {index: layers[index].attention_spec for index in formats}
+        for index, name in formats.items():
+            layers[index].attention_spec = replace(before[index], kv_format=name)
+        try:
+            with torch.inference_mode():
+                start = min(formats)
+                return self._run(self.streams[start], start, self.decoder.head)
+        finally:
+            for index, spec in before.items():
+                layers[index].attention_spec = spec
+
+    def kl_of(self, other: Decoder) -> float:
+        """Mean KL(original || another decoder of the same tokens) in nats per token."""
+        with torch.inference_mode():
+            stream = other.ops.embed(other.embedding, self.batch.token_ids)
+            for layer in other.layers:
+                stream = layer(stream, self.batch)
+            return self._scored(stream, other.head)
+
     def _run(self, stream: Any, start: int, head: Projection) -> float:
         for layer in self.decoder.layers[start:]:
             stream = layer(stream, self.batch)
+        return self._scored(stream, head)
+
+    def _scored(self, stream: Any, head: Projection) -> float:
         total = 0.0
-        step = max(1, BLOCK_LOGITS // self.decoder.config.vocab_size)
+        step = max(LEAST_ROWS, BLOCK_LOGITS // self.decoder.config.vocab_size)
         for begin in range(0, self.num_tokens, step):
             end = min(begin + step, self.num_tokens)
             new = self._logs(head, stream, begin, end)
