@@ -3,14 +3,19 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.api.tiny import environment
 
 PROGRAM = """
 import ctypes
-from halve.search.stdout import stdout_to_stderr
+import logging
+import sys
+from halve.search.stdout import stdout_to_log
+logging.basicConfig(level=sys.argv[1], format="%(message)s")
 libc = ctypes.CDLL(None)
 libc.printf(b"before ")
-with stdout_to_stderr():
+with stdout_to_log():
     libc.printf(b"noise")
 libc.printf(b"after")
 libc.fflush(None)
@@ -18,6 +23,8 @@ print(" python")
 """
 
 
-def test_only_what_is_printed_outside_reaches_stdout():
-    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment(), check=True)
-    assert (ran.stdout, ran.stderr) == ("before after python\n", "noise")
+@pytest.mark.parametrize(("level", "said"), [("DEBUG", "printed by a library: noise\n"), ("INFO", "")])
+def test_only_what_is_printed_outside_reaches_stdout_and_the_rest_the_log(level, said):
+    argv = [sys.executable, "-c", PROGRAM, level]
+    ran = subprocess.run(argv, capture_output=True, text=True, env=environment(), check=True)
+    assert (ran.stdout, ran.stderr) == ("before after python\n", said)

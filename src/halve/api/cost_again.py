@@ -51,6 +51,8 @@ def cost_again(
     cost = recorded.workload_cost
     if cost is None:
         return "nothing is recorded"
+    if cost.basis == "estimated":
+        return f"it was estimated for {cost.device}, not measured"
     if reason := native_library.available():
         return reason
     word, level = _asked(recorded.inputs.command)

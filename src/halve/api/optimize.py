@@ -11,6 +11,7 @@ from typing import get_args
 
 from halve.api.bundle import CERTIFICATE_FILE, FRONT_FILE, REPORT_FILE, SEALED_FILE, SEEN_FILE
 from halve.api.certify import plan_sha256
+from halve.api.elsewhere import estimates_warning, where
 from halve.api.facts import environment, versions
 from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
@@ -108,7 +109,8 @@ def optimize(
     plan must keep on it, as `ttft=2s,tpot=100ms`. price_per_hour: of the machine, in dollars, for $ a million tokens.
     time: that the search may take, as `30m`: swaps are then measured as far as they fit, and the cheapest plan that has
     passed by then is certified. pick: the plan of this number of the front (`halve/front.json`) instead of the cheapest
-    within the limit. device: where the model is calibrated and scored, any torch device.
+    within the limit. device: where the model is calibrated and scored, any torch device; or a device that is not
+    here, by its name in the catalogue (`H100`, `L4`): then all of it runs on the CPU, and cost is estimated for it.
 
     Raises UserError's kinds: CheckpointError, ConfigError, FormatError, DataError, QualityError when nothing meets
     the limit, OutputError; nothing is left behind then.
@@ -128,6 +130,7 @@ def optimize(
         if Path(out).resolve() == checkpoint.path.resolve():
             raise OutputError(f"{out}: is the model itself; choose another output")
         refuse_existing(Path(out), force=force)  # now, not after minutes of reading and hashing
+        given, device, elsewhere = where(device)
         torch_ops(device)
         served = "auto" if device == "cpu" else device
         check_served(served, *("fp32" if chosen == "auto" else chosen for chosen in (activations, kv_cache)))
@@ -135,9 +138,11 @@ def optimize(
         source = stored_formats(checkpoint, config)
         named = _named(config, source, format, method, activations, kv_cache, portable=portable, search=searched)
         rounded = rounded_format(portable, activations, kv_cache)
-        choices = _roundings(config, activations, kv_cache, rounded, portable=portable, device=device)
+        choices = _roundings(config, activations, kv_cache, rounded, portable=portable, device=given)
         context = config.context
-        purpose = Purpose(workload=workload_of(str(workload), context, level_of(slo)), usd_per_hour=price)
+        purpose = Purpose(
+            workload=workload_of(str(workload), context, level_of(slo)), usd_per_hour=price, elsewhere=elsewhere
+        )
         tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
         texts = prepare_texts(
             text_path,
@@ -164,7 +169,7 @@ def optimize(
             time=time,
             pick=pick,
             keep_text=keep_text,
-            device=device,
+            device=given,
         )
         before = preflight(
             config,
@@ -187,7 +192,7 @@ def optimize(
             time_s=time_s,
             activations=rounded[0] if named is None else named.plan.activations.format,
         )
-        before = replace(before, warnings=warnings)
+        before = replace(before, warnings=(*warnings, *estimates_warning(elsewhere, config)))
         for line in in_words(before):
             log.info("%s", line)
         with progress.task("Hashing the weights", "bytes") as advance:
@@ -203,7 +208,7 @@ def optimize(
             "activations": activations,
             "kv_cache": kv_cache,
             "portable": portable,
-            "device": device,
+            "device": given,
             "versions": versions(),
         }
         with Workspace(Path(out), key, force=force, resume=resume) as workspace:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from halve import __version__
+from halve.api.elsewhere import estimated_cost
 from halve.api.expert_moves import JudgedMove
 from halve.api.model import cache_blocks
 from halve.api.progress import Progress
@@ -15,11 +16,13 @@ from halve.api.replayed import Paced
 from halve.api.serving import best_serving, engine_for
 from halve.api.study import Question, Studied
 from halve.api.workloads import replay, workload_cost
+from halve.compress import resolve
 from halve.core.cache import cache_folder
 from halve.core.certificate import WorkloadCost, WorkloadReplay
 from halve.core.errors import ConfigError, QualityError
 from halve.core.plan import ActivationFormat, KVCache, Serving
 from halve.core.workload import Workload
+from halve.economics.catalogue import CatalogueDevice
 from halve.engine import EngineConfig, Simulation
 from halve.engine.scheduler import Step
 from halve.formats import FORMATS
@@ -50,10 +53,11 @@ TYPICAL = "int4-g64"  # what the steps of a workload are counted with; which the
 
 @dataclass(frozen=True, kw_only=True)
 class Purpose:
-    """What a model is for: a workload with its service level, and the price of the machine."""
+    """What a model is for: a workload with its service level, the price of the machine, and which one."""
 
     workload: Workload
     usd_per_hour: Decimal | None
+    elsewhere: CatalogueDevice | None = None  # that it is for, where that is not this one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +117,19 @@ class Plans:
 
         replayed: what came of running it.
         """
+        if self.purpose.elsewhere is not None:
+            return self._estimated(self.purpose.elsewhere, candidate)
         if self.table is None:
             return None
         smaller, original = self.simulation(candidate), self.simulation(None)
         return workload_cost(self.purpose.workload, smaller, original, self.purpose.usd_per_hour, replayed)
+
+    def _estimated(self, device: CatalogueDevice, candidate: Candidate) -> WorkloadCost:
+        """What a roofline makes of the workload there."""
+        config, source = self.question.config, self.question.source
+        stored = {a.module.name: a.format or source[a.module.name] for a in resolve(candidate.plan, config)}
+        purpose, plan = self.purpose, candidate.plan
+        return estimated_cost(device, config, (source, stored), plan, purpose.workload, purpose.usd_per_hour)
 
     def moves(self, candidate: Candidate, room: float) -> list[Move]:
         """What the plan did not do, and why. room: nats per token that it may lose by the sensitivities."""
@@ -196,7 +209,9 @@ def find_plans(
     times that are not kept elsewhere. Raises QualityError for a service level that no plan keeps.
     """
     usual, config = studied.settings[0], question.config
-    table = _table(question, studied, workspace, progress, {usual.activations})
+    table = None
+    if purpose.elsewhere is None:
+        table = _table(question, studied, workspace, progress, {usual.activations})
     offers = {usual.activations: [Offer(setting=usual)]}
     costs: dict[ActivationFormat, CostOf] = {usual.activations: bytes_cost}
     steps, serving = None, Serving()
@@ -283,6 +298,8 @@ def _within_level(plans: Plans) -> Plans:
     level = plans.purpose.workload.service_level
     if level.ttft_s is None and level.time_per_token_s is None:
         return plans
+    if plans.purpose.elsewhere is not None:
+        return plans  # whether it is kept there, the estimate says
     if plans.table is None:
         raise ConfigError(
             "slo: step times can't be measured on this device yet, so no service level can be kept; leave it out"

@@ -49,6 +49,14 @@ ExpertCacheOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or a torch device such as cuda.")]
+DeviceForOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where to compute: cpu, or a torch device such as cuda; or what it is for, where that is not here: a name "
+        "of the catalogue, such as H100. Cost is then an estimate.",
+    ),
+]
 
 
 class Method(StrEnum):
@@ -162,7 +170,7 @@ def optimize(
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Take up a run that was killed.")] = False,
-    device: DeviceOption = "cpu",
+    device: DeviceForOption = "cpu",
     json: Json = False,
 ) -> None:
     """Make a smaller model within a quality limit, and certify it."""

@@ -82,7 +82,8 @@ def _show_cost(certificate: Certificate) -> None:
         return
     table = Table()
     run = cost.replayed
-    how = "simulated" if run is None else f"{run.num_requests} requests, {run.num_rounds} rounds"
+    how = f"estimated for {escape(cost.device)}, not certified" if cost.device else "simulated"
+    how = how if run is None else f"{run.num_requests} requests, {run.num_rounds} rounds"
     table.add_column(f"workload {escape(cost.workload)}, {how}")
     for column in ("original", "smaller", "smaller / original"):
         table.add_column(column, justify="right")

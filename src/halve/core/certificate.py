@@ -91,7 +91,8 @@ class WorkloadReplay:
 class WorkloadCost:
     """What a workload takes by the engine's own scheduler, over step times that were measured in parts on this device.
 
-    basis "simulated": no request was run; "replayed": `replayed` says what came of running it. output_tok_s: tokens of
+    basis "simulated": no request was run; "replayed": `replayed` says what came of running it; "estimated": by a
+    roofline of `device`, which was not there, so that nothing of it is certified. output_tok_s: tokens of
     answers a second, at the highest pace that keeps the workload's service level (all requests at once where it has
     none). Times are in seconds, percentiles over requests. level_met: whether the level is kept at all. usd_per_mtok:
     of a million tokens of answers; null without a price.
@@ -109,8 +110,9 @@ class WorkloadCost:
     usd_per_hour: str | None
     usd_per_mtok: float | None
     original_usd_per_mtok: float | None
-    basis: Literal["simulated", "replayed"] = "simulated"
+    basis: Literal["simulated", "replayed", "estimated"] = "simulated"
     replayed: WorkloadReplay | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from halve.core.errors import QualityError
-from halve.search.stdout import stdout_to_stderr
+from halve.search.stdout import stdout_to_log
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -175,7 +175,7 @@ def _exact(
     one_each = coo_array((np.ones(len(columns)), (np.repeat(np.arange(len(groups)), sizes), columns)))
     scale = max(abs(limit), float(np.abs(losses).max()), 1e-300)
     unit = max(abs(cost), 1e-300)
-    with stdout_to_stderr():
+    with stdout_to_log():
         result = milp(
             costs / unit,
             integrality=np.ones(len(columns), np.int64),
