@@ -83,6 +83,17 @@ def test_a_caches_loss_is_the_kl_of_the_model_that_keeps_it_and_leaves_the_origi
     assert torch.equal(swaps.decoder.hidden(batch), plain.hidden(batch))
 
 
+def test_activations_loss_is_the_kl_of_the_model_whose_inputs_are_rounded(swaps):
+    class Rounded(TorchOps):
+        def project(self, linear, x):
+            return super().project(linear, x.bfloat16().float())
+
+    other = Decoder(swaps.decoder.config, Rounded(), swaps.source)
+    assert swaps.kl_of_activations("bf16") == pytest.approx(swaps.kl_of(other), rel=1e-2)
+    assert swaps.kl_of_activations("fp32") < 1e-9
+    assert all(projection.ops is swaps.decoder.ops for projection in swaps.decoder.projections())
+
+
 def test_losses_are_measured_by_format_and_by_layer(swaps):
     seen = []
     found = measure_losses(
@@ -91,7 +102,6 @@ def test_losses_are_measured_by_format_and_by_layer(swaps):
         ["int8", "bf16"],
         ["bf16", "int8", "int4"],
         by_layer=True,
-        device="cpu",
         progress=lambda *at: seen.append(at),
     )
     assert 0 <= found.activations["bf16"] < found.activations["int8"]
@@ -100,11 +110,11 @@ def test_losses_are_measured_by_format_and_by_layer(swaps):
     assert whole["int4"] == pytest.approx(swaps.kl_of_caches(dict.fromkeys(range(3), "int4")))
     assert len(set(found.caches["int4"])) == 3
     assert len(set(found.caches["int8"])) == 1  # what is small is shared out evenly
-    assert seen[-1] == (9, 9)
+    assert seen[-1] == (8, 8)
     assert not found.missing(["int8", "fp32"], ["int4"])
     assert found.missing(["fp8"], [])
 
 
 def test_what_is_not_rounded_loses_nothing_and_takes_no_time(swaps):
-    found = measure_losses(swaps, swaps.decoder.config, ["fp32"], ["fp32"], by_layer=True, device="cpu")
+    found = measure_losses(swaps, swaps.decoder.config, ["fp32"], ["fp32"], by_layer=True)
     assert found == SettingLosses(activations={"fp32": 0.0}, caches={"fp32": (0.0,) * 3})

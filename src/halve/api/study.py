@@ -168,7 +168,8 @@ def _losses(question: Question, original: DecoderScorer, path: Path, progress: P
         log.warning("%s can't be read and is made again: %s", path, error)
     if known.missing(question.activations, question.kv_caches):
         size = min(SETTING_WINDOW, question.texts.window_tokens)
-        text = first_tokens(question.texts.selection[::-1], SETTING_TOKENS, size)
+        most = SETTING_TOKENS // (2 if question.large else 1)
+        text = first_tokens(question.texts.selection[::-1], most, size)
         source = CheckpointSource(question.checkpoint)
         with progress.task("Weighing other roundings", "formats") as advance:
             swaps = Swaps(original.decoder, source, text, device=question.device)
@@ -178,7 +179,6 @@ def _losses(question: Question, original: DecoderScorer, path: Path, progress: P
                 question.activations,
                 question.kv_caches,
                 by_layer=not question.large,
-                device=question.device,
                 progress=advance,
             )
         known = SettingLosses(

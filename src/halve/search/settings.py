@@ -1,26 +1,21 @@
 """What a plan rounds beside its weights, as options with losses of their own: activations, and the cache of each layer.
 
 Losses are measured once, on the original. A cache's: keys and values are rounded in all layers, and, of the format with
-the fewest bits, in one layer at a time, which says how its loss is shared out. Activations': on weights in int8, where
-they are rounded, less what these weights lose by themselves. Errors that do not know of each other add up, so that a
-plan's loss is that of its weights and of its setting.
+the fewest bits, in one layer at a time, which says how its loss is shared out. Activations': the input of every product
+is rounded. Errors that do not know of each other add up, so that a plan's loss is that of its weights and of its
+setting.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from halve.compress.rounding import round_weight
 from halve.core.plan import ActivationFormat, KVFormat
-from halve.formats import FORMATS, Weight
-from halve.kernels.ops import Array
-from halve.kernels.reference import TorchOps
-from halve.models import Decoder, ModelConfig, WeightSource
-from halve.models.names import groups
+from halve.models import ModelConfig
 from halve.search.swaps import Swaps
 
 KEPT_SHARES = (0.25, 0.5)  # of the layers, those that lose most by int4: they keep int8
-SHORT = {"fp32": "32", "bf16": "16", "int8": "8", "int4": "4", "fp8": "f8"}
+SHORT = {"fp32": "32", "bf16": "16", "fp8": "f8", "int8": "8", "int4": "4"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +32,7 @@ class Setting:
         if self.activations != usual.activations:
             words.append(f"-a{SHORT[self.activations]}")
         if self.caches != usual.caches:
-            few = sorted(set(self.caches), key=lambda name: FORMATS[name].bits if name in FORMATS else 4)
+            few = sorted(set(self.caches), key=list(SHORT).index, reverse=True)
             share = f"-{sum(one != few[0] for one in self.caches)}" if len(few) > 1 else ""
             words.append(f"-kv{'.'.join(SHORT[name] for name in few)}{share}")
         return "".join(words)
@@ -63,14 +58,13 @@ def measure_losses(
     caches: Sequence[KVFormat],
     *,
     by_layer: bool,
-    device: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> SettingLosses:
     """Measure every format on the windows of `swaps`. by_layer: whether layers are told apart at all."""
     rounded = [name for name in activations if name != "fp32"]
     stored = [name for name in caches if name != "fp32"]
     layers, fewest = config.num_layers, stored[-1] if by_layer and len(stored) > 1 else None
-    num_todo = len(stored) + (layers if fewest else 0) + (1 + len(rounded) if rounded else 0)
+    num_todo = len(stored) + (layers if fewest else 0) + len(rounded)
     num_done = 0
 
     def told(value: float) -> float:
@@ -88,16 +82,8 @@ def measure_losses(
             shares = [told(swaps.kl_of_caches({i: name})) for i in range(layers)]
         total = sum(shares)
         by_cache[name] = tuple(whole * one / total if total else whole / layers for one in shares)
-    by_activations: dict[str, float] = {"fp32": 0.0}
-    if rounded:
-        source = _Int8(swaps.source, config)
-
-        def lost(name: str) -> float:
-            return told(swaps.kl_of(Decoder(config, TorchOps(device, activations=name), source)))
-
-        own = lost("fp32")
-        by_activations |= {name: max(0.0, lost(name) - own) for name in rounded}
-    return SettingLosses(activations=by_activations, caches=by_cache)
+    by_activations: dict[str, float] = {name: told(swaps.kl_of_activations(name)) for name in rounded}
+    return SettingLosses(activations={"fp32": 0.0, **by_activations}, caches=by_cache)
 
 
 def settings_of(
@@ -120,31 +106,3 @@ def settings_of(
         )
         for one, formats in product(activations, dict.fromkeys(chosen))
     ]
-
-
-class _Int8:
-    """A `WeightSource` whose products are in int8, rounded to nearest, where they are floats."""
-
-    def __init__(self, source: WeightSource, config: ModelConfig) -> None:
-        self.source = source
-        self._products = {m.name for group in groups(config) for m in group.members}
-        self._rounded: dict[str, Weight] = {}
-
-    def weight(self, module: str, shape: tuple[int, int]) -> Weight:
-        """The rounded weight of a product, the original's of a table alone."""
-        if module not in self._rounded:
-            weight = self.source.weight(module, shape)
-            assert isinstance(weight, Weight)
-            rounds = module in self._products and weight.format.kind == "float"
-            if rounds and FORMATS["int8"].refusal(shape[1]) is None:
-                weight = round_weight(weight.dequantize(), FORMATS["int8"], "rtn", None, None)
-            self._rounded[module] = weight
-        return self._rounded[module]
-
-    def vector(self, name: str, shape: tuple[int, ...]) -> Array:
-        """The original's."""
-        return self.source.vector(name, shape)
-
-    def forget(self) -> None:
-        """As the original's."""
-        self.source.forget()

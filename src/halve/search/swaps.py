@@ -12,7 +12,7 @@ import torch
 
 from halve.formats import Weight
 from halve.kernels.ops import Array, TokenBatch
-from halve.kernels.reference import TorchOps
+from halve.kernels.reference import ROUND_INPUT, TorchOps
 from halve.models import Decoder, WeightSource
 from halve.models.decoder import Projection
 from halve.models.moe import ExpertProjection
@@ -39,6 +39,18 @@ class Swapped:
     def forget(self) -> None:
         """As the original's."""
         self.source.forget()
+
+
+class _RoundedInputs(TorchOps):
+    """`TorchOps` that rounds the input of every product, whatever its weights are stored in."""
+
+    def __init__(self, ops: TorchOps, activations: str) -> None:
+        super().__init__(str(ops.torch_device))
+        self._round = ROUND_INPUT[activations]
+
+    def project(self, linear: Any, x: Any) -> Any:
+        """round(x) @ weight.T + bias."""
+        return super().project(linear, self._round(x))
 
 
 class Swaps:
@@ -102,6 +114,19 @@ class Swaps:
         finally:
             for index, spec in before.items():
                 layers[index].attention_spec = spec
+
+    def kl_of_activations(self, name: str) -> float:
+        """Mean KL of the original with the input of every product rounded to a format, in nats per token."""
+        ops, projections = _RoundedInputs(self.swapped_ops, name), list(self.decoder.projections())
+        before = [projection.ops for projection in projections]
+        for projection in projections:
+            projection.ops = ops
+        try:
+            with torch.inference_mode():
+                return self._run(self.streams[0], 0, self.decoder.head)
+        finally:
+            for projection, own in zip(projections, before, strict=True):
+                projection.ops = own
 
     def kl_of(self, other: Decoder) -> float:
         """Mean KL(original || another decoder of the same tokens) in nats per token."""
