@@ -55,6 +55,8 @@ def cost_again(
         return f"it was estimated for {cost.device}, not measured"
     if reason := native_library.available():
         return reason
+    if plan.speculation.method != "none":
+        return "it was foretold with guesses, which are not counted again"
     word, level = _asked(recorded.inputs.command)
     if word not in PRESETS and not Path(word).exists():
         return f"there is no trace {word}"
