@@ -3,14 +3,18 @@
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import halve
 from halve.api import preflight as module
 from halve.api.preflight import check, in_words
+from halve.api.shape_cost import LLAMA_1B
+from halve.api.texts import _cut, beginnings
 from halve.core.certificate import Preflight
 from halve.core.errors import ConfigError, OutputError, QualityError
 from halve.core.workload import ServiceLevel
+from halve.models.names import num_active_parameters
 
 FOUND = Preflight(
     kernels="C++ (test)",
@@ -102,3 +106,18 @@ def test_the_floor_of_a_search_is_below_that_of_any_plan(tiny, text, tmp_path):
     low = halve.optimize(tiny, tmp_path / "a", format="int2-g32", method="rtn", calibration=text).certificate
     high = halve.optimize(tiny, tmp_path / "b", format="int8", method="rtn", calibration=text).certificate
     assert low.preflight.floor_bytes < high.preflight.floor_bytes < high.preflight.original_bytes
+
+
+def test_all_documents_speak_where_not_all_of_a_text_can_be_read():
+    documents = [np.zeros(length, np.int32) for length in (50, 100, 300, 1000)]
+    assert _cut(documents, 1450) is None
+    assert _cut(documents, 1449) == 512
+    assert _cut(documents, 700) == 256  # 50 + 100 + 256 + 256
+    assert _cut(documents, 1) == 64
+    assert [len(one) for one in beginnings(documents, 64)] == [50, 64, 64, 64]
+    assert beginnings(documents, None) is documents
+
+
+def test_a_large_models_text_is_what_its_original_reads_in_ten_minutes(monkeypatch):
+    monkeypatch.setattr(module, "_flops", lambda config, rough: 2.0 * num_active_parameters(config) * 50)
+    assert module.sealed_tokens(LLAMA_1B) == 600 * 50

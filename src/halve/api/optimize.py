@@ -17,12 +17,12 @@ from halve.api.model import check_served, torch_ops
 from halve.api.page import report_page
 from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, front_of, reload, run
 from halve.api.plans import Purpose
-from halve.api.preflight import check, in_words, preflight
+from halve.api.preflight import check, in_words, preflight, sealed_tokens
 from halve.api.progress import SILENT, Progress
 from halve.api.questions import judge_tasks, keep_tasks, read_tasks
 from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
-from halve.api.study import LARGE_DOCUMENT_TOKENS, Question, is_large
+from halve.api.study import Question, is_large
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
 from halve.api.workloads import level_of, price_of, seconds_of, workload_of
@@ -149,7 +149,7 @@ def optimize(
             tokenizer,
             config,
             selected=searched,
-            document_tokens=LARGE_DOCUMENT_TOKENS if device == "cpu" and is_large(config) else None,
+            most_sealed=sealed_tokens(config) if device == "cpu" and is_large(config) else None,
         )
         command = _command(
             model,

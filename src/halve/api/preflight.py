@@ -39,8 +39,10 @@ LOGITS_BYTES = 4 * WAVE_LOGITS  # of windows that are scored side by side (halve
 WIDENED_BYTES = 1 << 30  # a model no larger than this in float32 is scored from float32 weights
 SPARE_DISK_BYTES = 64 << 20  # certificate, report, sealed text
 PLANS_JUDGED = 5
+LARGE_S_PER_WEIGHT = 6e-7  # to screen every option of a large model and to time its products, on two cores
 SHARE_READ = 0.5  # of the selection text, until the answer on a plan is clear
 CLIP_S_PER_WEIGHT = 4e-8  # on two cores; gptq takes about three times that
+SEALED_S = 600.0  # that a large model's original may take on a CPU for the sealed text
 CALLS_S = 60.0  # timing products, speeds and the replay of the workload
 LEAST_LOSS = NOISE["fp32"] ** 2 / 2  # nats; what rounding in float32 alone may make of two right sets of kernels
 
@@ -100,6 +102,11 @@ def preflight(
         floor_loss=LEAST_LOSS,
         warnings=tuple(warnings),
     )
+
+
+def sealed_tokens(config: ModelConfig) -> int:
+    """Tokens that the original of a large model reads in float32 on this machine in SEALED_S."""
+    return int(SEALED_S * _flops(config, rough=False) / (2.0 * num_active_parameters(config)))
 
 
 def check(
@@ -240,7 +247,7 @@ def _seconds(config: ModelConfig, texts: Texts, *, searched: bool, gptq: bool) -
     if large and not gptq:
         calibration = min(calibration, LARGE_CALIBRATION_TOKENS)
     forward = 2.0 * active
-    exact, rough = forward * 2 * sealed, forward * calibration
+    exact, rough = forward * (1 if large else 2) * sealed, forward * (calibration + (sealed if large else 0))
     if gptq:
         rough += calibration * Hessians.size_bytes(config) / 2
     rounding = CLIP_S_PER_WEIGHT * weights * (3 if gptq else 1)
@@ -249,7 +256,10 @@ def _seconds(config: ModelConfig, texts: Texts, *, searched: bool, gptq: bool) -
         plans = PLANS_JUDGED + 1
         rough += 3 * forward * FISHER_TOKENS / (2 if large else 1)
         exact += 0 if large else forward * SWAP_TOKENS * 3 * len(list(modules(config)))
-        exact += forward * selection * SHARE_READ * (1 + PLANS_JUDGED)
+        judged = forward * selection * SHARE_READ  # a large plan by the kernels that serve it
+        exact += judged * (1 if large else 1 + PLANS_JUDGED)
+        rough += judged * PLANS_JUDGED if large else 0
+        rounding += LARGE_S_PER_WEIGHT * weights / plans if large else 0
     return exact / exact_s + rough / rough_s + plans * rounding + CALLS_S
 
 

@@ -48,9 +48,6 @@ LARGE = 200_000_000  # parameters: from here on nothing is swapped, and gptq is 
 SCREEN_ROWS = 256  # of a large model's matrices that options are screened by
 # Means of squares settle soon: a large model's are of a part of the text, in short windows of many documents.
 LARGE_CALIBRATION_TOKENS, LARGE_WINDOW = 16_384, 512
-# Of each document that a large model is judged on, where its original runs in float32 on a CPU: an interval narrows by
-# documents far more than by tokens of each.
-LARGE_DOCUMENT_TOKENS = 256
 KEEP_HESSIANS_BYTES = 1 << 29  # beyond it they lie with the run and go with it
 KEEP_STUDIES = 8
 SWAP_SHARE = 0.4  # of the time given
@@ -93,7 +90,6 @@ class Question:
             "calibration": self.texts.calibration_sha256,
             "selection": self.texts.selection_sha256,
             "window": self.texts.window_tokens,
-            "document": self.texts.document_tokens,
             "method": self.method,
             "portable": self.portable,
             "device": self.device,

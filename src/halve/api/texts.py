@@ -1,6 +1,7 @@
 """The text of one run: read, split three ways, in tokens; and the sealed part as a bundle keeps it."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ log = logging.getLogger("halve")
 
 # Windows are no longer than this even where the context is: attention over a longer one costs more than it tells.
 WINDOW_TOKENS = 2048
+LEAST_BEGINNING = 64  # tokens of a document of which not all are read
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,23 +57,25 @@ def prepare_texts(
     config: ModelConfig,
     *,
     selected: bool,
-    document_tokens: int | None = None,
+    most_sealed: int | None = None,
 ) -> Texts:
     """Split, encode and check that each split that will be used holds enough.
 
-    selected: whether candidates will be judged on the selection split. document_tokens: of each document, only so many
-    first tokens are taken. Raises DataError saying how much text is there and how much is needed.
+    selected: whether candidates will be judged on the selection split. most_sealed: tokens of the sealed split, where
+    not all can be read: of each document that is judged on, so many first tokens are then taken that all speak, a power
+    of two. Raises DataError saying how much text is there and how much is needed.
     """
     parts = split(read_texts(path))
     seen, unseen = _unseen(parts)
     calibration, selection, sealed = (
-        beginnings(encode(part, tokenizer, vocab_size=config.vocab_size), document_tokens)
-        for part in (parts.calibration, parts.selection, unseen)
+        encode(part, tokenizer, vocab_size=config.vocab_size) for part in (parts.calibration, parts.selection, unseen)
     )
     require_enough(sealed, "sealed")
     require_enough(calibration, "calibration")
     if selected:
         require_enough(selection, "selection")
+    document_tokens = None if most_sealed is None else _cut(sealed, most_sealed)
+    selection, sealed = beginnings(selection, document_tokens), beginnings(sealed, document_tokens)
     return Texts(
         calibration=calibration,
         selection=selection,
@@ -85,6 +89,16 @@ def prepare_texts(
         source="shipped mixed text" if path is None else str(Path(path).resolve()),
         document_tokens=document_tokens,
     )
+
+
+def _cut(documents: Sequence[Array], most: int) -> int | None:
+    """Tokens of each document, LEAST_BEGINNING times a power of two, that are `most` in all; None for all of them."""
+    if sum(map(len, documents)) <= most:
+        return None
+    size = LEAST_BEGINNING
+    while sum(min(len(document), 2 * size) for document in documents) <= most:
+        size *= 2
+    return size
 
 
 def beginnings(documents: list[Array], most: int | None) -> list[Array]:
