@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 import halve
-from halve.api.elsewhere import device_elsewhere, estimated_cost, estimates_warning
+from halve.api.elsewhere import estimated_cost, estimates_warning, where
 from halve.api.shape_cost import LLAMA_1B
 from halve.core.errors import ConfigError, RequestError
 from halve.core.plan import Activations, KVCache, Plan
@@ -25,8 +25,7 @@ def stored(name):
 
 
 def cost(plan=Plan(), smaller="int4-g32", device="L4", config=LLAMA_1B, workload=WORKLOAD, usd="0.80"):  # noqa: B008
-    found = device_elsewhere(device)
-    return estimated_cost(found, config, (stored("bf16"), stored(smaller)), plan, workload, Decimal(usd))
+    return estimated_cost(where(device)[2], config, (stored("bf16"), stored(smaller)), plan, workload, Decimal(usd))
 
 
 def test_fewer_bytes_are_answered_sooner_and_a_plan_that_changes_nothing_is_not():
@@ -40,10 +39,11 @@ def test_fewer_bytes_are_answered_sooner_and_a_plan_that_changes_nothing_is_not(
 
 
 def test_names_are_those_of_the_catalogue_in_any_case():
-    assert device_elsewhere("l4").name == "L4"
-    assert device_elsewhere("cuda") is device_elsewhere("cpu") is None
+    assert where("l4")[2].name == "L4"
+    assert where("l4")[:2] == ("l4", "cpu")
+    assert where("cpu") == ("cpu", "cpu", None)
     assert estimates_warning(None, LLAMA_1B) == ()
-    assert "never certified" in estimates_warning(device_elsewhere("H100"), LLAMA_1B)[0]
+    assert "never certified" in estimates_warning(where("H100")[2], LLAMA_1B)[0]
 
 
 def test_a_level_is_kept_by_fewer_sequences_and_one_that_none_keep_is_refused_with_the_nearest():
@@ -60,7 +60,7 @@ def test_a_model_beyond_its_memory_is_refused():
     large = replace(LLAMA_1B, layers=LLAMA_1B.layers * 30)
     formats = {m.name: FORMATS["bf16"] for m in modules(large)}
     with pytest.raises(ConfigError, match=r"do not fit 24 GB \(L4\)"):
-        estimated_cost(device_elsewhere("L4"), large, (formats, formats), Plan(), WORKLOAD, None)
+        estimated_cost(where("L4")[2], large, (formats, formats), Plan(), WORKLOAD, None)
 
 
 def test_a_bundle_says_what_it_was_estimated_for_and_verify_leaves_that_out(tiny, text, tmp_path, caplog):
@@ -81,5 +81,13 @@ def test_a_bundle_says_what_it_was_estimated_for_and_verify_leaves_that_out(tiny
 
 
 def test_what_is_neither_here_nor_in_the_catalogue_is_refused(tiny, text, tmp_path):
-    with pytest.raises(RequestError, match="device 'H1000' can't be used"):
+    with pytest.raises(RequestError, match=r"device 'H1000' can't be used: .*not in the catalogue.*H100"):
         halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, device="H1000")
+
+
+def test_a_level_that_no_plan_keeps_there_is_refused_before_anything_is_searched(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("halve.api.optimize.run", None)  # calling it fails
+    arguments = {"max_quality_loss": "5%", "calibration": text, "device": "L4"}
+    with pytest.raises(ConfigError, match="the nearest that it can keep is"):
+        halve.optimize(tiny, tmp_path / "out", slo="tpot=0.001ms", **arguments)
+    assert not list(tmp_path.iterdir())

@@ -4,11 +4,12 @@ import json
 import logging
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 import halve
-from halve.api import pipeline, study
+from halve.api import guesses, pipeline, study
 from halve.core.errors import ConfigError, PlanError, QualityError
 from halve.core.plan import Plan
 from halve.kernels import native_library
@@ -137,6 +138,27 @@ def test_a_cheaper_plan_with_tuned_scales_goes_first_where_it_passes(found, tiny
         assert result.certificate.tuning is None
         assert attempts[-1].passed
         assert "-tuned" not in attempts[-1].plan
+
+
+@pytest.mark.skipif(native_library.available() is not None, reason="only measured times can be simulated")
+def test_guesses_that_pay_are_in_the_plan_and_answers_stay_the_same(found, tiny, text, tmp_path, monkeypatch):
+    def most_right(directory, texts, progress):
+        return guesses.Counted(steps=100, made=200, right=195)
+
+    monkeypatch.setattr(guesses, "_count", most_right)
+    # Whether they pay depends on this machine; what follows where they do, does not.
+    monkeypatch.setattr(guesses, "is_worthwhile", lambda found, plain: True)
+    out = tmp_path / "out"
+    certificate = halve.optimize(tiny, out, max_quality_loss="5%", calibration=text, workload="batch").certificate
+    assert Plan.from_json((out / "halve/plan.json").read_text()).speculation.method == "ngram"
+    assert certificate.served.speculation == "ngram"
+    assert certificate.served.answers_compared > 0
+    moves = [m["rejected"] for m in front_of(SimpleNamespace(path=out))["rejected_moves"] if m["part"] == "speculation"]
+    assert moves == ["draft in int3-g64"]
+    assert "are guessed from what followed before" in (out / "halve/report.html").read_text()
+    verified = halve.verify(out, against=tiny)
+    assert not_of_time(verified.differences) == []
+    assert "workload_cost: it was foretold with guesses, which are not counted again" in verified.not_compared
 
 
 def test_a_number_that_no_plan_has_is_refused_with_those_there_are(found, tiny, text, tmp_path):

@@ -85,19 +85,16 @@ def _of_directory(model: str) -> Subject:
     with open_checkpoint(resolve(model)) as checkpoint:
         certificate = read_certificate(checkpoint) if facts.bundle else None
         plan = read_plan(checkpoint)
-    table = 0 if facts.tied else facts.vocab_size * facts.hidden_size
-    kv_numbers = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim
-    asked = plan.activations.format if plan else "fp32"
-    shape = ModelShape(
-        name=Path(model).name,
+    shape = ModelShape.of_stored(
+        Path(model).name,
         parameters=facts.parameters,
-        active_parameters=facts.active_parameters - table,
-        table_parameters=table,
+        active_parameters=facts.active_parameters,
+        table_parameters=0 if facts.tied else facts.vocab_size * facts.hidden_size,
         num_layers=facts.num_layers,
-        kv_numbers=kv_numbers,
-        weight_bits=facts.bytes * 8 / facts.parameters,
-        kv_bits=facts.kv_cache_bytes_per_token * 8 / kv_numbers,
-        activations=asked if asked in ("int8", "fp8") else "bf16",
+        kv_numbers=2 * facts.num_layers * facts.num_kv_heads * facts.head_dim,
+        weight_bytes=facts.bytes,
+        kv_bytes_per_token=facts.kv_cache_bytes_per_token,
+        activations=plan.activations.format if plan else "fp32",
     )
     if certificate is None:
         return Subject(name=shape.name, shape=shape, quality="the original" if not facts.bundle else "no certificate")

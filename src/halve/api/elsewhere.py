@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from decimal import Decimal
 from statistics import fmean
 
+from halve.api.model import torch_ops
 from halve.api.versus.figures import usd_per_mtok
 from halve.core.certificate import WorkloadCost
-from halve.core.errors import ConfigError
-from halve.core.plan import Plan
+from halve.core.errors import ConfigError, RequestError
+from halve.core.plan import Activations, Plan
 from halve.core.workload import Workload
 from halve.economics.catalogue import CatalogueDevice, load_catalogue
 from halve.economics.roofline import estimate
@@ -18,18 +19,33 @@ from halve.models import ModelConfig
 from halve.models.names import modules, num_active_parameters, num_parameters
 
 
-def device_elsewhere(name: str) -> CatalogueDevice | None:
-    """The catalogue's device of that name; None for what it does not know, such as a torch device."""
-    try:
-        return load_catalogue().device(name)
-    except ConfigError:
-        return None
-
-
 def where(name: str) -> tuple[str, str, CatalogueDevice | None]:
-    """A device as it was named, what computes here, and the catalogue's device where it is that."""
-    found = device_elsewhere(name)
-    return name, name if found is None else "cpu", found
+    """A device as it was named, what computes here, and the catalogue's device where it is that.
+
+    Raises RequestError for what is neither a torch device that is here nor in the catalogue.
+    """
+    try:
+        return name, "cpu", load_catalogue().device(name)
+    except ConfigError as unknown:
+        try:
+            torch_ops(name)
+        except RequestError as error:
+            raise RequestError(f"{error}; {unknown}") from error
+    return name, name, None
+
+
+def refuse_elsewhere(
+    device: CatalogueDevice | None,
+    config: ModelConfig,
+    formats: tuple[Mapping[str, Format], Mapping[str, Format]],
+    workload: Workload,
+) -> None:
+    """Raise DoesNotFitError where no plan can be estimated there, before anything is searched.
+
+    formats: of the original's modules, and the fewest bytes that each may take.
+    """
+    if device is not None:
+        estimated_cost(device, config, formats, Plan(activations=Activations(format="int8")), workload, None)
 
 
 def estimates_warning(device: CatalogueDevice | None, config: ModelConfig) -> tuple[str, ...]:
@@ -53,7 +69,8 @@ def estimated_cost(
 ) -> WorkloadCost:
     """A workload on that device. formats: of the modules of the original, which runs in bf16, and of the smaller model.
 
-    Raises DoesNotFitError, a ConfigError, for a model that is larger than the device's memory.
+    Raises DoesNotFitError, a ConfigError, for a model that is larger than the device's memory, and for a smaller one
+    that is slower than the service level.
     """
     prompt = fmean(request.prompt_tokens for request in workload.requests)
     output = fmean(request.output_tokens for request in workload.requests)
@@ -65,8 +82,8 @@ def estimated_cost(
     )
     level = workload.service_level
     original, smaller = (
-        estimate(device, shape, prompt_tokens=prompt, output_tokens=output, time_per_token_s=level.time_per_token_s)
-        for shape in shapes
+        estimate(device, shape, prompt_tokens=prompt, output_tokens=output, time_per_token_s=slowest)
+        for shape, slowest in zip(shapes, (None, level.time_per_token_s), strict=True)
     )
     before, after = (found.output_tok_s(prompt, output) for found in (original, smaller))
     longest = max(request.prompt_tokens for request in workload.requests)
@@ -93,22 +110,18 @@ def _shape(
     name: str, config: ModelConfig, formats: Mapping[str, Format], kv_bytes: int, activations: str
 ) -> ModelShape:
     """A model as a roofline sees it."""
-    parameters, table = num_parameters(config), 0 if config.tied else config.vocab_size * config.hidden_size
-    stored = sum(formats[m.name].size_bytes(m.shape) for m in modules(config))
-    kv_numbers = config.with_kv_format("bf16").kv_cache_bytes_per_token // 2
     experts = next((layer.experts for layer in config.layers if layer.experts is not None), None)
-    of_experts = sum(m.shape[0] * m.shape[1] for m in modules(config) if m.expert is not None)
-    return ModelShape(
-        name=name,
-        parameters=parameters,
-        active_parameters=num_active_parameters(config) - table,
-        table_parameters=table,
+    return ModelShape.of_stored(
+        name,
+        parameters=num_parameters(config),
+        active_parameters=num_active_parameters(config),
+        table_parameters=0 if config.tied else config.vocab_size * config.hidden_size,
         num_layers=config.num_layers,
-        kv_numbers=kv_numbers,
-        weight_bits=8 * stored / parameters,
-        kv_bits=8 * kv_bytes / kv_numbers,
-        activations=activations if activations in ("int8", "fp8") else "bf16",
+        kv_numbers=config.with_kv_format("bf16").kv_cache_bytes_per_token // 2,
+        weight_bytes=sum(formats[m.name].size_bytes(m.shape) for m in modules(config)),
+        kv_bytes_per_token=kv_bytes,
+        activations=activations,
         num_experts=0 if experts is None else experts.num_experts,
         top_k=0 if experts is None else experts.top_k,
-        expert_parameters=of_experts,
+        expert_parameters=sum(m.shape[0] * m.shape[1] for m in modules(config) if m.expert is not None),
     )

@@ -14,7 +14,7 @@ from halve.api.bundle import PLAN_FILE
 from halve.api.model import load
 from halve.api.plans import Plans, replayed, times_of
 from halve.api.progress import Progress
-from halve.api.serving import WORTHWHILE, engine_for
+from halve.api.serving import WORTHWHILE, engine_for, is_worthwhile
 from halve.api.workspace import write_atomic
 from halve.core.plan import Speculation
 from halve.engine import SamplingParams, Simulation
@@ -81,7 +81,7 @@ def judge_guesses(
     draft = max((simulated(with_draft, length, 1.0)[1] for length in DRAFT_LENGTHS), key=lambda one: one.output_tok_s)
     of_ngram = f"{counted.right} of {counted.made} guesses were right in {counted.steps} steps"
     moves = []
-    if _pays(ngram[1], plain):
+    if is_worthwhile(ngram[1], plain):
         log.info("n-gram guesses are made: %s", of_ngram)
         plan = replace(candidate.plan, speculation=Speculation(method="ngram"))
         write_atomic(directory / PLAN_FILE, plan.to_json())
@@ -89,16 +89,10 @@ def judge_guesses(
     else:
         moves.append(_move("ngram", plain, ngram[1], f"{of_ngram}, which saves less than {WORTHWHILE:.0%}"))
     why = f"saves less than {WORTHWHILE:.0%} even if every guess is right"
-    if _pays(draft, plain):
+    if is_worthwhile(draft, plain):
         why = "was not made: what is told is what it saves if every guess is right; try one by --speculate"
     moves.append(_move(f"draft in {DRAFT_FORMAT}", plain, draft, why))
     return tuple(moves)
-
-
-def _pays(found: Simulation, plain: Simulation) -> bool:
-    if found.level_met != plain.level_met:
-        return found.level_met
-    return found.output_tok_s > plain.output_tok_s * (1 + WORTHWHILE)
 
 
 def _move(what: str, plain: Simulation, found: Simulation, why: str) -> Move:

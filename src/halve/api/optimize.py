@@ -11,13 +11,14 @@ from typing import get_args
 
 from halve.api.bundle import CERTIFICATE_FILE, FRONT_FILE, REPORT_FILE, SEALED_FILE, SEEN_FILE
 from halve.api.certify import plan_sha256
-from halve.api.elsewhere import estimates_warning, where
+from halve.api.elsewhere import estimates_warning, refuse_elsewhere, where
 from halve.api.facts import environment, versions
-from halve.api.model import check_served, torch_ops
+from halve.api.front import front_of
+from halve.api.model import check_served
 from halve.api.page import report_page
-from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, front_of, reload, run
+from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
 from halve.api.plans import Purpose
-from halve.api.preflight import check, in_words, preflight, sealed_tokens
+from halve.api.preflight import check, in_words, preflight, sealed_tokens, smallest_formats
 from halve.api.progress import SILENT, Progress
 from halve.api.questions import judge_tasks, keep_tasks, read_tasks
 from halve.api.replayed import check_replay
@@ -35,6 +36,7 @@ from halve.core.errors import ConfigError, FormatError, OutputError, PlanError
 from halve.core.plan import ActivationFormat, KVFormat
 from halve.core.record import to_json
 from halve.core.units import parse_percent
+from halve.core.workload import ServiceLevel
 from halve.data import write_documents
 from halve.evaluate.canary import canary
 from halve.formats import Format, format_named
@@ -131,7 +133,6 @@ def optimize(
             raise OutputError(f"{out}: is the model itself; choose another output")
         refuse_existing(Path(out), force=force)  # now, not after minutes of reading and hashing
         given, device, elsewhere = where(device)
-        torch_ops(device)
         served = "auto" if device == "cpu" else device
         check_served(served, *("fp32" if chosen == "auto" else chosen for chosen in (activations, kv_cache)))
         config = load_config(checkpoint).with_kv_format("fp32")
@@ -142,6 +143,9 @@ def optimize(
         context = config.context
         purpose = Purpose(
             workload=workload_of(str(workload), context, level_of(slo)), usd_per_hour=price, elsewhere=elsewhere
+        )
+        refuse_elsewhere(
+            elsewhere, config, (source, smallest_formats(config, source, portable=portable)), purpose.workload
         )
         tokenizer = Tokenizer.from_directory(checkpoint.path, vocab_size=config.vocab_size)
         texts = prepare_texts(
@@ -188,7 +192,7 @@ def optimize(
             before,
             Path(out),
             limit=limit,
-            level=purpose.workload.service_level,
+            level=purpose.workload.service_level if elsewhere is None else ServiceLevel(),
             time_s=time_s,
             activations=rounded[0] if named is None else named.plan.activations.format,
         )

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import expm1, log1p
 from pathlib import Path
-from typing import Literal
 
 from halve.api.bundle import read_plan
 from halve.api.certify import score
@@ -37,7 +36,6 @@ from halve.models import CheckpointSource, Decoder, ModelConfig, load_config, lo
 from halve.models.decoder import Projection
 from halve.models.names import head_group, num_parameters
 from halve.search import Candidate, Judged, Move, cheapest_passing, likely_start
-from halve.search import in_words as in_words_of
 from halve.search.front import retreat
 
 log = logging.getLogger("halve")
@@ -168,65 +166,6 @@ def run(job: Job) -> Outcome:
         )
     best = min(attempts, key=lambda a: a.kl_mean.value)
     raise QualityError(_nothing_passed(job, ranked[-1], f"{best.plan} on the sealed text", best))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """A plan of the front. number: for --pick. cost_ratio: of the search's own unit, over the dearest plan's here.
-
-    predicted_kl: nats per token by the sensitivities. kl, ppl_ratio: measured, or null.
-    """
-
-    number: int
-    name: str
-    bytes_per_token: int
-    cost_ratio: float
-    predicted_kl: float
-    kl: Measured | None
-    ppl_ratio: Measured | None
-    chosen: bool
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Front:
-    """What a search found, cheapest first, and what the chosen plan left undone. basis: of cost."""
-
-    basis: Literal["seconds", "bytes"]
-    workload: str
-    points: tuple[Point, ...]
-    rejected_moves: tuple[Move, ...]
-    version: int = 1
-
-
-def front_of(outcome: Outcome) -> Front:
-    """The front with what was measured of it."""
-    plans = outcome.plans
-    assert plans is not None
-    judged = {label(j): j for j in outcome.judged}
-    most = max(c.cost or 0.0 for c in outcome.ranked) or 1.0
-    points = []
-    for i, candidate in enumerate(outcome.ranked):
-        found, chosen = judged.get(label(candidate)), candidate is outcome.candidate
-        points.append(
-            Point(
-                number=i + 1,
-                name=label(candidate),
-                bytes_per_token=candidate.bytes_per_token,
-                cost_ratio=(candidate.cost or 0.0) / most,
-                predicted_kl=candidate.predicted_kl or 0.0,
-                kl=outcome.quality.kl_mean if chosen else found.kl_mean if found else None,
-                ppl_ratio=outcome.quality.ppl_ratio if chosen else found.ppl_ratio if found else None,
-                chosen=chosen,
-                layers=tuple(in_words_of(candidate.choices)),
-            )
-        )
-    return Front(
-        basis=plans.basis,
-        workload=plans.purpose.workload.name,
-        points=tuple(points),
-        rejected_moves=tuple(outcome.moves()),
-    )
 
 
 def label(candidate: Candidate | Judged) -> str:

@@ -65,7 +65,7 @@ def preflight(
 
     source: formats of the original's modules; formats: of a plan that was named, None where plans are searched.
     """
-    smallest = dict(formats) if formats is not None else _smallest(config, source, portable=portable)
+    smallest = dict(formats) if formats is not None else smallest_formats(config, source, portable=portable)
     floor_bytes, original_bytes = bytes_per_token(config, smallest), bytes_per_token(config, source)
     read_gb_s, cached = _read_speed(device)
     hessians = Hessians.size_bytes(config) if gptq else 0
@@ -190,7 +190,7 @@ def _up(value: float) -> str:
     return f"{math.ceil(value / step) * step:.3g}"
 
 
-def _smallest(config: ModelConfig, source: Mapping[str, Format], *, portable: bool) -> dict[str, Format]:
+def smallest_formats(config: ModelConfig, source: Mapping[str, Format], *, portable: bool) -> dict[str, Format]:
     """The format of fewest bytes that a search may give each module."""
     found = {}
     for module in modules(config):
@@ -251,7 +251,7 @@ def _seconds(config: ModelConfig, texts: Texts, *, searched: bool, gptq: bool) -
     if gptq:
         rough += calibration * Hessians.size_bytes(config) / 2
     rounding = CLIP_S_PER_WEIGHT * weights * (3 if gptq else 1)
-    plans = 1
+    plans, screened = 1, 0.0
     if searched:
         plans = PLANS_JUDGED + 1
         rough += 3 * forward * FISHER_TOKENS / (2 if large else 1)
@@ -259,8 +259,8 @@ def _seconds(config: ModelConfig, texts: Texts, *, searched: bool, gptq: bool) -
         judged = forward * selection * SHARE_READ  # a large plan by the kernels that serve it
         exact += judged * (1 if large else 1 + PLANS_JUDGED)
         rough += judged * PLANS_JUDGED if large else 0
-        rounding += LARGE_S_PER_WEIGHT * weights / plans if large else 0
-    return exact / exact_s + rough / rough_s + plans * rounding + CALLS_S
+        screened = LARGE_S_PER_WEIGHT * weights if large else 0.0
+    return exact / exact_s + rough / rough_s + screened + plans * rounding + CALLS_S
 
 
 def _flops(config: ModelConfig, *, rough: bool) -> float:

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from halve.api.progress import Advance
 from halve.core.plan import Serving
-from halve.core.record import from_dict, to_dict
 from halve.engine import EngineConfig, Simulation
 
 log = logging.getLogger("halve")
@@ -32,8 +32,9 @@ def best_serving(simulated: Callable[[EngineConfig], Simulation], progress: Adva
         for value in values:
             num_done += 1
             progress(num_done, num_ways)
-            tried = from_dict(Serving, {**to_dict(chosen), name: value})
-            if _holds(tried) and _better(found := simulated(engine_for(tried)), best):
+            changed: dict[str, Any] = {name: value}
+            tried = replace(chosen, **changed)
+            if _holds(tried) and is_worthwhile(found := simulated(engine_for(tried)), best):
                 best, chosen = found, tried
     if chosen.chosen:
         words = ", ".join(f"{name} {value}" for name, value in chosen.chosen.items())
@@ -61,8 +62,8 @@ def _holds(serving: Serving) -> bool:
     return (serving.max_num_seqs or usual.max_num_seqs) <= most
 
 
-def _better(found: Simulation, best: Simulation) -> bool:
-    """Keeping the level counts before speed."""
-    if found.level_met != best.level_met:
+def is_worthwhile(found: Simulation, before: Simulation) -> bool:
+    """Whether a way of serving is clearly better than another; keeping the service level counts before speed."""
+    if found.level_met != before.level_met:
         return found.level_met
-    return found.output_tok_s > best.output_tok_s * (1 + WORTHWHILE)
+    return found.output_tok_s > before.output_tok_s * (1 + WORTHWHILE)

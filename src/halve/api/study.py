@@ -1,8 +1,7 @@
 """What a search learns of a model, kept in the user's cache for the next limit: statistics, scores of every option.
 
 It depends on the model and on the text it is shown, but not on the limit or the workload, so that another limit takes
-seconds. Files are written whole or not at all; what is broken is made again,
-and that alone.
+seconds. Files are written whole or not at all; what is broken is made again, and that alone.
 """
 
 import hashlib

@@ -117,10 +117,8 @@ def replay(
 ) -> tuple[float, Simulation]:
     """The highest pace at which a workload keeps its service level, and what comes of it.
 
-    num_drafts, draft_rate: of guesses, as `simulate` takes them.
-
     All at once, an infinite pace, where it has none. Where not even requests that come alone keep the level, that
-    is what is returned, with level_met false.
+    is what is returned, with level_met false. num_drafts, draft_rate: of guesses, as `simulate` takes them.
     """
 
     def at(pace: float) -> Simulation:

@@ -33,6 +33,44 @@ class ModelShape:
     expert_parameters: float = 0
     window: int | None = None
 
+    @classmethod
+    def of_stored(
+        cls,
+        name: str,
+        *,
+        parameters: int,
+        active_parameters: int,
+        table_parameters: int,
+        num_layers: int,
+        kv_numbers: int,
+        weight_bytes: int,
+        kv_bytes_per_token: int,
+        activations: str,
+        num_experts: int = 0,
+        top_k: int = 0,
+        expert_parameters: int = 0,
+    ) -> Self:
+        """The shape of a model as its files hold it.
+
+        active_parameters: with the table, of which `table_parameters` are looked up and not multiplied (0 where it is
+        the head too). weight_bytes: of all weights; kv_bytes_per_token: of keys and values. activations: of a plan;
+        what no accelerator multiplies in counts as bf16.
+        """
+        return cls(
+            name=name,
+            parameters=parameters,
+            active_parameters=active_parameters - table_parameters,
+            table_parameters=table_parameters,
+            num_layers=num_layers,
+            kv_numbers=kv_numbers,
+            weight_bits=8 * weight_bytes / parameters,
+            kv_bits=8 * kv_bytes_per_token / kv_numbers,
+            activations=activations if activations in ("int8", "fp8") else "bf16",
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_parameters=expert_parameters,
+        )
+
     @property
     def weight_bytes(self) -> float:
         """Bytes that must fit the memory."""

@@ -17,6 +17,11 @@ WAVE_LOGITS = 1 << 26  # logits of windows that an engine runs ahead: 256 MiB
 BATCH_TOKENS = 2048  # tokens of short windows that run as one flat batch
 
 
+def rows_at_a_time(vocab_size: int) -> int:
+    """Rows of logits that are made at once."""
+    return max(LEAST_ROWS, CHUNK_LOGITS // vocab_size)
+
+
 class DecoderScorer:
     """Logits of whole token sequences by a decoder, without a cache; keys and values are still rounded as planned.
 
@@ -40,7 +45,7 @@ class DecoderScorer:
         """tokens int32 [T] -> float32 chunks [t, vocab] that cover every position in order."""
         ops = self.decoder.ops
         hidden = self._hidden(tokens)
-        step = max(LEAST_ROWS, CHUNK_LOGITS // self.vocab_size)
+        step = rows_at_a_time(self.vocab_size)
         for start in range(0, len(tokens), step):
             with torch.inference_mode():
                 part = ops.to_host(self.decoder.logits(hidden[start : start + step]))

@@ -27,7 +27,7 @@ class Setting:
     loss: float = 0.0
 
     def beside(self, usual: "Setting") -> str:
-        """What is not as usual, for the name of a plan: `-a16-kv4.8`."""
+        """What is not as usual, for the name of a plan: `-a16`, or `-kv4.8-3` for int4 with three layers in int8."""
         words = []
         if self.activations != usual.activations:
             words.append(f"-a{SHORT[self.activations]}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from halve.evaluate.scorer import rows_at_a_time
 from halve.formats import Weight
 from halve.kernels.ops import Array, TokenBatch
 from halve.kernels.reference import ROUND_INPUT, TorchOps
@@ -19,7 +20,6 @@ from halve.models.moe import ExpertProjection
 from halve.models.names import EMBEDDING, FusedGroup
 
 KEEP_LOGITS = 1 << 26  # of the original, kept in float32: 256 MiB
-BLOCK_LOGITS, LEAST_ROWS = 1 << 22, 128  # scored at a time
 
 
 class Swapped:
@@ -143,7 +143,7 @@ class Swaps:
 
     def _scored(self, stream: Any, head: Projection) -> float:
         total = 0.0
-        step = max(LEAST_ROWS, BLOCK_LOGITS // self.decoder.config.vocab_size)
+        step = rows_at_a_time(self.decoder.config.vocab_size)
         for begin in range(0, self.num_tokens, step):
             end = min(begin + step, self.num_tokens)
             new = self._logs(head, stream, begin, end)
