@@ -87,7 +87,7 @@ def judge_guesses(
         write_atomic(directory / PLAN_FILE, plan.to_json())
         plans.foresee(candidate, ngram)
     else:
-        moves.append(_move("ngram", plain, ngram[1], f"{of_ngram}, which saves less than {WORTHWHILE:.0%}"))
+        moves.append(_move("ngram", plain, ngram[1], f"saves less than {WORTHWHILE:.0%}: {of_ngram}"))
     why = f"saves less than {WORTHWHILE:.0%} even if every guess is right"
     if is_worthwhile(draft, plain):
         why = "was not made: what is told is what it saves if every guess is right; try one by --speculate"

@@ -11,7 +11,7 @@ from halve.core.plan import Plan
 from halve.evaluate.canary import canary_words
 from halve.models.names import EMBEDDING, groups
 from halve.report import Candidate, GroupSize, LayerError, ReportPage, Sample
-from halve.search import Judged, in_words
+from halve.search import Judged, Move, in_words
 
 TOLD_MOVES = 16  # that were rejected; all of them are in halve/front.json
 KIND_WORDS = {
@@ -144,15 +144,19 @@ def _notes(job: Job, outcome: Outcome, trial: Trial) -> tuple[str, ...]:
     unit = "s of the workload" if plans.basis == "seconds" else "bytes a token"
     if plans.basis == "seconds":
         notes.append(
-            f"Plans are ranked by the seconds that the steps of workload {plans.purpose.workload.name} take in their "
-            "products, measured for every shape and format on this device."
+            f"Plans are ranked by the seconds that the steps of workload {plans.purpose.workload.name} take, by times "
+            "of every product, of attention and of the engine that were measured on this device."
         )
     else:
         notes.append("Plans are ranked by the bytes of weights that one decoded token reads at batch 1.")
     notes += [f"Stored as {line}." for line in in_words(outcome.candidate.choices)]
     for move in outcome.moves()[:TOLD_MOVES]:
-        notes.append(
-            f"Not done: {move.part} in {move.rejected} instead of {move.chosen}: it saves {-move.cost:.3g} {unit} and "
-            f"{move.why} ({move.loss:.2g} nats per token more)."
-        )
+        notes.append(_not_done(move, unit))
     return tuple(notes)
+
+
+def _not_done(move: Move, unit: str) -> str:
+    """A change that a plan did not make, in a sentence."""
+    cost = f"saves {-move.cost:.3g} {unit}" if move.cost < 0 else f"takes {move.cost:.3g} {unit} more"
+    loss = f" and loses {abs(move.loss):.2g} nats per token {'more' if move.loss > 0 else 'less'}" if move.loss else ""
+    return f"Not done: {move.part} in {move.rejected} instead of {move.chosen}: it {cost}{loss}. It {move.why}."
