@@ -26,9 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from halve.api.facts import environment
+from halve.api.job import CONFIDENCE, MAX_ATTEMPTS, label
+from halve.api.judging import EXPECTED_SHARE
 from halve.api.model import load
-from halve.api.pipeline import CONFIDENCE, EXPECTED_SHARE, MAX_ATTEMPTS, label, original_scorer
 from halve.api.progress import SILENT
+from halve.api.scorers import original_scorer
 from halve.api.study import Question, study
 from halve.api.texts import prepare_texts, window_of
 from halve.checkpoint import open_checkpoint

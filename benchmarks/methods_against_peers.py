@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from run_peer import PEERS
 
-from halve.api.pipeline import TUNE_STEPS
+from halve.api.making import TUNE_STEPS
 from halve.api.progress import SILENT
 from halve.api.study import Question, Studied, statistics_of, study
 from halve.api.texts import Texts, prepare_texts

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import halve
-from halve.api import pipeline
+from halve.api import judging
 from halve.core.errors import OutputError
 from tests.api.tiny import environment
 from tests.tools import not_of_time
@@ -17,10 +17,10 @@ from tests.tools import not_of_time
 RUN = """
 import sys
 import halve
-from halve.api import pipeline
+from halve.api import judging
 from halve.api.workspace import Workspace
 
-pipeline.TUNED_SHARE = float("inf")
+judging.TUNED_SHARE = float("inf")
 model, out, text, awaited = sys.argv[1:5]
 real = Workspace.save_state
 
@@ -54,7 +54,7 @@ def end(process, how):
 def _untuned():
     """Sums of gradients depend on where memory lies, so that of tuned scales a last bit may differ."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "TUNED_SHARE", float("inf"))  # no plan is expected to pass when it is tuned
+        patch.setattr(judging, "TUNED_SHARE", float("inf"))  # no plan is expected to pass when it is tuned
         yield
 
 

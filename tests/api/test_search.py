@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import halve
-from halve.api import guesses, pipeline, study
+from halve.api import guesses, judging, making, study
 from halve.core.errors import ConfigError, PlanError, QualityError
 from halve.core.plan import Plan
 from halve.kernels import native_library
@@ -115,7 +115,7 @@ def test_a_plan_of_the_front_can_be_picked_without_a_limit(found, tiny, text, tm
 
 @pytest.mark.parametrize("passes", [True, False])
 def test_a_cheaper_plan_with_tuned_scales_goes_first_where_it_passes(found, tiny, text, tmp_path, monkeypatch, passes):
-    real, tuned = pipeline._judged, []
+    real, tuned = judging._judged, []
 
     def judged(job, original, candidate, directory):
         result = real(job, original, candidate, directory)
@@ -124,9 +124,9 @@ def test_a_cheaper_plan_with_tuned_scales_goes_first_where_it_passes(found, tiny
         tuned.append(candidate)
         return replace(result, passed=passes)
 
-    monkeypatch.setattr(pipeline, "_judged", judged)
-    monkeypatch.setattr(pipeline, "TUNED_SHARE", 0.3)
-    monkeypatch.setattr(pipeline, "TUNE_STEPS", 4)
+    monkeypatch.setattr(judging, "_judged", judged)
+    monkeypatch.setattr(judging, "TUNED_SHARE", 0.3)
+    monkeypatch.setattr(making, "TUNE_STEPS", 4)
     result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, workload="batch")
     attempts = result.certificate.attempts
     assert len(tuned) == 1
@@ -209,7 +209,7 @@ def test_activations_that_no_searched_format_meets_are_refused(tiny, text, tmp_p
 
 @pytest.mark.parametrize("how", ["interrupt", "time"])
 def test_when_it_is_stopped_the_best_so_far_is_certified(found, tiny, text, tmp_path, monkeypatch, how):
-    real, calls = pipeline.judge_early, []
+    real, calls = judging.judge_early, []
 
     def judge(*args):
         calls.append(1)
@@ -217,7 +217,7 @@ def test_when_it_is_stopped_the_best_so_far_is_certified(found, tiny, text, tmp_
             raise KeyboardInterrupt if how == "interrupt" else AssertionError("judged after the time was over")
         return real(*args)[0], True
 
-    monkeypatch.setattr(pipeline, "judge_early", judge)
+    monkeypatch.setattr(judging, "judge_early", judge)
     limit = {"time": "1ms"} if how == "time" else {}
     result = halve.optimize(tiny, tmp_path / "out", max_quality_loss="90%", calibration=text, workload="batch", **limit)
     assert result.certificate.verdict == "pass"

@@ -6,7 +6,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from halve.core.errors import HalveError, KernelError
+from halve.core.errors import CheckpointError, HalveError, KernelError
 from halve.formats import FORMATS, Weight, pack_codes
 from halve.formats.base import BF16
 from halve.kernels import native_library
@@ -16,7 +16,7 @@ from halve.kernels.program import MOST_CANDIDATES
 from halve.kernels.sampling import SamplingBatch
 from halve.models import Decoder, LayerSpec, ModelConfig
 from halve.models.compiled import LEAST_TOKENS
-from halve.models.config import Rope
+from halve.models.config import Experts, Rope
 
 pytestmark = pytest.mark.skipif(native_library.available() is not None, reason="the C++ library is not built")
 
@@ -123,6 +123,103 @@ def test_every_kind_of_attention_is_compiled(layer, kv_format):
         expected = eagerly(decoder, step, other, rows)
         tolerance = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2, "int4": 2e-1}[kv_format] * np.abs(expected).max()
         np.testing.assert_allclose(decoder.step(step, one, rows), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "row"])
+def test_queries_and_keys_are_normed(qk_norm):
+    config = config_of(LayerSpec(rope=ROPE, qk_norm=qk_norm, kv_format="fp32"), LayerSpec(rope=ROPE, kv_format="fp32"))
+    decoder = Decoder(config, NativeOps(), Random())
+    one, other = decoder.new_cache(8, BLOCK), decoder.new_cache(8, BLOCK)
+    for step, rows in zip(STEPS, ROWS, strict=True):
+        expected = eagerly(decoder, step, other, rows)
+        np.testing.assert_allclose(decoder.step(step, one, rows), expected, atol=1e-4 * np.abs(expected).max())
+    assert decoder._compiled is not None
+
+
+def test_angles_are_multiplied_by_what_yarn_asks():
+    rope = Rope(theta=10000.0, kind="yarn", factor=4.0, original_context=64, attention_factor=1.14)
+    decoder = Decoder(config_of(*[LayerSpec(rope=rope, kv_format="fp32")] * 2), NativeOps(), Random())
+    one, other = decoder.new_cache(8, BLOCK), decoder.new_cache(8, BLOCK)
+    for step, rows in zip(STEPS, ROWS, strict=True):
+        expected = eagerly(decoder, step, other, rows)
+        np.testing.assert_allclose(decoder.step(step, one, rows), expected, atol=1e-4 * np.abs(expected).max())
+    assert decoder._compiled is not None
+
+
+EXPERTS = Experts(num_experts=6, top_k=3, intermediate_size=96, renormalize=True)
+KINDS = {
+    "mixtral": EXPERTS,
+    "olmoe": replace(EXPERTS, renormalize=False, top_k=1, scale=1.5),
+    "qwen2": replace(EXPERTS, renormalize=False, shared_size=160),
+    "shared": replace(EXPERTS, shared_size=160, shared_gate=False),
+    "gpt_oss": replace(EXPERTS, top_k=4, router_bias=True, bias=True, clamp=(1.7, 0.4)),
+    "all": replace(EXPERTS, top_k=6),
+}
+
+
+class Routed(Random):
+    """The same, with routers that have clear wishes."""
+
+    def vector(self, name, shape):
+        if len(shape) == 2:
+            return np.random.default_rng(crc32(name.encode())).standard_normal(shape).astype(np.float32)
+        return super().vector(name, shape)
+
+
+def sparse(experts, kv_format="fp32"):
+    layer = LayerSpec(rope=ROPE, kv_format=kv_format)
+    return config_of(layer, replace(layer, experts=experts), replace(layer, experts=experts))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activations", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["int4-g32", "int8", "bf16"])
+def test_experts_of_a_step_are_those_of_single_operations(kind, activations, weights):
+    decoder = Decoder(sparse(KINDS[kind]), NativeOps(activations=activations), Routed(**{"": weights}))
+    one, other = decoder.new_cache(8, BLOCK), decoder.new_cache(8, BLOCK)
+    for step, rows in zip(STEPS, ROWS, strict=True):
+        for count in decoder.expert_counts():
+            count.tokens[:], count.totals[:] = 0, 0
+        expected = eagerly(decoder, step, other, rows)
+        asked = [(count.tokens.tolist(), count.totals.tolist()) for count in decoder.expert_counts()]
+        found = decoder.step(step, one, rows)
+        tolerance = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2}[activations] * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, atol=tolerance)
+        for count, (tokens, totals) in zip(decoder.expert_counts(), asked, strict=True):
+            assert count.totals.tolist() == [2 * one for one in totals]
+            assert (np.abs(count.tokens - 2 * np.array(tokens)) <= (0 if activations == "fp32" else 1)).all()
+    assert decoder._compiled is not None
+
+
+def test_a_token_of_a_sparse_step_is_the_same_to_the_bit_whoever_is_beside_it():
+    decoder = Decoder(sparse(KINDS["qwen2"], "bf16"), NativeOps(activations="int8"), Routed())
+    alone, beside = decoder.new_cache(40, BLOCK), decoder.new_cache(40, BLOCK)
+    others = [(0, 11 + i, [4 * i + 4, 4 * i + 5]) for i in range(8)]
+    rows = np.array([39], np.int32)
+    found = decoder.step(batch((0, 40, [0, 1, 2, 3]), *others), beside, rows)
+    np.testing.assert_array_equal(decoder.step(batch((0, 40, [0, 1, 2, 3])), alone, rows), found)
+    parts = decoder.new_cache(40, BLOCK)
+    for first, n in ((0, 17), (17, 1), (18, 22)):
+        cut = decoder.step(batch((first, n, [0, 1, 2, 3])), parts, np.array([n - 1], np.int32))
+    np.testing.assert_array_equal(cut, found)
+
+
+def test_equal_logits_go_to_the_lower_experts():
+    decoder = Decoder(sparse(EXPERTS), NativeOps(), Routed())
+    flat = decoder.ops.linear(Weight(format=FORMATS["fp32"], shape=(6, HIDDEN), codes=np.zeros((6, HIDDEN), "f4")))
+    decoder.layers[1].router.linear = flat
+    decoder.step(STEPS[0], decoder.new_cache(8, BLOCK), ROWS[0])
+    assert decoder.expert_counts()[0].tokens.tolist() == [45, 45, 45, 0, 0, 0]
+    assert decoder.expert_counts()[0].totals.tolist() == [1, 3]
+
+
+def test_a_router_that_gives_no_numbers_is_named():
+    decoder = Decoder(sparse(EXPERTS), NativeOps(), Routed())
+    broken = Weight(format=FORMATS["fp32"], shape=(6, HIDDEN), codes=np.full((6, HIDDEN), np.nan, np.float32))
+    decoder.layers[2].router.linear = decoder.ops.linear(broken)
+    cache = decoder.new_cache(8, BLOCK)
+    with pytest.raises(CheckpointError, match="layer 2: the router's logits hold NaN"):
+        decoder.step(STEPS[0], cache, ROWS[0])
 
 
 def test_greedy_tokens_without_full_logits_are_the_argmax_of_the_logits():

@@ -12,9 +12,9 @@ from halve.api.certify import check_unseen, seen_by, text_to_judge
 from halve.api.clock import witnessed
 from halve.api.facts import environment, versions
 from halve.api.model import Model, torch_ops
-from halve.api.pipeline import original_scorer
 from halve.api.progress import SILENT, Progress
 from halve.api.roofline import rooflines
+from halve.api.scorers import original_scorer
 from halve.api.sides import Kind, Side
 from halve.api.texts import WINDOW_TOKENS, beginnings, shipped_sealed
 from halve.api.trial import in_turns

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from halve.api.pipeline import Outcome, label
+from halve.api.job import label
+from halve.api.pipeline import Outcome
 from halve.core.certificate import Measured
 from halve.search import Move, in_words
 

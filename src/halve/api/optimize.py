@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -14,15 +15,17 @@ from halve.api.certify import plan_sha256
 from halve.api.elsewhere import estimates_warning, refuse_elsewhere, where
 from halve.api.facts import environment, versions
 from halve.api.front import front_of
+from halve.api.job import MAX_ATTEMPTS, Job
 from halve.api.model import check_served
 from halve.api.page import report_page
-from halve.api.pipeline import MAX_ATTEMPTS, Job, Outcome, reload, run
+from halve.api.pipeline import Outcome, run
 from halve.api.plans import Purpose
 from halve.api.preflight import check, in_words, preflight, sealed_tokens, smallest_formats
 from halve.api.progress import SILENT, Progress
 from halve.api.questions import judge_tasks, keep_tasks, read_tasks
 from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
+from halve.api.scorers import reload
 from halve.api.study import Question, is_large
 from halve.api.texts import prepare_texts
 from halve.api.trial import Trial, run_trial
@@ -249,7 +252,7 @@ def optimize(
                 trial = run_trial(
                     checkpoint.path,
                     outcome.directory,
-                    reload(smaller, device),
+                    partial(reload, smaller, device),
                     texts.sealed,
                     served,
                     progress,
@@ -332,7 +335,7 @@ def _roundings(
     device: str,
 ) -> tuple[tuple[ActivationFormat, ...], tuple[KVFormat, ...]]:
     """What a search may round beside the weights, the usual first: as named, or what steps are timed with here."""
-    timed = device == "cpu" and not portable and config.plain and native_library.available() is None
+    timed = device == "cpu" and not portable and config.timed and native_library.available() is None
     others: tuple[tuple[ActivationFormat, ...], tuple[KVFormat, ...]] = (("bf16",), ("int8", "int4"))
     return (
         (usual[0], *(others[0] if timed and activations == "auto" else ())),

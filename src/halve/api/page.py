@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from halve.api.bundle import PLAN_FILE
-from halve.api.pipeline import Job, Outcome, label
+from halve.api.job import Job, label
+from halve.api.pipeline import Outcome
 from halve.api.trial import Trial
 from halve.compress import ModuleReport
 from halve.core.certificate import Certificate

@@ -329,7 +329,7 @@ def _table(
 
     wholly: activations that every option is timed with; others are with a typical format only.
     """
-    if not question.config.plain:
+    if not question.config.timed:
         log.info("plans are ranked by the bytes that a token reads: steps of this kind of model are not timed")
         return None
     if question.device != "cpu":

@@ -34,7 +34,7 @@ from halve.models.sizes import bytes_per_token
 log = logging.getLogger("halve")
 
 PROCESS_BYTES = 900 << 20  # Python and torch with nothing loaded, and its allocator's slack
-STATES_BYTES = 1 << 30  # most of the original's final states that are kept (halve.api.pipeline.KEEP_BYTES)
+STATES_BYTES = 1 << 30  # most of the original's final states that are kept (halve.api.scorers.KEEP_BYTES)
 LOGITS_BYTES = 4 * WAVE_LOGITS  # of windows that are scored side by side (halve.evaluate.scorer)
 WIDENED_BYTES = 1 << 30  # a model no larger than this in float32 is scored from float32 weights
 SPARE_DISK_BYTES = 64 << 20  # certificate, report, sealed text

@@ -15,8 +15,8 @@ from typing import Literal
 from halve.api.certify import served_device
 from halve.api.clock import witnessed
 from halve.api.model import load, torch_ops
-from halve.api.pipeline import original_scorer, reload
 from halve.api.progress import SILENT, Progress
+from halve.api.scorers import original_scorer, reload
 from halve.api.texts import Texts, prepare_texts
 from halve.api.trial import RUNS, run_once, speed_of
 from halve.api.workloads import seconds_of

@@ -4,7 +4,7 @@ Speeds are taken in turns, so that a drifting machine slows each model alike.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -21,7 +21,7 @@ from halve.api.texts import WINDOW_TOKENS
 from halve.api.versus.processes import Others
 from halve.core.certificate import Measured, Served, Speed, SpeedRatio, WorkloadReplay
 from halve.core.errors import KernelError
-from halve.core.plan import Activations, KVCache, Plan
+from halve.core.plan import ActivationFormat, Activations, KVCache, Plan
 from halve.engine import SamplingParams
 from halve.evaluate import compare
 from halve.evaluate.canary import first_difference
@@ -49,7 +49,9 @@ CANARY_TOKENS = 48  # of an answer that is held against the original's
 
 # Two right sets of kernels differ by the order of their sums: measured, 1e-7 nats per token. Where activations are
 # rounded, that order decides what falls to which side, and noise e in the logits costs a KL of up to e^2 / 2:
-# measured with int8 activations on tiny-en at 4 bits, 5e-4.
+# measured with int8 activations on tiny-en at 4 bits, 5e-4. Other models answer to rounding more: random weights of
+# Llama-3.2-1B's shape by 2e-3. Two right roundings lie as far from what is not rounded as the reference itself, so
+# that what rounding costs the model at hand is allowed as well.
 # On CUDA the stream between operations is bf16; measured on tiny-en, 1e-4.
 AGREEMENT = 1e-4
 AGREEMENT_BF16 = 1e-3
@@ -88,7 +90,7 @@ class Trial:
 def run_trial(
     original: Path,
     smaller: Path,
-    reference: Decoder,
+    reference: Callable[[ActivationFormat], Decoder],
     sealed: Sequence[Array],
     device: str,
     progress: Progress,
@@ -97,8 +99,8 @@ def run_trial(
 ) -> Trial:
     """Load both models as `halve.load` does, measure and sample them, and run a workload where one is asked for.
 
-    reference: the smaller model by the reference kernels. sealed: token ids of the sealed documents, whose beginnings
-    are the prompts.
+    reference: makes the smaller model by the reference kernels, with activations so rounded. sealed: token ids of the
+    sealed documents, whose beginnings are the prompts.
     Raises KernelError when the kernels that will serve the smaller model disagree with the reference.
     """
     ours = load(smaller, device=device, keep=False)
@@ -154,17 +156,28 @@ def _parted(
     return tuple(first_difference(one, other) for one, other in zip(*answers, strict=True))
 
 
-def _agreement(model: Model, reference: Decoder, documents: Sequence[Array]) -> float:
+def _agreement(model: Model, reference: Callable[[ActivationFormat], Decoder], documents: Sequence[Array]) -> float:
     """KL(reference || served) in nats per token. Rounded caches make a last-bit difference of two sums a larger one."""
     window_tokens = min(model.config.context, WINDOW_TOKENS)
-    scores = compare(DecoderScorer(reference), DecoderScorer(model.decoder), documents, window_tokens=window_tokens)
-    divergence = float(scores.kl.mean())
-    rounding = AGREEMENT_BF16 if model.ops.name == "cuda" else AGREEMENT
-    noise = noise_of(model.plan.activations.format, model.plan.kv_cache.names)
-    if not divergence <= max(rounding, noise**2 / 2):
+
+    def apart(one: Decoder, other: Decoder) -> float:
+        scores = compare(DecoderScorer(one), DecoderScorer(other), documents, window_tokens=window_tokens)
+        return float(scores.kl.mean())
+
+    rounded = model.plan.activations.format
+    judge = reference(rounded)
+    divergence = apart(judge, model.decoder)
+    allowed = max(
+        AGREEMENT_BF16 if model.ops.name == "cuda" else AGREEMENT,
+        noise_of(rounded, model.plan.kv_cache.names) ** 2 / 2,
+    )
+    if not divergence <= allowed and rounded != "fp32":
+        allowed = max(allowed, apart(reference("fp32"), judge))
+    if not divergence <= allowed:
         raise KernelError(
-            f"kernels {model.kernels} differ from the reference by a KL divergence of {divergence:.2g} nats per token; "
-            "this is a defect of Halve on this machine: please report it, with `halve doctor --json`"
+            f"kernels {model.kernels} differ from the reference by a KL divergence of {divergence:.2g} nats per token, "
+            f"where rounding explains {allowed:.2g}; this is a defect of Halve on this machine: please report it, "
+            "with `halve doctor --json`"
         )
     return divergence
 

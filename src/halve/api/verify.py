@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from halve.api.bundle import read_certificate, read_plan
@@ -9,7 +10,6 @@ from halve.api.certify import check_plan, check_unseen, score, served_device, te
 from halve.api.cost_again import CostAgain, cost_again
 from halve.api.facts import environment, versions
 from halve.api.model import torch_ops
-from halve.api.pipeline import original_scorer, reload
 from halve.api.progress import SILENT, Progress
 from halve.api.questions import ask, tasks_again
 from halve.api.recorded import (
@@ -23,6 +23,7 @@ from halve.api.recorded import (
 )
 from halve.api.replayed import check_replay
 from halve.api.roofline import judged, rooflines
+from halve.api.scorers import original_scorer, reload
 from halve.api.texts import beginnings
 from halve.api.trial import Trial, run_trial
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
@@ -125,7 +126,7 @@ def verify(
             trial = run_trial(
                 original.path,
                 smaller.path,
-                reload(smaller, device),
+                partial(reload, smaller, device),
                 tokens,
                 served_device(device),
                 progress,

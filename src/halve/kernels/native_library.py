@@ -10,7 +10,7 @@ from typing import Any
 
 from halve.core.errors import KernelError
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 LIBRARY = "libhalve_kernels.so"
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float

@@ -72,6 +72,8 @@ class ProductRecord(ctypes.Structure):
         ("add", ctypes.c_int32),
         ("gated", ctypes.c_int32),
         ("rounding", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
     )
 
 
@@ -147,10 +149,15 @@ def product_record(
     rows: int = 0,
     add: bool = False,
     gated: bool = False,
+    clamp: tuple[float, float] | None = None,
 ) -> ProductRecord:
-    """A product of x with up to MAX_MEMBERS matrices; outputs are (address, floats from one row to the next)."""
+    """A product of x with up to MAX_MEMBERS matrices; outputs are (address, floats from one row to the next).
+
+    clamp: alpha and limit of a gate that is not silu (`Product` of csrc/products.h).
+    """
     assert len(matrices) <= MAX_MEMBERS
     record = ProductRecord(x=x, rows=rows, members=len(matrices), add=add, gated=gated, rounding=ROUNDINGS[rounding])
+    record.alpha, record.limit = clamp or (0.0, 0.0)
     for i, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
         record.weight[i] = matrix.address
         record.bias[i] = None if bias is None else bias.ctypes.data

@@ -6,6 +6,7 @@ between instructions is shared by all layers; what a layer leaves behind is its 
 
 import ctypes
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,14 @@ from halve.kernels.products import (
     rows_of,
 )
 
-OPERATIONS = ("embed", "angles", "prepare", "product", "reduce", "silu_mul", "kv_write", "attention")
-_EMBED, _ANGLES, _PREPARE, _PRODUCT, _REDUCE, _SILU_MUL, _KV_WRITE, _ATTENTION = range(len(OPERATIONS))
+OPERATIONS = (
+    *("embed", "angles", "prepare", "product", "reduce", "silu_mul", "kv_write", "attention"),
+    *("norm", "route", "experts", "combine"),
+)
+_EMBED, _ANGLES, _PREPARE, _PRODUCT, _REDUCE, _SILU_MUL, _KV_WRITE, _ATTENTION = range(8)
+_NORM, _ROUTE, _EXPERTS, _COMBINE = range(8, 12)
+NAN_LOGITS = 3  # what a run returns then
+MOST_CHOSEN = 64  # experts of a token, as csrc/experts.h has it
 BEST_BYTES = 8  # `Best` of csrc/products.h
 MOST_CANDIDATES = 64  # as csrc/products.h has it
 
@@ -40,15 +47,50 @@ def _record(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_Instruction = _record("Instruction", operation=_I32, of_rows=_I32, record=_P)
+_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_Instruction = _record("Instruction", operation=_I32, of_rows=_I32, per_token=_I64, record=_P)
 _Embed = _record("Embed", table=_P, ids=_P, y=_P)
-_Angles = _record("Angles", frequencies=_P, cos=_P, sin=_P, half=_I64)
+_Angles = _record("Angles", frequencies=_P, cos=_P, sin=_P, half=_I64, factor=_F32)
 _Reduce = _record("Reduce", likeliest=LikeliestRecord, rows=_I64, logits=_P, ids=_P)
 _Gate = _record("Gate", gate=_P, up=_P, out=_P, width=_I64)
+_Norm = _record("Norm", x=_P, gain=_P, y=_P, x_stride=_I64, y_stride=_I64, parts=_I64, width=_I64, eps=_F32)
+_Route = _record(
+    "Route",
+    **{"logits": _P, "experts": _I64, "top_k": _I64, "renormalize": _I32, "scale": _F32},
+    **dict.fromkeys(("chosen", "weights", "places", "tokens", "offsets", "counted", "totals", "broken"), _P),
+)
+_Experts = _record(
+    "Experts",
+    **{"route": _P, "each": _P, "tokens": ActivationsRecord, "places": ActivationsRecord, "row_bytes": _I64 * 5},
+)
+_Combine = _record("Combine", route=_P, y=_P, shared=_P, shares=_P, x=_P, width=_I64)
 _StepInput = _record("StepInput", batch=_P, token_ids=_P, rows=_P, num_rows=_I64, num_candidates=_I64)
 
 Rotation = tuple[Array, Array]  # cos, sin float32 [T, D / 2]
+
+
+class BrokenRouteError(Exception):
+    """A `Program.route` met NaN in its logits. index: which, from 0."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"route {index} met NaN")
+        self.index = index
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a program's tokens go: `tokens` int32 [T * top_k], sorted by expert; `offsets` int32 [experts + 1]."""
+
+    record: ctypes.Structure
+    tokens: Array
+    offsets: Array
+    weights: Array
+    broken: Array
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return int(self.record.top_k)
 
 
 class Program:
@@ -59,14 +101,15 @@ class Program:
 
     def __init__(self, ops: NativeOps, max_tokens: int, max_rows: int) -> None:
         self.ops, self.max_tokens, self.max_rows = ops, max_tokens, max_rows
-        self._instructions: list[tuple[int, bool, ctypes.Structure]] = []
-        self._inputs: dict[tuple[InputLayout, bool], ActivationsRecord] = {}
+        self._instructions: list[tuple[int, bool, int, ctypes.Structure]] = []
+        self._inputs: dict[tuple[InputLayout, bool, int, bool], ActivationsRecord] = {}
+        self._routes: list[Places] = []
         self._kept: list[Any] = []
         self._compiled: Any = None
 
-    def floats(self, width: int, *, of_rows: bool = False) -> Array:
-        """Float32 [max_tokens or max_rows, width] to work in."""
-        rows = self.max_rows if of_rows else self.max_tokens
+    def floats(self, width: int, *, of_rows: bool = False, per_token: int = 1) -> Array:
+        """Float32 [max_tokens * per_token or max_rows, width] to work in."""
+        rows = self.max_rows if of_rows else self.max_tokens * per_token
         array = aligned_bytes(4 * rows * width).view(np.float32).reshape(rows, width)
         self._kept.append(array)
         return array
@@ -75,37 +118,52 @@ class Program:
         """Rows of a table for the step's tokens."""
         self._add(_EMBED, _Embed(table=table.address, y=out.ctypes.data), keep=(table, out))
 
-    def rotation(self, frequencies: Array) -> Rotation:
-        """cos and sin of the step's positions times frequencies, float32 [D / 2] radians a position."""
+    def rotation(self, frequencies: Array, factor: float = 1.0) -> Rotation:
+        """cos and sin of the step's positions times frequencies, float32 [D / 2] radians a position, times factor."""
         half = len(frequencies)
         cos, sin = self.floats(half), self.floats(half)
         addresses = (frequencies.ctypes.data, cos.ctypes.data, sin.ctypes.data)
-        self._add(_ANGLES, _Angles(*addresses, half), keep=(frequencies, cos, sin))
+        self._add(_ANGLES, _Angles(*addresses, half, factor), keep=(frequencies, cos, sin))
         return cos, sin
 
     def prepare(
-        self, x: Array, layout: InputLayout, *, gain: Array | None = None, eps: float = 0.0, of_rows: bool = False
+        self,
+        x: Array,
+        layout: InputLayout,
+        *,
+        gain: Array | None = None,
+        eps: float = 0.0,
+        of_rows: bool = False,
+        per_token: int = 1,
     ) -> ActivationsRecord:
         """x as products of that layout take it, after RMSNorm where there is a gain; valid until the next of its kind.
 
-        of_rows: only the rows whose logits are wanted, in their order.
+        of_rows: only the rows whose logits are wanted, in their order. per_token: rows of x for each token.
         """
         if gain is None and layout.rounding == "fp32" and not of_rows:
             return layout.record({"values": x.ctypes.data})
-        key = (layout, of_rows)
-        if key not in self._inputs:
-            self._inputs[key], arrays = layout.allocate(self.max_rows if of_rows else self.max_tokens)
-            self._kept.append(arrays)
+        record_of = self._input(layout, of_rows=of_rows, per_token=per_token)
         record = PrepareRecord(
             x=x.ctypes.data,
             gain=None if gain is None else gain.ctypes.data,
-            out=self._inputs[key],
+            out=record_of,
             x_stride=x.shape[1],
             width=layout.width,
             eps=eps,
             rounding=ROUNDINGS[layout.rounding],
         )
-        self._add(_PREPARE, record, of_rows=of_rows, keep=(x, gain))
+        self._add(_PREPARE, record, of_rows=of_rows, per_token=per_token, keep=(x, gain))
+        return record_of
+
+    def _input(
+        self, layout: InputLayout, *, of_rows: bool = False, per_token: int = 1, brought: bool = False
+    ) -> ActivationsRecord:
+        """Memory for prepared rows. brought: that were prepared elsewhere."""
+        key = (layout, of_rows, per_token, brought)
+        if key not in self._inputs:
+            rows = self.max_rows if of_rows else self.max_tokens * per_token
+            self._inputs[key], arrays = layout.allocate(rows)
+            self._kept.append(arrays)
         return self._inputs[key]
 
     def product(
@@ -162,6 +220,80 @@ class Program:
         addresses = (gate.ctypes.data, up.ctypes.data, out.ctypes.data)
         self._add(_SILU_MUL, _Gate(*addresses, gate.shape[1]), keep=(gate, up, out))
 
+    def norm(self, x: Array, gain: Array, eps: float) -> None:
+        """RMSNorm in place of each len(gain) values that lie side by side in a row of x, columns of a wider array."""
+        (at, stride), width = rows_of(x), len(gain)
+        parts = x.shape[1] // width
+        record = _Norm(at, gain.ctypes.data, at, stride, stride, parts, width, eps)
+        self._add(_NORM, record, keep=(x, gain))
+
+    def route(
+        self, logits: Array, top_k: int, *, renormalize: bool, scale: float, counted: Array, totals: Array
+    ) -> Places:
+        """Send tokens to the experts of their largest logits [T, experts] (`Route` of csrc/experts.h).
+
+        counted: int64 [experts], to which each step adds its tokens; totals: int64 [2], to which it adds itself and the
+        experts that were asked.
+        """
+        experts, size = logits.shape[1], self.max_tokens * top_k
+        assert 0 < top_k <= min(experts, MOST_CHOSEN)
+        chosen, at, tokens = (np.zeros(size, np.int32) for _ in range(3))
+        weights, offsets, broken = np.zeros(size, np.float32), np.zeros(experts + 1, np.int32), np.zeros(1, np.int32)
+        arrays = (chosen, weights, at, tokens, offsets, counted, totals, broken)
+        record = _Route(logits.ctypes.data, experts, top_k, renormalize, scale, *(one.ctypes.data for one in arrays))
+        places = Places(record, tokens, offsets, weights, broken)
+        self._routes.append(places)
+        self._add(_ROUTE, record, keep=(logits, arrays))
+        return places
+
+    def experts(
+        self,
+        x: ActivationsRecord,
+        places: Places,
+        layout: InputLayout,
+        each: Sequence[Sequence[Linear]],
+        output: Array,
+        *,
+        brought: bool,
+        clamp: tuple[float, float] | None = None,
+    ) -> None:
+        """Products of rows that lie by expert, each with its own expert's matrices, into output [T * top_k, N].
+
+        x: prepared rows of the places, of that layout; or of the tokens, which are then brought to their places. each:
+        one matrix of every expert, or two that gate: silu(x W0) * (x W1), or as `clamp` says.
+        """
+        records = (ProductRecord * len(each))()
+        for e, linears in enumerate(each):
+            records[e] = product_record(
+                ActivationsRecord(),
+                [linear.matrix for linear in linears],
+                [linear.bias for linear in linears],
+                [rows_of(output)],
+                rounding=layout.rounding,
+                gated=len(linears) == 2,
+                clamp=clamp,
+            )
+        sizes = layout.parts()
+        if layout.codes or layout.bf16:
+            sizes.pop("values")  # which norms left there
+        row_bytes = (_I64 * 5)(*(sizes.get(part, 0) for part in ("values", "codes", "wide", "scale", "starts")))
+        tokens, there = ActivationsRecord(), x
+        if brought:
+            tokens, there = x, self._input(layout, per_token=places.top_k, brought=True)
+        record = _Experts(ctypes.addressof(places.record), ctypes.addressof(records), tokens, there, row_bytes)
+        self._add(_EXPERTS, record, keep=(places, records, each, output))
+
+    def combine(
+        self, y: Array, places: Places, x: Array, *, shared: Array | None = None, shares: Array | None = None
+    ) -> None:
+        """x += the weighted sum over each token's experts of y [T * top_k, H], and one for all, `shared` [T, H].
+
+        shares: logits [T, 1] whose sigmoid `shared` is multiplied by.
+        """
+        beside = (None if one is None else one.ctypes.data for one in (shared, shares))
+        record = _Combine(ctypes.addressof(places.record), y.ctypes.data, *beside, x.ctypes.data, x.shape[1])
+        self._add(_COMBINE, record, keep=(y, places, x, shared, shares))
+
     def write(self, k: Array, v: Array, cache: KVCache, rotation: Rotation | None) -> None:
         """Keys, rotated, and values into their slots of the cache; k and v may be columns of a wider array."""
         (k_at, k_stride), (v_at, v_stride) = rows_of(k), rows_of(v)
@@ -196,12 +328,15 @@ class Program:
         self._add(_ATTENTION, record, keep=(q, out, cache, rotation, sinks))
 
     def run(self, step: Step, token_ids: Array, rows: Array, num_candidates: int = 1) -> None:
-        """Run every instruction for the tokens of a checked step. num_candidates: k of `likeliest`."""
+        """Run every instruction for the tokens of a checked step. num_candidates: k of `likeliest`.
+
+        Raises BrokenRouteError for tokens that could go anywhere.
+        """
         assert 1 <= num_candidates <= MOST_CANDIDATES
         if self._compiled is None:
             compiled = (_Instruction * len(self._instructions))()
-            for i, (operation, of_rows, record) in enumerate(self._instructions):
-                compiled[i] = _Instruction(operation, of_rows, ctypes.addressof(record))
+            for i, (operation, of_rows, per_token, record) in enumerate(self._instructions):
+                compiled[i] = _Instruction(operation, of_rows, per_token, ctypes.addressof(record))
             self._compiled = compiled
         inputs = _StepInput(step.address, token_ids.ctypes.data, rows.ctypes.data, len(rows), num_candidates)
         failed = library().halve_run(
@@ -211,6 +346,8 @@ class Program:
             ctypes.addressof(inputs),
             self.ops.num_threads,
         )
+        if failed == NAN_LOGITS:
+            raise BrokenRouteError(next(i for i, places in enumerate(self._routes) if places.broken[0]))
         if failed:
             reason = {1: f"this build has no rows for {self.ops.isa.name}", 2: "no memory for attention's sums"}
             raise KernelError(f"step: {reason[failed]}; reinstall halve on this machine, or give it more memory")
@@ -222,8 +359,16 @@ class Program:
         part._kept.append(self)
         return part
 
-    def _add(self, operation: int, record: ctypes.Structure, *, of_rows: bool = False, keep: tuple[Any, ...]) -> None:
-        self._instructions.append((operation, of_rows, record))
+    def _add(
+        self,
+        operation: int,
+        record: ctypes.Structure,
+        *,
+        of_rows: bool = False,
+        per_token: int = 1,
+        keep: tuple[Any, ...],
+    ) -> None:
+        self._instructions.append((operation, of_rows, per_token, record))
         self._kept.append(keep)
 
 

@@ -1,8 +1,9 @@
 """The decoder's step as one program of fused operations, for Ops that run programs.
 
-It says again what `decoder.py` says, in the operations that pay on a CPU: a norm rounds for the product behind it,
-a product adds to the stream or gates, keys and queries are rotated where they are written and read. A test holds it
-to the decoder. Hooks look at single operations, so a decoder with hooks runs without it.
+It says again what `decoder.py` and `moe.py` say, in the operations that pay on a CPU: a norm rounds for the product
+behind it, a product adds to the stream or gates, keys and queries are rotated where they are written and read, a row
+of a token is rounded once for all its experts. Tests hold it to the decoder. Hooks look at single operations, so a
+decoder with hooks runs without it.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ from halve.kernels.native_cache import KVCache, Step
 from halve.kernels.native_checks import within
 from halve.kernels.native_rows import Linear
 from halve.kernels.ops import Array, TokenBatch
-from halve.kernels.program import MOST_CANDIDATES, Program, Rotation, checked_step
+from halve.kernels.program import MOST_CANDIDATES, BrokenRouteError, Program, Rotation, checked_step
 from halve.kernels.sampling import Sampled, SamplingBatch, unsampled
-from halve.models.config import ModelConfig, Rope
+from halve.models.config import Experts, ModelConfig, Rope
 from halve.models.rope import inverse_frequencies
 
 # A program's memory is laid out for so many at least, and for twice as many when it is outgrown.
@@ -65,7 +66,11 @@ class CompiledSteps:
         rows = np.ascontiguousarray(rows, np.int32)
         within("row", rows, batch.num_tokens, "take rows of the batch")
         program, out = self._program(num_candidates is None, batch.num_tokens, len(rows))
-        program.run(step, batch.token_ids, rows, num_candidates or 1)
+        try:
+            program.run(step, batch.token_ids, rows, num_candidates or 1)
+        except BrokenRouteError as error:
+            routers = [layer.router for layer in self.decoder.layers if layer.router is not None]
+            raise routers[error.index].broken() from None
         return out
 
     def _program(self, full: bool, tokens: int, rows: int) -> tuple[Program, Outputs]:
@@ -91,11 +96,16 @@ def _write_step(program: Program, decoder: Any, cache: Sequence[KVCache], *, ful
     x = program.floats(config.hidden_size)
     program.embed(decoder.embedding[1], x)
     ropes = {layer.spec.rope for layer in decoder.layers if layer.spec.rope is not None}
-    rotations = {rope: program.rotation(inverse_frequencies(rope, config.head_dim)) for rope in ropes}
+    rotations = {
+        rope: program.rotation(inverse_frequencies(rope, config.head_dim), rope.attention_factor) for rope in ropes
+    }
     work = _Work(program, config, rotations)
     for layer, layer_cache in zip(decoder.layers, cache, strict=True):
         work.attention(layer, layer_cache, x)
-        work.feed_forward(layer, x)
+        if layer.router is None:
+            work.feed_forward(layer, x)
+        else:
+            work.sparse_feed_forward(layer, x)
     (head,) = decoder.head.linears
     last = program.prepare(x, head.layout, gain=decoder.final_norm, eps=config.rms_norm_eps, of_rows=True)
     if not full:
@@ -113,12 +123,21 @@ class _Work:
         self.queries, self.keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv = program.floats(self.queries + 2 * self.keys)
         self.attended = program.floats(self.queries)
-        self.inner = program.floats(config.intermediate_size)
+        self._buffers: dict[tuple[str, int, int], Array] = {}
+
+    def _floats(self, what: str, width: int, per_token: int = 1) -> Array:
+        """Memory that all layers use for one purpose."""
+        key = (what, width, per_token)
+        if key not in self._buffers:
+            self._buffers[key] = self.program.floats(width, per_token=per_token)
+        return self._buffers[key]
 
     def attention(self, layer: Any, cache: KVCache, x: Array) -> None:
         """x += o(attention(qkv(norm(x))))."""
         q, k, v = np.split(self.qkv, [self.queries, self.queries + self.keys], axis=1)
         self._products(x, layer.projections["qkv"].linears, [q, k, v], gain=layer.norms[0])
+        for part, gain_of in zip((q, k), layer.qk_norms or (), strict=False):
+            self.program.norm(part, gain_of, self.config.rms_norm_eps)
         rotation = self.rotations.get(layer.spec.rope)
         self.program.write(k, v, cache, rotation)
         self.program.attend(q, self.attended, cache, layer.attention_spec, rotation=rotation, sinks=layer.sinks)
@@ -126,15 +145,52 @@ class _Work:
 
     def feed_forward(self, layer: Any, x: Array) -> None:
         """x += down(silu(gate(norm(x))) * up(norm(x)))."""
-        gate, up = layer.projections["gate_up"].linears
+        inner = self._gated(layer.projections["gate_up"].linears, x, layer.norms[1])
+        self._products(inner, layer.projections["down"].linears, [x], add=True)
+
+    def _gated(self, linears: list[Linear], x: Array, gain: Array) -> Array:
+        """silu(gate(norm(x))) * up(norm(x))."""
+        gate, up = linears
+        width = gate.matrix.out_features
+        inner = self._floats("inner", width)
         if gate.layout == up.layout:
-            ready = self._prepare(x, gate, layer.norms[1])
-            self.program.product(ready, [gate, up], [self.inner], gated=True)
+            self.program.product(self._prepare(x, gate, gain), [gate, up], [inner], gated=True)
         else:
-            beside = self.program.floats(self.config.intermediate_size)
-            self._products(x, [gate, up], [self.inner, beside], gain=layer.norms[1])
-            self.program.silu_mul(self.inner, beside, self.inner)
-        self._products(self.inner, layer.projections["down"].linears, [x], add=True)
+            beside = self._floats("beside", width)
+            self._products(x, [gate, up], [inner, beside], gain=gain)
+            self.program.silu_mul(inner, beside, inner)
+        return inner
+
+    def sparse_feed_forward(self, layer: Any, x: Array) -> None:
+        """x += the weighted sum of what a token's experts make of norm(x), and an expert that all tokens go through."""
+        router, program, gain = layer.router, self.program, layer.norms[1]
+        experts: Experts = router.experts
+        logits = self._floats("logits", experts.num_experts)
+        self._products(x, [router.linear], [logits], gain=gain)
+        places = program.route(
+            logits,
+            experts.top_k,
+            renormalize=experts.renormalize,
+            scale=experts.scale,
+            counted=router.counts.tokens,
+            totals=router.counts.totals,
+        )
+        inner = self._floats("inner", experts.intermediate_size, experts.top_k)
+        outputs = self._floats("outputs", self.config.hidden_size, experts.top_k)
+        first, last = layer.projections["gate_up"].grouped, layer.projections["down"].grouped
+        ready = program.prepare(x, first.layout, gain=gain, eps=self.config.rms_norm_eps)
+        program.experts(ready, places, first.layout, first.experts, inner, brought=True, clamp=experts.clamp)
+        ready = program.prepare(inner, last.layout, per_token=experts.top_k)
+        program.experts(ready, places, last.layout, last.experts, outputs, brought=False)
+        shared = shares = None
+        if experts.shared_size:
+            shared = self._floats("shared", self.config.hidden_size)
+            within = self._gated(layer.projections["shared_gate_up"].linears, x, gain)
+            self._products(within, layer.projections["shared_down"].linears, [shared])
+            if router.shared_gate is not None:
+                shares = self._floats("shares", 1)
+                self._products(x, [router.shared_gate], [shares], gain=gain)
+        program.combine(outputs, places, x, shared=shared, shares=shares)
 
     def _prepare(self, x: Array, linear: Linear, gain: Array | None) -> Any:
         return self.program.prepare(x, linear.layout, gain=gain, eps=self.config.rms_norm_eps)

@@ -3,6 +3,7 @@
 Shapes: T tokens of a flat batch, H hidden. No padding, no past_key_values; keys and values live in a paged cache.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -131,6 +132,12 @@ class DecoderLayer:
         x = self.attend(x, batch, cache)
         return self.ops.add(x, self.feed_forward(x))
 
+    @property
+    def fused(self) -> bool:
+        """Whether its experts, if it has any, run as one grouped product."""
+        routed = [self.projections[kind] for kind in ROUTED if self.router is not None]
+        return all(isinstance(one, ExpertProjection) and one.grouped is not None for one in routed)
+
     def attend(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
         """The stream after attention, before the feed-forward: [T, H] -> [T, H]."""
         normed = self.ops.rms_norm(x, self.norms[0], self.config.rms_norm_eps)
@@ -231,8 +238,16 @@ class Decoder:
         if self._experts is not None:
             for layer, following in pairwise(layer for layer in self.layers if layer.router is not None):
                 layer.following = following
+        self._fused = config.fused and self._experts is None and all(layer.fused for layer in self.layers)
         self._compiled: CompiledSteps | None = None
         self._captured: CapturedSteps | None = None
+
+    def copied(self) -> "Decoder":
+        """The same model over the same weights, whose layers may be changed; its steps are not compiled."""
+        made = copy.copy(self)
+        made.layers = [copy.copy(layer) for layer in self.layers]
+        made._fused, made._compiled, made._captured = False, None, None
+        return made
 
     def projections(self) -> Iterator[Projection | ExpertProjection]:
         """Every projection, in the order they run."""
@@ -320,7 +335,7 @@ class Decoder:
 
     def _compiled_for(self, cache: Sequence[Any]) -> "CompiledSteps | None":
         """The step over this cache as one program, where the Ops run programs and no hook wants to look in."""
-        if not isinstance(self.ops, NativeOps) or not self.config.plain or any(p.hook for p in self.projections()):
+        if not isinstance(self.ops, NativeOps) or not self._fused or any(p.hook for p in self.projections()):
             return None
         if self._compiled is None or self._compiled.cache is not cache:
             self._compiled = CompiledSteps(self, self.ops, cache)

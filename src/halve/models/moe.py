@@ -52,17 +52,33 @@ class Held(Protocol):
 
 @dataclass(slots=True)
 class ExpertCounts:
-    """How often experts of one layer were asked. tokens: int64 [experts]. steps: calls; reads: experts read in them."""
+    """How often experts of one layer were asked: arrays that a compiled step adds to.
+
+    tokens: int64 [experts]. totals: int64 [2], calls, and experts read in them.
+    """
 
     tokens: Array
-    steps: int = 0
-    reads: int = 0
+    totals: Array
+
+    @classmethod
+    def of(cls, num_experts: int) -> "ExpertCounts":
+        """None was asked yet."""
+        return cls(np.zeros(num_experts, np.int64), np.zeros(2, np.int64))
+
+    @property
+    def steps(self) -> int:
+        """Calls."""
+        return int(self.totals[0])
+
+    @property
+    def reads(self) -> int:
+        """Experts read in all calls."""
+        return int(self.totals[1])
 
     def add(self, counts: Array) -> None:
         """One call's tokens of each expert."""
         self.tokens += counts
-        self.steps += 1
-        self.reads += int(np.count_nonzero(counts))
+        self.totals += (1, np.count_nonzero(counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +107,23 @@ class Router:
             self.shared_gate = ops.linear(_floats(source.vector(shared_gate_name(layer), (1, config.hidden_size))))
         self.layer = layer
         self.left_out: Array | None = None  # experts that no token goes to, as if they were not there
-        self.counts = ExpertCounts(np.zeros(experts.num_experts, np.int64))
+        self.counts = ExpertCounts.of(experts.num_experts)
 
     def logits(self, x: Buffer) -> Array:
         """float32 [T, experts]. Raises CheckpointError for NaN, which would send tokens anywhere."""
         logits = self.ops.to_host(self.ops.project(self.linear, x))
         if np.isnan(logits).any():
-            raise CheckpointError(
-                f"layer {self.layer}: the router's logits hold NaN; the layers before it, or its weights, are broken"
-            )
+            raise self.broken()
         if self.left_out is not None:
             logits = logits.copy()
             logits[:, self.left_out] = -np.inf
         return logits
+
+    def broken(self) -> CheckpointError:
+        """What to raise for logits with NaN."""
+        return CheckpointError(
+            f"layer {self.layer}: the router's logits hold NaN; the layers before it, or its weights, are broken"
+        )
 
     def likely(self, x: Buffer) -> list[int]:
         """Experts that tokens [T, H] would choose, those of most tokens first; nothing is counted."""

@@ -68,6 +68,11 @@ class Experts:
     stacked: bool = False
 
     @property
+    def fused(self) -> bool:
+        """Whether it runs as a part of one fused program: see `compiled.py`."""
+        return self.scores == "softmax" and self.num_groups == 1 and not self.correction and self.weigh == "output"
+
+    @property
     def removable(self) -> bool:
         """Whether single experts can be left out or merged: no groups, biases or corrections go with them."""
         return self.num_groups == 1 and not (self.bias or self.router_bias or self.correction)
@@ -153,16 +158,31 @@ class ModelConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether every layer is of the kind that runs as one fused program: see `compiled.py` and `captured.py`."""
-        return self.latent is None and all(
+        """Whether every layer is of the kind that runs as one CUDA graph (`captured.py`)."""
+        return self.fused and all(
             layer.experts is None
             and layer.qk_norm is None
             and layer.chunk is None
-            and layer.temperature is None
-            and layer.query_scale == 1
-            and (layer.rope is None or (layer.rope.attention_factor == 1 and not layer.rope.interleaved))
+            and (layer.rope is None or layer.rope.attention_factor == 1)
             for layer in self.layers
         )
+
+    @property
+    def fused(self) -> bool:
+        """Whether every layer is of the kind that runs as one program on the CPU (`compiled.py`)."""
+        return self.latent is None and all(
+            layer.qk_norm != "after"
+            and layer.temperature is None
+            and layer.query_scale == 1
+            and (layer.rope is None or not layer.rope.interleaved)
+            and (layer.experts is None or layer.experts.fused)
+            for layer in self.layers
+        )
+
+    @property
+    def timed(self) -> bool:
+        """Whether the search can time its steps: they run as one program, and layers differ in no shape."""
+        return self.fused and len({layer.experts for layer in self.layers}) == 1
 
     @property
     def rotary_dim(self) -> int:

@@ -73,7 +73,7 @@ class DeviceTable:
 
     device: what they hold for (`device_key`). products: by what activations are rounded to, kind of group and format,
     over tokens; `lm_head` over rows. rest, pair: by the format of the cache, over tokens; pair: of a query's key, all
-    layers together. engine: over rows.
+    layers together. engine: over rows. top_k: experts of a token, 1 without experts.
     """
 
     device: Mapping[str, str]
@@ -82,6 +82,7 @@ class DeviceTable:
     rest: Mapping[str, Line]
     pair: Mapping[str, Line]
     engine: Line
+    top_k: int = 1
     version: int = 2
 
     def group_s(self, activations: str, kind: str, fmt: str, count: float) -> float:
@@ -156,13 +157,16 @@ class PlannedTimes:
 def device_key(config: ModelConfig, device: Device, isa: str, num_threads: int, version: str) -> dict[str, str]:
     """What measured times depend on: the machine, what runs on it, and the shapes."""
     shapes = [config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim]
+    shapes += [config.vocab_size, config.num_layers]
+    if (experts := config.layers[0].experts) is not None:
+        shapes += [experts.num_experts, experts.top_k, experts.intermediate_size, experts.shared_size]
     return {
         "model": device.model,
         "features": " ".join(sorted(device.features)),
         "isa": isa,
         "threads": str(num_threads),
         "halve": version,
-        "shapes": " ".join(map(str, [*shapes, config.vocab_size, config.num_layers])),
+        "shapes": " ".join(map(str, shapes)),
     }
 
 
@@ -199,8 +203,15 @@ def device_table(
     rests = [one for one in dict.fromkeys(caches) if table is None or one not in table.rest]
     num_todo, num_done = len(products) + len(rests), 0
     if table is None:
+        experts = config.layers[0].experts
         table = DeviceTable(
-            device=key, num_layers=config.num_layers, products={}, rest={}, pair={}, engine=engine_line()
+            device=key,
+            num_layers=config.num_layers,
+            products={},
+            rest={},
+            pair={},
+            engine=engine_line(),
+            top_k=experts.top_k if experts else 1,
         )
 
     def measured(grown: DeviceTable) -> DeviceTable:

@@ -78,15 +78,14 @@ def _of_layer(outputs: Array, weights: Array, offsets: Array, num_tokens: int) -
 
 def without(decoder: Decoder, plan: ExpertPlan) -> Decoder:
     """The decoder with the experts of a plan that merges none: over the same weights, so that it takes no memory."""
-    made = copy.copy(decoder)
-    made.layers = [copy.copy(layer) for layer in decoder.layers]
+    made = decoder.copied()
     kept = {layer.layer: [g.members[0] for g in layer.groups] for layer in plan.layers}
     for index, layer in enumerate(made.layers):
         if layer.router is None:
             continue
         layer.router = router = copy.copy(layer.router)
         count = router.experts.num_experts
-        router.counts = ExpertCounts(np.zeros(count, np.int64))
+        router.counts = ExpertCounts.of(count)
         router.experts = replace(router.experts, top_k=plan.top_k or router.experts.top_k)
         if index in kept:
             router.left_out = np.setdiff1d(np.arange(count), kept[index])

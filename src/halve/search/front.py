@@ -121,8 +121,9 @@ class StepCounts:
             if part.group is None:
                 return stored
             counts = self.rows if part.group.kind == "lm_head" else self.tokens
-            kind = part.group.kind
-            return stored + sum(n * table.group_s(activations, kind, fmt.name, c) for c, n in counts.items())
+            # A change of experts: as if fewer tokens came to all of them.
+            kind, share = part.group.kind, part.top_k / table.top_k if part.of_experts else 1.0
+            return stored + sum(n * table.group_s(activations, kind, fmt.name, c * share) for c, n in counts.items())
 
         return of
 

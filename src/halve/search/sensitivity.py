@@ -56,6 +56,11 @@ class Part:
         """Whether it holds a sparse layer's experts."""
         return self.modules[0].expert is not None
 
+    @property
+    def top_k(self) -> int:
+        """Experts that a token runs through; 1 where it runs through all of the part."""
+        return round(self.read_share * len({m.expert for m in self.modules}))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:

@@ -23,6 +23,8 @@ from halve.kernels.program import Program
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models import Decoder, ModelConfig
 from halve.models.compiled import CompiledSteps
+from halve.models.config import Experts
+from halve.models.moe import ROUTED
 from halve.models.names import layer_groups
 from halve.search.line import Line
 
@@ -38,7 +40,7 @@ MOST_FLUSHED = 640 << 20  # bytes read between two timings, at most: twice the l
 MOST_COPIES_BYTES = 256 << 20
 COMPUTES = 64  # tokens from which on a product multiplies for longer than it waits for memory
 FEW_COPIES = 2
-PRODUCTS = ("prepare", "product", "reduce")
+PRODUCTS = ("prepare", "product", "reduce", "experts")
 MOST_DECODES = 32  # tokens that are each of a sequence of their own
 FEWEST_PROMPT = 64  # from here on they are measured as one prompt's
 NEAR = BLOCK  # tokens before a short context's last
@@ -130,12 +132,16 @@ class Stopwatch:
         copies = max(1, min(self.config.num_layers, MOST_COPIES_BYTES // size))
         source = _Random(fmt)
         sets = [[self.ops.linear(source.weight(m.name, m.shape)) for m in group.members] for _ in range(copies)]
+        experts = self.config.layers[0].experts if kind in ROUTED else None
 
         def program_of(count: int) -> Program:
             program = Program(self.ops, self.most, 1)
             x = program.floats(group.members[0].shape[1])
             x[:] = np.random.default_rng(0).standard_normal(x.shape, np.float32)
-            gain = np.ones(x.shape[1], np.float32) if kind in ("qkv", "gate_up") else None
+            gain = np.ones(x.shape[1], np.float32) if kind.endswith(("qkv", "gate_up")) else None
+            if experts is not None:
+                self._of_experts(program, experts, x, sets[:count], gain)
+                return program
             outputs = [program.floats(m.shape[0]) for m in group.members]
             for linears in sets[:count]:
                 self._product(program, kind, x, linears, outputs, gain)
@@ -154,10 +160,30 @@ class Stopwatch:
         self, program: Program, kind: str, x: Array, linears: list[Linear], outputs: list[Array], gain: Array | None
     ) -> None:
         ready = program.prepare(x, linears[0].layout, gain=gain, eps=1e-5)
-        if kind == "gate_up":
+        if kind.endswith("gate_up"):
             program.product(ready, linears, outputs[:1], gated=True)
         else:
             program.product(ready, linears, outputs, add=kind in ("o", "down"))
+
+    def _of_experts(
+        self, program: Program, experts: Experts, x: Array, sets: Sequence[list[Linear]], gain: Array | None
+    ) -> None:
+        """Products of every set's experts for tokens that a router sends to all of them alike; down where no gain."""
+        logits = program.floats(experts.num_experts)
+        logits[:] = np.random.default_rng(1).standard_normal(logits.shape, np.float32)
+        counted, totals = np.zeros(experts.num_experts, np.int64), np.zeros(2, np.int64)
+        places = program.route(logits, experts.top_k, renormalize=True, scale=1.0, counted=counted, totals=totals)
+        per_token = 1 if gain is not None else experts.top_k
+        width = len(sets[0]) // experts.num_experts
+        output = program.floats(sets[0][0].matrix.out_features, per_token=experts.top_k)
+        if per_token > 1:
+            x = program.floats(x.shape[1], per_token=per_token)
+            x[:] = np.random.default_rng(0).standard_normal(x.shape, np.float32)
+        for linears in sets:
+            each = [linears[i : i + width] for i in range(0, len(linears), width)]
+            layout = linears[0].layout
+            ready = program.prepare(x, layout, gain=gain, eps=1e-5, per_token=per_token)
+            program.experts(ready, places, layout, each, output, brought=gain is not None, clamp=experts.clamp)
 
     def head(self, fmt: Format) -> Line:
         """The last product and the likeliest token, by rows."""

@@ -33,8 +33,8 @@ void check_rms_norm(Report& report) {
         const int64_t tokens = 3;
         const Buffer<float> x = random.values(tokens * width, 4.0f), gain = random.values(width);
         Buffer<float> got(x.size(), -7.0f), wanted(x.size());
-        const Norm mine{x.data(), gain.data(), got.data(), width, 1e-5f},
-            base{x.data(), gain.data(), wanted.data(), width, 1e-5f};
+        const Norm mine{x.data(), gain.data(), got.data(), width, width, 1, width, 1e-5f},
+            base{x.data(), gain.data(), wanted.data(), width, width, 1, width, 1e-5f};
         for (int64_t t = 0; t < tokens; ++t) report.rows.rms_norm(mine, t);
         for (int64_t t = 0; t < tokens; ++t) rows_baseline.rms_norm(base, t);
         report.close(format("rms_norm width=%d", static_cast<int>(width)), got, wanted, relative(wanted, 5e-7));

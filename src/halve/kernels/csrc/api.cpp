@@ -73,7 +73,7 @@ HALVE_API int32_t halve_embed(int32_t isa, const Packed* table, const int32_t* i
 
 HALVE_API int32_t halve_rms_norm(int32_t isa, const float* x, const float* gain, float* y, int64_t rows, int64_t width,
                                  float eps, int32_t threads) {
-    return spread(isa, &Rows::rms_norm, {x, gain, y, width, eps}, rows, rows * width, threads);
+    return spread(isa, &Rows::rms_norm, {x, gain, y, width, width, 1, width, eps}, rows, rows * width, threads);
 }
 
 HALVE_API int32_t halve_rope(int32_t isa, const float* x, const float* cos, const float* sin, float* y, int64_t tokens,

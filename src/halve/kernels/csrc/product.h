@@ -36,6 +36,14 @@ inline void block_sums(const Product& p, int member, int64_t block, int64_t firs
 
 inline Lanes silu(Lanes x) { return x / (exp(-x) + 1.0f); }
 
+inline Lanes clamped(Lanes gate, Lanes up, float alpha, float limit) {
+    const Lanes most = broadcast(limit), lowest = -most;
+    gate = gate > most ? most : gate;
+    up = up > most ? most : up;
+    up = up < lowest ? lowest : up;
+    return gate / (exp(-alpha * gate) + 1.0f) * (up + 1.0f);
+}
+
 void product(const Product& p, int64_t unit) {
     const int64_t parts = ceil_div(p.rows, kRowsTogether), first = unit % parts * kRowsTogether;
     const int64_t rows = least(kRowsTogether, p.rows - first);
@@ -47,7 +55,10 @@ void product(const Product& p, int64_t unit) {
     if (p.gated) {
         alignas(64) float up[kRowsTogether * kBlock];
         block_sums(p, 1, block, first, rows, up);
-        for (int64_t i = 0; i < rows * kBlock; i += kLanes) store(sums + i, silu(load(sums + i)) * load(up + i));
+        for (int64_t i = 0; i < rows * kBlock; i += kLanes) {
+            const Lanes gate = load(sums + i), beside = load(up + i);
+            store(sums + i, p.limit > 0.0f ? clamped(gate, beside, p.alpha, p.limit) : silu(gate) * beside);
+        }
     }
     const int64_t outputs = least(kBlock, p.weight[member]->out_features - block * kBlock);
     if (p.likeliest.lists) return keep_likeliest(p, block, first, rows, outputs, sums);

@@ -81,6 +81,10 @@ struct Product {
     int32_t add;          // y += product: the residual stream
     int32_t gated;        // two members, y[0] = silu(x W0) * (x W1) (arXiv:2002.05202)
     Rounding rounding;
+    // Of a gate that is not silu: g * sigmoid(alpha * g) * (u + 1) of g = min(x W0, limit) and u = x W1 within +-limit
+    // (arXiv:2508.10925); limit 0 for silu.
+    float alpha;
+    float limit;
 };
 
 // Rows of a product are taken this many at a time, so that a block's sums stay in the second-level cache.

@@ -1,39 +1,22 @@
 #include "program.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 #include "attention_units.h"
 #include "dispatch.h"
+#include "scratch.h"
 
 namespace halve {
 namespace {
 
-// Memory for attention's partial sums, kept by each thread that runs steps.
-struct Scratch {
-    void* data = nullptr;
-    int64_t bytes = 0;
-
-    bool holds(int64_t wanted) {
-        if (wanted <= bytes) return true;
-        free(data);
-        bytes = (wanted + 63) / 64 * 64;
-        data = aligned_alloc(64, static_cast<size_t>(bytes));
-        if (!data) bytes = 0;
-        return data;
-    }
-
-    ~Scratch() { free(data); }
-};
-
-thread_local Scratch scratch;
+thread_local Scratch scratch;  // attention's partial sums
 
 void angles(const Angles& a, const StepBatch& batch) {
     for (int64_t t = 0; t < batch.num_tokens; ++t) {
         for (int64_t i = 0; i < a.half; ++i) {
             const float angle = static_cast<float>(batch.positions[t]) * a.frequencies[i];
-            a.cos[t * a.half + i] = cosf(angle);
-            a.sin[t * a.half + i] = sinf(angle);
+            a.cos[t * a.half + i] = cosf(angle) * a.factor;
+            a.sin[t * a.half + i] = sinf(angle) * a.factor;
         }
     }
 }
@@ -53,7 +36,7 @@ int32_t attend(int32_t isa, Attention work, const StepBatch& batch, int32_t thre
 
 int32_t run_one(int32_t isa, const Instruction& instruction, const StepInput& input, int32_t threads) {
     const StepBatch& batch = *input.batch;
-    const int64_t rows = instruction.of_rows ? input.num_rows : batch.num_tokens;
+    const int64_t rows = instruction.of_rows ? input.num_rows : batch.num_tokens * instruction.per_token;
     switch (instruction.operation) {
         case Operation::kEmbed: {
             Embed work = *static_cast<const Embed*>(instruction.record);
@@ -93,6 +76,16 @@ int32_t run_one(int32_t isa, const Instruction& instruction, const StepInput& in
         }
         case Operation::kAttention:
             return attend(isa, *static_cast<const Attention*>(instruction.record), batch, threads);
+        case Operation::kNorm: {
+            const Norm& work = *static_cast<const Norm*>(instruction.record);
+            return spread(isa, &Rows::rms_norm, work, rows * work.parts, rows * work.parts * work.width, threads);
+        }
+        case Operation::kRoute:
+            return route(*static_cast<const Route*>(instruction.record), rows, threads);
+        case Operation::kExperts:
+            return run_experts(isa, *static_cast<const Experts*>(instruction.record), threads);
+        case Operation::kCombine:
+            return combine(*static_cast<const Combine*>(instruction.record), rows, threads);
     }
     return 1;
 }

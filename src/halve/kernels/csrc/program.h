@@ -4,16 +4,30 @@
 // with the call. Between instructions every thread of the team has finished.
 #pragma once
 
-#include "rows.h"
+#include "experts.h"
 
 namespace halve {
 
-enum class Operation : int32_t { kEmbed, kAngles, kPrepare, kProduct, kReduce, kSiluMul, kKvWrite, kAttention };
+enum class Operation : int32_t {
+    kEmbed,
+    kAngles,
+    kPrepare,
+    kProduct,
+    kReduce,
+    kSiluMul,
+    kKvWrite,
+    kAttention,
+    kNorm,
+    kRoute,
+    kExperts,
+    kCombine,
+};
 
 struct Instruction {
     Operation operation;
-    int32_t of_rows;  // over the rows whose logits are wanted, not over all tokens
-    void* record;     // Embed, Angles, Prepare, Product, Reduce, Gate, KvWrite or Attention
+    int32_t of_rows;    // over the rows whose logits are wanted, not over all tokens
+    int64_t per_token;  // rows that a token has here: 1, or the experts that it goes to
+    void* record;       // Embed, Angles, Prepare, Product, Reduce, Gate, KvWrite, Attention, Norm or of experts.h
 };
 
 // cos and sin of positions times frequencies: the angles of rotary embedding (arXiv:2104.09864).
@@ -22,6 +36,7 @@ struct Angles {
     float* cos;                // [T, half]
     float* sin;
     int64_t half;
+    float factor;  // by which both are multiplied (arXiv:2309.00071, 3.4)
 };
 
 // silu(gate) * up, elementwise, in `out`.
@@ -40,7 +55,7 @@ struct StepInput {
     int64_t num_candidates;    // k of Likeliest
 };
 
-// Returns 0; 1 without rows for this instruction set; 2 without memory.
+// Returns 0; 1 without rows for this instruction set; 2 without memory; 3 where a router's logits are NaN.
 int32_t run_program(int32_t isa, const Instruction* instructions, int64_t count, const StepInput& input,
                     int32_t threads);
 

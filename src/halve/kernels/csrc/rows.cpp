@@ -12,9 +12,10 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "weights are stored wit
 namespace halve {
 namespace {
 
-void rms_norm(const Norm& a, int64_t row) {
-    const float* __restrict x = a.x + row * a.width;
-    float* __restrict y = a.y + row * a.width;
+void rms_norm(const Norm& a, int64_t part) {
+    const int64_t row = part / a.parts, at = part % a.parts * a.width;
+    const float* x = a.x + row * a.x_stride + at;
+    float* y = a.y + row * a.y_stride + at;
     const float scale = inverse_root(x, a.width, a.eps);
     for (int64_t i = 0; i < a.width; ++i) y[i] = x[i] * scale * a.gain[i];
 }

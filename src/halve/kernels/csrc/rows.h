@@ -11,7 +11,7 @@
 namespace halve {
 
 // Bumped whenever a record or a signature below changes; native.py refuses a library of another version.
-constexpr int32_t kAbiVersion = 8;
+constexpr int32_t kAbiVersion = 9;
 
 constexpr int64_t kElements = 4096;  // elements of an elementwise operation that are handed out together
 constexpr int64_t kMaxHeadDim = 1024;
@@ -22,10 +22,14 @@ struct Embed {
     float* y;            // [T, K]
 };
 
+// Rows of `parts` vectors that lie side by side, each normed by itself; y may be x.
 struct Norm {
-    const float* x;     // [T, width]
+    const float* x;     // [T, x_stride], of which parts * width
     const float* gain;  // [width]
-    float* y;           // [T, width]
+    float* y;           // [T, y_stride]
+    int64_t x_stride;
+    int64_t y_stride;
+    int64_t parts;
     int64_t width;
     float eps;
 };
@@ -155,7 +159,7 @@ struct Rows {
     void (*grouped)(const Grouped&, int64_t unit);
     void (*reduce)(const Reduce&, int64_t row);
     void (*embed)(const Embed&, int64_t token);      //
-    void (*rms_norm)(const Norm&, int64_t row);      //
+    void (*rms_norm)(const Norm&, int64_t part);     // part % parts of row part / parts
     void (*rope)(const Rope&, int64_t token);        //
     void (*add)(const Elementwise&, int64_t block);  // elements [block * kElements, ...)
     void (*silu_mul)(const Elementwise&, int64_t block);
