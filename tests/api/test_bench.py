@@ -19,6 +19,7 @@ from halve.core.record import to_json
 from halve.hardware.topology import Core, Topology
 from halve.kernels import native_library
 from halve.models import load_config
+from halve.models.embedded import SPARSE, embedded_model_path
 
 needs_library = pytest.mark.skipif(native_library.available() is not None, reason="the C++ library is not built")
 
@@ -87,6 +88,20 @@ def test_engines_side_by_side_have_ratios(tiny):
     assert ratio.value == pytest.approx(a / b)
     assert result.usd_per_hour is None
     assert all(run.usd_per_mtok is None for run in result.runs)
+
+
+@needs_library
+def test_experts_on_disk_are_measured_beside_all_of_them_in_memory():
+    sparse = embedded_model_path(SPARSE)
+    result = quick(sparse, parts=["decode"], batches=[1], seconds=0.2, expert_cache="4MB", vs=[f"halve:{sparse}"])
+    assert [engine.failed for engine in result.engines] == [None, None]
+    assert {run.metric for run in result.runs} >= {"decode_b1"}
+    assert "--expert-cache 4MB" in result.command
+
+
+def test_a_cache_of_experts_is_refused_for_a_model_without_any(tiny):
+    with pytest.raises(ConfigError, match="expert_cache: LlamaForCausalLM has no experts"):
+        quick(tiny, expert_cache="4MB")
 
 
 @needs_library

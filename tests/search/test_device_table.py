@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,8 @@ from halve.core.workload import Workload
 from halve.engine import simulate
 from halve.kernels import native, native_library
 from halve.models import LayerSpec, ModelConfig
-from halve.models.config import Rope
+from halve.models.config import Experts, Rope
+from halve.models.names import groups
 from halve.search import device_table as module
 from halve.search.device_table import DeviceTable, PlannedTimes, StepShape, device_table
 from halve.search.line import Line
@@ -92,6 +94,16 @@ def test_a_step_is_the_sum_of_its_groups_the_head_the_rest_its_pairs_and_the_eng
     assert times.model_s(StepShape(1, 0, 0, 0.0, 0)) == 7 + 10 + 1000
 
 
+def test_fewer_experts_a_token_take_as_long_as_fewer_tokens():
+    products = {kind: {"a": line(1.0, 2.0, 3.0, 4.0)} for kind in ("qkv", "o", "gate_up", "down", "shared_down")}
+    measured = table(products={"int8": {**products, "lm_head": {"a": line(0.0)}}}, top_k=4)
+    formats = {f"layers.0.{kind}": "a" for kind in products} | {"lm_head": "a"}
+    whole, half = (PlannedTimes(measured, formats, "int8", ("bf16",), top_k) for top_k in (None, 2))
+    shape = StepShape(4, 0.0, 0, 0.0, 1)
+    assert whole.products_s(shape) == 5 * 4.0
+    assert half.products_s(shape) == 3 * 4.0 + 2 * 2.0
+
+
 def test_layers_whose_caches_differ_take_each_their_share():
     assert times_of({}, ("bf16", "int8")).others_s(ONE_ANSWER) == (1000 + 2 + 2000 + 1) / 2
 
@@ -159,6 +171,21 @@ def again(made, monkeypatch=None, **changed):
         monkeypatch.setattr(module, "Stopwatch", None)  # calling it fails
         monkeypatch.setattr(module, "engine_line", None)
     return device_table(CONFIG, **{"formats": {"int8": FORMATS}, "caches": ["bf16"], "folder": made[0], **changed})
+
+
+@runs_native
+@pytest.mark.parametrize("shared", [0, 64])
+def test_steps_of_a_sparse_model_are_timed_and_foretold(tmp_path, shared):
+    experts = Experts(num_experts=8, top_k=2, intermediate_size=96, renormalize=True, shared_size=shared)
+    layer = LayerSpec(rope=Rope(theta=1e4), experts=experts, qk_norm="head")
+    config = replace(CONFIG, layers=(layer, layer))
+    found = device_table(config, {"int8": ("int4-g32", "int8")}, caches=("bf16",), folder=tmp_path)
+    kinds = {"qkv", "o", "gate_up", "down", "lm_head"} | ({"shared_gate_up", "shared_down"} if shared else set())
+    assert found.products["int8"].keys() == kinds
+    assert found.top_k == 2
+    times = PlannedTimes(found, {g.name: "int4-g32" for g in groups(config)}, "int8", ("bf16", "bf16"))
+    assert 0 < times.of(ONE_ANSWER) < times.of(StepShape(32, 32 * 100.0, 0, 0.0, 32))
+    assert "8 2 96" in found.device["shapes"]
 
 
 def test_what_is_on_disk_is_not_measured_again(made, monkeypatch):

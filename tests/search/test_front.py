@@ -168,6 +168,16 @@ def test_a_good_start_takes_few_judgements():
     assert calls == [40, 39]
 
 
+def test_a_plan_that_saves_too_little_is_not_judged():
+    judge, calls = judge_from(30)
+    ranked = [replace(one, cost=100.0 + i) for i, one in enumerate(line(60))]
+    assert cheapest_passing(ranked, judge, start=31, worth=0.02)[0] == 31  # 130 and 129 of 131 are not worth it
+    assert calls == [31, 28]
+    judge, calls = judge_from(0)
+    assert cheapest_passing(ranked, judge, start=10, worth=0.02)[0] == 0
+    assert calls == [10, 7, 4, 0]
+
+
 def test_without_candidates_nothing_is_judged():
     judge, calls = judge_from(0)
     assert cheapest_passing([], judge) == (None, {})

@@ -43,6 +43,7 @@ from halve.api.versus.words import Words
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.core.errors import ConfigError, OutputError
 from halve.core.record import to_json
+from halve.core.units import parse_bytes
 from halve.core.workload import ServiceLevel, Workload
 from halve.data import read_trace
 from halve.hardware import Topology, default_threads, read_topology
@@ -68,7 +69,9 @@ class BenchOptions:
     rounds: of every measure, and at most so many loads of the replay. seconds: of a decoding turn, about.
     threads: of every engine; None for one a physical core. usd_per_hour: price of this machine, for $ a million tokens.
     disturbed_above: cores that other processes may use; a turn beside more is repeated `repeats` times, then marked.
-    logs: an existing directory for what engines print. plot: a file, .html or .svg; save: a file for the record.
+    expert_cache: memory for the experts of the model itself (bytes, or "2GB"), which must be sparse; engines of `vs`
+    have all in memory. logs: an existing directory for what engines print. plot: a file, .html or .svg; save: a file for
+    the record.
     Raises ConfigError naming the option.
     """
 
@@ -86,6 +89,7 @@ class BenchOptions:
     usd_per_hour: Decimal | None = None
     disturbed_above: float = 0.15
     repeats: int = 2
+    expert_cache: int | str | None = None
     logs: Path | None = None
     plot: Path | None = None
     save: Path | None = None
@@ -150,6 +154,10 @@ def bench(model: str | Path, *, progress: Progress = SILENT, **options: Any) -> 
         config = load_config(checkpoint)
         workload = workload_of(asked, config.context) if "replay" in asked.parts else None
         contestants = entrants(checkpoint, config, asked.vs, asked.peers_env, stages)
+        if asked.expert_cache is not None:
+            if not config.sparse:
+                raise ConfigError(f"expert_cache: {config.architecture} has no experts; leave it out")
+            contestants[0].expert_cache = parse_bytes(asked.expert_cache, "expert_cache")
         text_of = _text_of(checkpoint, config, contestants)
     machine = Machine(len(cpus))
     rules = Rules(

@@ -31,6 +31,7 @@ TUNED_SHARE = 0.8  # of a plan's KL that is expected to be left when its scales 
 EARLY_SHARES = (0.125, 0.25, 0.5, 1)
 EARLY_DOCUMENTS = 20  # below this a bootstrap interval is not to be trusted
 EARLY_CONFIDENCE = 0.999
+LARGE_WORTH = 0.02  # of its cost that a plan of a large model, which takes minutes to judge, must save
 EXPECTED_SHARE = 0.8  # of the limit: where the search looks first, since intervals must keep it, not values
 
 
@@ -72,7 +73,8 @@ def search(
         return result
 
     try:
-        index, _ = cheapest_passing(ranked, judge, start=likely_start(ranked, EXPECTED_SHARE * log1p(limit)))
+        start, worth = likely_start(ranked, EXPECTED_SHARE * log1p(limit)), LARGE_WORTH if job.question.large else 0.0
+        index, _ = cheapest_passing(ranked, judge, start=start, worth=worth)
     except (_OverError, KeyboardInterrupt):
         if not passed_so_far:
             raise

@@ -60,16 +60,14 @@ def run(job: Job) -> Outcome:
     level = job.purpose.workload.service_level
     if not job.config.timed and job.named is None and (level.ttft_s is not None or level.time_per_token_s is not None):
         raise ConfigError("slo: plans of a model of this kind are ranked by bytes, not by times; leave it out")
-    original = original_scorer(job.checkpoint, job.config, job.device)
     plans: Plans | None = None
     ranked: tuple[Candidate, ...]
     if job.named is not None:
         statistics, ranked = calibrated(job, job.named), (job.named,)
     else:
-        studied = study(job.question, original, job.workspace.path, job.progress, time_s=job.time_s)
-        experts = () if job.limit is None else judge_experts(job.question, original, job.limit, job.progress)
-        plans = find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress, experts)
-        statistics, ranked = studied.statistics, plans.candidates
+        plans = _plans(job)
+        statistics, ranked = plans.studied.statistics, plans.candidates
+    original = original_scorer(job.checkpoint, job.config, job.device)
     first, judged = search(job, original, statistics, ranked, started, plans)
     order = retreat(ranked, first, MAX_ATTEMPTS)
     if (tuned := tuned_cheaper(job, original, statistics, ranked, first, judged, started)) is not None:
@@ -109,6 +107,15 @@ def run(job: Job) -> Outcome:
         )
     best = min(attempts, key=lambda a: a.kl_mean.value)
     raise QualityError(nothing_passed(job, ranked[-1], f"{best.plan} on the sealed text", best))
+
+
+def _plans(job: Job) -> Plans:
+    """Study the original, and find the plans for it; it does not take memory while times are measured."""
+    original = original_scorer(job.checkpoint, job.config, job.device)
+    studied = study(job.question, original, job.workspace.path, job.progress, time_s=job.time_s)
+    experts = () if job.limit is None else judge_experts(job.question, original, job.limit, job.progress)
+    del original
+    return find_plans(job.question, studied, job.purpose, job.workspace.path, job.progress, experts)
 
 
 def _certify(job: Job, original: DecoderScorer, candidate: Candidate, directory: Path) -> Quality:

@@ -383,7 +383,8 @@ def times_of(table: DeviceTable, candidate: Candidate) -> PlannedTimes:
     """Step times of a plan."""
     plan = candidate.plan
     formats = {name: choice.format for name, choice in candidate.choices.items() if name != "embedding"}
-    return PlannedTimes(table, formats, plan.activations.format, plan.kv_cache.formats(table.num_layers))
+    caches = plan.kv_cache.formats(table.num_layers)
+    return PlannedTimes(table, formats, plan.activations.format, caches, plan.experts.top_k)
 
 
 def original_times(table: DeviceTable, question: Question) -> PlannedTimes:

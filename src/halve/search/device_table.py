@@ -29,6 +29,7 @@ from halve.formats import FORMATS
 from halve.hardware import Device
 from halve.kernels.native import NativeOps
 from halve.models import ModelConfig
+from halve.models.moe import ROUTED
 from halve.models.names import FusedGroup, head_group, layer_groups
 from halve.search.line import Line
 from halve.search.timing import FEWEST_PROMPT, MOST_DECODES, Stopwatch, engine_line
@@ -99,14 +100,16 @@ class DeviceTable:
 class PlannedTimes:
     """Step times of one plan: what `halve.engine.simulate` runs on.
 
-    formats: of each group, by its name. caches: the format of each layer's cache. Raises ConfigError for a cache that
-    was not measured.
+    formats: of each group, by its name. caches: the format of each layer's cache. top_k: experts of a token, None for
+    as many as were measured with; others take as long as so many more or fewer tokens. Raises ConfigError for a cache
+    that was not measured.
     """
 
     table: DeviceTable
     formats: Mapping[str, str]
     activations: str
     caches: tuple[str, ...]
+    top_k: int | None = None
     _products: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,10 +136,11 @@ class PlannedTimes:
         """Seconds of a step's products."""
         tokens = shape.tokens
         if tokens not in self._products:
+            share = (self.top_k or self.table.top_k) / self.table.top_k
+            kinds = ((name.rpartition(".")[2], fmt) for name, fmt in self.formats.items() if name.startswith("layers."))
             self._products[tokens] = sum(
-                self.table.group_s(self.activations, name.rpartition(".")[2], fmt, tokens)
-                for name, fmt in self.formats.items()
-                if name.startswith("layers.")
+                self.table.group_s(self.activations, kind, fmt, tokens * share if kind in ROUTED else tokens)
+                for kind, fmt in kinds
             )
         head = (
             self.table.group_s(self.activations, "lm_head", self.formats["lm_head"], shape.rows) if shape.rows else 0.0

@@ -236,21 +236,25 @@ def _most(parts: Sequence[Part], choices: Mapping[str, Choice]) -> RoundingMetho
 
 
 def cheapest_passing(
-    ranked: Sequence[Candidate], judge: Callable[[Candidate], Judged], *, start: int | None = None
+    ranked: Sequence[Candidate], judge: Callable[[Candidate], Judged], *, start: int | None = None, worth: float = 0.0
 ) -> tuple[int | None, dict[int, Judged]]:
     """Index of the cheapest candidate that passes, None when even the dearest fails, and all that was judged.
 
-    ranked: cheapest first. start: where to look first, and from there in growing steps; None for the middle. The
-    candidate just below the answer was judged and failed.
+    ranked: cheapest first. start: where to look first, and from there in growing steps; None for the middle. worth: the
+    share of its cost that a candidate must save over one that passes to be judged. The candidate just below the answer,
+    or the next below it that is worth it, was judged and failed.
     """
     judged: dict[int, Judged] = {}
-    low, high = -1, len(ranked)  # below low all fail; from high on all pass
+    low = -1  # up to there all fail
+    high = end = len(ranked)  # from high on all pass; from end on, what is below it is not worth judging
     at, stride = start, 1
-    while high - low > 1:
-        middle = (low + high) // 2 if at is None else min(max(at, low + 1), high - 1)
+    while end - low > 1:
+        middle = (low + end) // 2 if at is None else min(max(at, low + 1), end - 1)
         judged[middle] = judge(ranked[middle])
         if judged[middle].passed:
             high = middle
+            most = (1 - worth) * (ranked[high].cost or 0.0)
+            end = next((i for i in range(high) if worth and (ranked[i].cost or 0.0) > most), high)
         else:
             low = middle
         bracketed = low >= 0 and high < len(ranked)

@@ -7,6 +7,8 @@ from halve.api.versus.processes import WorkerError
 from halve.checkpoint import open_checkpoint
 from halve.core.errors import ConfigError
 from halve.models import load_config
+from halve.models.embedded import SPARSE, embedded_model_path
+from halve.models.names import num_active_parameters, num_parameters
 
 
 @pytest.fixture
@@ -71,6 +73,17 @@ def test_a_table_that_is_only_looked_up_is_not_read(opened, tiny):
     assert work.weight_bytes == pytest.approx(size - 2 * table, rel=0.05)
     assert work.macs_of_head == table
     assert work_of("openai", "http://x/v1", config).weight_bytes is None
+
+
+def test_of_a_sparse_model_a_token_reads_the_experts_that_it_goes_to():
+    path = embedded_model_path(SPARSE)
+    with open_checkpoint(path) as checkpoint:
+        config = load_config(checkpoint)
+    work = work_of("halve", str(path), config)
+    assert work.sparse
+    assert work.macs_of_layers + work.macs_of_head == num_active_parameters(config)
+    size = sum(p.stat().st_size for p in path.glob("*.safetensors"))
+    assert work.weight_bytes == pytest.approx(size * num_active_parameters(config) / num_parameters(config), rel=1e-6)
 
 
 def test_the_format_of_a_checkpoint_is_that_of_most_weights(opened):

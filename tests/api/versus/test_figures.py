@@ -1,6 +1,7 @@
 """From arrivals and ceilings to figures, on numbers made up so that the answers are known."""
 
 import json
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -93,9 +94,11 @@ def test_a_turn_never_has_more_tokens_than_the_measure():
 
 
 def test_decoding_reads_every_weight_once_a_step_and_multiplies_for_every_sequence():
-    assert (WORK.bytes_of(20.0), WORK.macs_of(DECODE_1, 20.0)) == (20e9, 22e9)
-    assert (WORK.bytes_of(10.0), WORK.macs_of(DECODE_8, 10.0)) == (10e9, 88e9)
-    assert Work(None, 1, 1).bytes_of(10.0) is None
+    assert (WORK.bytes_of(DECODE_1, 20.0), WORK.macs_of(DECODE_1, 20.0)) == (20e9, 22e9)
+    assert (WORK.bytes_of(DECODE_8, 10.0), WORK.macs_of(DECODE_8, 10.0)) == (10e9, 88e9)
+    assert Work(None, 1, 1).bytes_of(DECODE_1, 10.0) is None
+    sparse = replace(WORK, sparse=True)
+    assert (sparse.bytes_of(DECODE_1, 20.0), sparse.bytes_of(DECODE_8, 20.0)) == (20e9, None)
 
 
 def test_a_prompt_needs_the_head_for_its_last_token_only():

@@ -37,7 +37,7 @@ class Settings:
     """What every engine is given alike. context: tokens of a sequence, at most. sequences: at once, at most.
 
     cache_gb: memory for keys and values, for engines that set it aside. serving: whether requests come one by one, not
-    as batches. command: of the engine's server, where it has one.
+    as batches. command: of the engine's server, where it has one. expert_cache: as for `halve.load`, in bytes.
     """
 
     cpus: Sequence[int]
@@ -46,6 +46,7 @@ class Settings:
     cache_gb: int
     serving: bool
     command: Sequence[str] = ()
+    expert_cache: int | None = None
 
     @property
     def threads(self) -> int:
@@ -132,7 +133,12 @@ class Halve(Engine):
         import halve
 
         self.version = halve.__version__
-        self.model = halve.load(path, cache_bytes=settings.cache_gb * 10**9, num_threads=settings.threads)
+        self.model = halve.load(
+            path,
+            cache_bytes=settings.cache_gb * 10**9,
+            num_threads=settings.threads,
+            expert_cache=settings.expert_cache,
+        )
         self.shape = shape_of(read_config(path))
         self.format = None  # read from the checkpoint by whoever asks
 

@@ -11,7 +11,7 @@ from halve.api.versus.rounds import Contestant
 from halve.checkpoint import Checkpoint, open_checkpoint, resolve
 from halve.core.errors import ConfigError
 from halve.models import ModelConfig, load_config, stored_formats
-from halve.models.names import modules, num_parameters
+from halve.models.names import modules, num_active_parameters, num_parameters
 
 PEERS = (*MODULES, "openai")
 WEIGHT_FILES = {
@@ -103,10 +103,11 @@ def weight_bytes(kind: str, path: Path) -> int:
 def work_of(kind: str, path: str, config: ModelConfig) -> Work:
     """What a model of this shape asks of the machine. Every weight file is read once a step.
 
-    The table of an untied model is looked up, not read: its share of the weights is taken off the bytes. Raises
-    WorkerError for a model without weights.
+    The table of an untied model is looked up, not read, and of a sparse model's experts a token reads a few: their
+    shares of the weights are taken off the bytes. Raises WorkerError for a model without weights.
     """
-    table, parameters = config.vocab_size * config.hidden_size, num_parameters(config)
-    read = 1.0 if config.tied else 1 - table / parameters
+    table, parameters = config.vocab_size * config.hidden_size, num_active_parameters(config)
+    read = (parameters - (0 if config.tied else table)) / num_parameters(config)
     layers = parameters - table * (1 if config.tied else 2)
-    return Work(None if kind == "openai" else round(weight_bytes(kind, Path(path)) * read), layers, table)
+    size = None if kind == "openai" else round(weight_bytes(kind, Path(path)) * read)
+    return Work(size, layers, table, config.sparse)

@@ -34,16 +34,21 @@ class Measure:
 @dataclass(frozen=True)
 class Work:
     """What one model cannot do without. weight_bytes: read once a step, None where nobody knows; macs: multiply-adds
-    of a token's products.
+    of a token's products. sparse: weight_bytes are what one token reads; how many experts several tokens ask for
+    together, nobody knows from outside.
     """
 
     weight_bytes: int | None
     macs_of_layers: int
     macs_of_head: int
+    sparse: bool = False
 
-    def bytes_of(self, steps_per_second: float) -> float | None:
+    def bytes_of(self, measure: Measure, steps_per_second: float) -> float | None:
         """Bytes of weights a second at that many steps (of a batch, or of a whole prompt) a second."""
-        return None if self.weight_bytes is None else self.weight_bytes * steps_per_second
+        one_token = measure.batch == 1 and not measure.is_prefill
+        if self.weight_bytes is None or (self.sparse and not one_token):
+            return None
+        return self.weight_bytes * steps_per_second
 
     def macs_of(self, measure: Measure, steps_per_second: float) -> float:
         """Multiply-adds a second; attention's own are left out, and a prompt needs the head for its last token only."""
@@ -154,7 +159,7 @@ def turn_of(
     """
     if not here:
         return Turn(tok_s, None, None, None, others)
-    bytes_s, macs_s = work.bytes_of(steps_s), work.macs_of(measure, steps_s)
+    bytes_s, macs_s = work.bytes_of(measure, steps_s), work.macs_of(measure, steps_s)
     bandwidth_fraction = None
     if bytes_s is not None and work.weight_bytes is not None and work.weight_bytes > cached_bytes:
         bandwidth_fraction = bytes_s / ceiling.read_gb_s / 1e9

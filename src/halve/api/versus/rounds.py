@@ -54,6 +54,7 @@ class Contestant:
     found: Mapping[bool, Found]  # how it is started, for batches (False) and for serving requests (True)
     work: Work
     shape: Mapping[str, int]  # that its model must have
+    expert_cache: int | None = None  # bytes, of a sparse model that Halve runs; the rest of its experts lies on disk
     format: str | None = None
     version: str | None = None
     how: str | None = None  # requests that come one by one are served
@@ -126,7 +127,7 @@ class Turns:
         found = contestant.found[settings.serving]
         file = logs / f"{contestant.name.replace('/', '_').replace(':', '_')}{'_serving' * settings.serving}.log"
         try:
-            settings = dataclasses.replace(settings, command=found.command)
+            settings = dataclasses.replace(settings, command=found.command, expert_cache=contestant.expert_cache)
             worker = Worker(contestant.kind, contestant.path, settings, python=found.python, log=file)
             contestant.worker = stack.enter_context(worker)
             told = worker.loaded
