@@ -70,8 +70,8 @@ class BenchOptions:
     threads: of every engine; None for one a physical core. usd_per_hour: price of this machine, for $ a million tokens.
     disturbed_above: cores that other processes may use; a turn beside more is repeated `repeats` times, then marked.
     expert_cache: memory for the experts of the model itself (bytes, or "2GB"), which must be sparse; engines of `vs`
-    have all in memory. logs: an existing directory for what engines print. plot: a file, .html or .svg; save: a file for
-    the record.
+    have all in memory. logs: an existing directory for what engines print. plot: a file, .html or .svg; save: a file
+    for the record.
     Raises ConfigError naming the option.
     """
 
