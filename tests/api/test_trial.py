@@ -44,17 +44,25 @@ def test_kernels_within_what_rounding_usually_makes_are_not_asked_further(monkey
     assert asked == [("reference int8", "served")]
 
 
-def test_a_model_that_answers_to_rounding_more_is_allowed_what_rounding_costs_it(monkeypatch):
-    apart = {("reference int8", "served"): 2e-3, ("reference fp32", "reference int8"): 1e-2}
-    found, _ = agreement(monkeypatch, "int8", apart)
-    assert found == pytest.approx(2e-3)
+def rounded(served, judged, between=2e-3):
+    """Distances of both from what is not rounded, and between them."""
+    return {
+        ("reference int8", "served"): between,
+        ("reference fp32", "served"): served,
+        ("reference fp32", "reference int8"): judged,
+    }
+
+
+def test_a_model_that_answers_to_rounding_more_may_lie_as_far_from_what_is_not_rounded(monkeypatch):
+    found, _ = agreement(monkeypatch, "int8", rounded(1.1e-2, 1e-2, between=1.5e-2))
+    assert found == pytest.approx(1.5e-2)
 
 
 @pytest.mark.parametrize(
     ("activations", "apart"),
     [
-        ("int8", {("reference int8", "served"): 2e-2, ("reference fp32", "reference int8"): 1e-2}),
-        ("int8", {("reference int8", "served"): np.nan, ("reference fp32", "reference int8"): 1e-2}),
+        ("int8", rounded(1.6e-2, 1e-2)),
+        ("int8", rounded(np.nan, 1e-2, between=np.nan)),
         ("fp32", {("reference fp32", "served"): 2e-4}),
     ],
 )

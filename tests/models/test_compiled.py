@@ -1,5 +1,7 @@
 """The step as one program says what the decoder says, operation by operation."""
 
+import gc
+import weakref
 from dataclasses import replace
 from zlib import crc32
 
@@ -123,6 +125,20 @@ def test_every_kind_of_attention_is_compiled(layer, kv_format):
         expected = eagerly(decoder, step, other, rows)
         tolerance = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2, "int4": 2e-1}[kv_format] * np.abs(expected).max()
         np.testing.assert_allclose(decoder.step(step, one, rows), expected, atol=tolerance)
+
+
+def test_weights_do_not_wait_for_the_garbage_collector():
+    decoder = Decoder(PLAIN, NativeOps(), Random())
+    decoder.step(STEPS[0], decoder.new_cache(8, BLOCK), ROWS[0])
+    assert decoder._compiled is not None
+    gone, enabled = weakref.ref(decoder), gc.isenabled()
+    gc.disable()
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @pytest.mark.parametrize("qk_norm", ["head", "row"])

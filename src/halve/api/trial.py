@@ -50,11 +50,12 @@ CANARY_TOKENS = 48  # of an answer that is held against the original's
 # Two right sets of kernels differ by the order of their sums: measured, 1e-7 nats per token. Where activations are
 # rounded, that order decides what falls to which side, and noise e in the logits costs a KL of up to e^2 / 2:
 # measured with int8 activations on tiny-en at 4 bits, 5e-4. Other models answer to rounding more: random weights of
-# Llama-3.2-1B's shape by 2e-3. Two right roundings lie as far from what is not rounded as the reference itself, so
-# that what rounding costs the model at hand is allowed as well.
+# Llama-3.2-1B's shape by 3e-3. There kernels that are right lie as far from what is not rounded as the reference does,
+# but for the luck of a few hundred tokens; what else is wrong with them comes on top.
 # On CUDA the stream between operations is bf16; measured on tiny-en, 1e-4.
 AGREEMENT = 1e-4
 AGREEMENT_BF16 = 1e-3
+AS_FAR = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +122,14 @@ def run_trial(
             advance(done + 1, len(documents))
     answer_tokens = min(CANARY_TOKENS, models[0].config.context - SAMPLE_PROMPT_TOKENS)
     parted = _parted(models, sealed[:NUM_PROMPTS], answer_tokens, progress)
-    agreement = _agreement(models[1], reference, documents)
+    models.pop(0).close()
+    agreement = _agreement(ours, reference, documents)
     return Trial(
         speeds=turns.speeds,
         answers=tuple(answers),
         agreement=agreement,
-        kernels=models[1].kernels,
-        served=served(models[1], agreement, documents),
+        kernels=ours.kernels,
+        served=served(ours, agreement, documents),
         ratios=(SpeedRatio(against=AGAINST, batch=1, ratio=turns.decode),),
         parted=parted,
         answer_tokens=answer_tokens,
@@ -171,15 +173,19 @@ def _agreement(model: Model, reference: Callable[[ActivationFormat], Decoder], d
         AGREEMENT_BF16 if model.ops.name == "cuda" else AGREEMENT,
         noise_of(rounded, model.plan.kv_cache.names) ** 2 / 2,
     )
-    if not divergence <= allowed and rounded != "fp32":
-        allowed = max(allowed, apart(reference("fp32"), judge))
-    if not divergence <= allowed:
-        raise KernelError(
-            f"kernels {model.kernels} differ from the reference by a KL divergence of {divergence:.2g} nats per token, "
-            f"where rounding explains {allowed:.2g}; this is a defect of Halve on this machine: please report it, "
-            "with `halve doctor --json`"
-        )
-    return divergence
+    if divergence <= allowed:
+        return divergence
+    told = ""
+    if rounded != "fp32":
+        exact = reference("fp32")
+        ours, theirs = apart(exact, model.decoder), apart(exact, judge)
+        if ours <= AS_FAR * theirs:
+            return divergence
+        told = f" (from what is not rounded by {ours:.2g}, the reference by {theirs:.2g})"
+    raise KernelError(
+        f"kernels {model.kernels} differ from the reference by a KL divergence of {divergence:.2g} nats per token"
+        f"{told}; this is a defect of Halve on this machine: please report it, with `halve doctor --json`"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ step before chose.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class CapturedSteps:
     """
 
     def __init__(self, decoder: Any, ops: CudaOps, cache: Sequence[CudaCache], graphs: Graphs | None = None) -> None:
-        self.decoder, self.ops, self.cache = decoder, ops, cache
+        self.decoder, self.ops, self.cache = weakref.proxy(decoder), ops, cache  # as in `compiled.py`
         config: ModelConfig = decoder.config
         device = ops.torch_device
         self._graphs: Graphs | None = CudaGraphs(device) if graphs is None and device.type == "cuda" else graphs

@@ -6,6 +6,7 @@ of a token is rounded once for all its experts. Tests hold it to the decoder. Ho
 decoder with hooks runs without it.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,10 +30,11 @@ Outputs = tuple[Array, ...]  # all logits, or the values and the ids of `Program
 
 
 class CompiledSteps:
-    """A decoder's steps over one cache. decoder: a `halve.models.Decoder` on `NativeOps`."""
+    """A decoder's steps over one cache. decoder: a `halve.models.Decoder` on `NativeOps`, which must live as long."""
 
     def __init__(self, decoder: Any, ops: NativeOps, cache: Sequence[KVCache]) -> None:
-        self.decoder, self.ops, self.cache = decoder, ops, cache
+        # The decoder keeps its steps: without a weak reference its weights would wait for the garbage collector.
+        self.decoder, self.ops, self.cache = weakref.proxy(decoder), ops, cache
         self._specs = [layer.attention_spec for layer in decoder.layers]
         self._programs: dict[bool, tuple[Program, Outputs]] = {}
 
