@@ -17,6 +17,7 @@ from halve.core.errors import ConfigError, KernelError
 from halve.formats import Format, Weight
 from halve.formats.activations import activations_for
 from halve.hardware import Device, detect_cpu
+from halve.kernels.arena import Arena
 from halve.kernels.dispatch import Choice, Kernel, Spec, choose
 from halve.kernels.native_cache import BLOCK_SIZE, KVCache, Step, in_own_blocks
 from halve.kernels.native_checks import check_attention, check_batch, check_copies, floats, int32, within
@@ -56,6 +57,7 @@ class NativeOps:
         self.isa = next(isa for isa in ISAS if set(isa.features) <= self.device.features)
         self.num_threads = grow(num_threads)
         self.kernels: dict[str, str] = {}
+        self._arena = Arena()
         self._last_batch: tuple[Any, Step, int] | None = None
         self._run: dict[str, Callable[..., Array]] = {
             op: partial(self._choose(op).run, threads=self.num_threads) for op in PLAIN
@@ -81,8 +83,11 @@ class NativeOps:
         return f"native{LAYOUT_VERSION}"
 
     def pack(self, weight: Weight, allocate: Allocate | None = None) -> Packed:
-        """Bring a matrix into the kernels' layout; `linear` and `table` take the result in the weight's place."""
-        return pack(weight, allocate, self.num_threads)
+        """Bring a matrix into the kernels' layout; `linear` and `table` take the result in the weight's place.
+
+        allocate: gives the memory; None takes it in huge pages, where small matrices lie side by side.
+        """
+        return pack(weight, allocate or self._arena.take, self.num_threads)
 
     def refusal(self, packed: Packed) -> str | None:
         """Why this is not what `pack` makes, or None. Every size is checked, so that no row reads outside the blob."""
