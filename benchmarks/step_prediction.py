@@ -5,8 +5,11 @@ is held against whole steps of a decoder with random weights in that plan: decod
 context, and a chunk of a prompt. Formats are mixed over the layers, as the search mixes them. The aim is 10 %.
 
     python benchmarks/step_prediction.py MODEL [--formats int4-g32,int8,int3-g64] [--context 256] [--layers N]
+        [--repeats 3]
 
-MODEL: a directory whose config.json gives the shapes. Prints a table, and one JSON line last.
+MODEL: a directory whose config.json gives the shapes. Steps are measured before and after the table, since a shared
+machine drifts while it is made; each repeat makes one anew, and the medians over them are told, with the spread of the
+steps as a sign of how steady the machine was. Prints a table, and one JSON line last.
 """
 
 import argparse
@@ -71,6 +74,17 @@ def decodes(batch: int, context: int) -> StepShape:
     return StepShape(batch, batch * (context + 1.0), 0, 0.0, batch)
 
 
+def measured_s(decoder: Decoder, cache: object, batch: int, context: int, rounds: int) -> list[float]:
+    """Seconds of whole steps."""
+    tokens, rows = decode_batch(batch, context, decoder.config.vocab_size), np.arange(batch, dtype=np.int32)
+    taken = []
+    for _ in range(rounds + 2):
+        began = time.perf_counter()
+        decoder.sample(tokens, cache, rows, SamplingBatch.greedy(batch))  # type: ignore[arg-type]
+        taken.append(time.perf_counter() - began)
+    return taken[2:]
+
+
 def main() -> None:
     """Measure, print a table and the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,8 +92,8 @@ def main() -> None:
     parser.add_argument("--formats", default="int4-g32,int8,int3-g64")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--parts", action="store_true", help="also tell products and the rest apart")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     config = read_config(read_object(options.model / "config.json"))
     if options.layers:
@@ -94,52 +108,43 @@ def main() -> None:
     }
     by_module = {m.name: by_group[g.name] for g in groups(config) for m in g.members}
     by_module.setdefault("model.embed_tokens", "int8")
-    started = time.perf_counter()
-    table = device_table(config, {"int8": set(names)}, caches=["bf16"], folder=None)
-    table_s = time.perf_counter() - started
-    times = PlannedTimes(table, by_group, "int8", ("bf16",) * config.num_layers)
     decoder = Decoder(config.with_kv_format("bf16"), ops, Mixed(by_module))
     cache = decoder.new_cache(32 * (options.context // BLOCK + 1), BLOCK)
+    batches, rounds = (1, 8, 32), options.rounds
+    measured: dict[int, list[float]] = {batch: [] for batch in batches}
+    predicted: dict[int, list[float]] = {batch: [] for batch in batches}
+    table_s = []
+    for _ in range(options.repeats):
+        for batch in batches:
+            measured[batch] += measured_s(decoder, cache, batch, options.context, rounds)
+        started = time.perf_counter()
+        table = device_table(config, {"int8": set(names)}, caches=["bf16"], folder=None)
+        table_s.append(time.perf_counter() - started)
+        times = PlannedTimes(table, by_group, "int8", ("bf16",) * config.num_layers)
+        for batch in batches:
+            predicted[batch].append(times.model_s(decodes(batch, options.context)))
+            measured[batch] += measured_s(decoder, cache, batch, options.context, rounds)
     found = {}
-    for batch in (1, 8, 32):
-        tokens, rows = decode_batch(batch, options.context, config.vocab_size), np.arange(batch, dtype=np.int32)
-        taken = []
-        for _ in range(options.rounds + 2):
-            began = time.perf_counter()
-            decoder.sample(tokens, cache, rows, SamplingBatch.greedy(batch))
-            taken.append(time.perf_counter() - began)
-        shape = decodes(batch, options.context)
-        measured, predicted = median(taken[2:]), times.model_s(shape)
-        if options.parts:
-            from halve.models.compiled import CompiledSteps
-
-            program, step = CompiledSteps(decoder, ops, cache).program(tokens, rows, full=False)
-            part, own = program.part(("prepare", "product", "reduce")), []
-            for _ in range(options.rounds):
-                decoder.sample(tokens, cache, rows, SamplingBatch.greedy(batch))
-                began = time.perf_counter()
-                part.run(step, tokens.token_ids, rows)
-                own.append(time.perf_counter() - began)
-            print(
-                f"  products {1e3 * median(own):.3f} ms, predicted {1e3 * times.products_s(shape):.3f} ms "
-                f"(head {1e3 * table.group_s('int8', 'lm_head', by_group['lm_head'], batch):.3f} ms); "
-                f"all else predicted {1e3 * times.others_s(shape):.3f} ms"
-            )
-        found[f"decode {batch}"] = (measured, predicted, max(taken[2:]) - min(taken[2:]))
-    for name, (measured, predicted, spread) in found.items():
-        print(f"{name:10} measured {1e3 * measured:9.3f} ms  predicted {1e3 * predicted:9.3f} ms  "
-              f"{predicted / measured - 1:+6.1%}  spread {1e3 * spread:.3f} ms")  # fmt: skip
-    print(f"the table took {table_s:.1f} s")
+    for batch in batches:
+        steps, told = measured[batch], predicted[batch]
+        found[f"decode {batch}"] = {
+            "measured_s": median(steps), "predicted_s": median(told), "difference": median(told) / median(steps) - 1,
+            "steps_s": [min(steps), max(steps)], "predictions_s": told,
+        }  # fmt: skip
+        spans = (f"{1e3 * median(v):9.3f} ms [{1e3 * min(v):.3f}, {1e3 * max(v):.3f}]" for v in (steps, told))
+        words = "  predicted ".join(spans)
+        print(f"decode {batch:<3} measured {words}  {median(told) / median(steps) - 1:+6.1%}")
+    print(f"a table took {median(table_s):.1f} s")
     record = {
         "question": "step_prediction",
-        "value": max(abs(p / m - 1) for m, p, _ in found.values()),
+        "value": max(abs(one["difference"]) for one in found.values()),  # type: ignore[arg-type]
         "model": options.model.name,
         "layers": config.num_layers,
         "formats": options.formats,
         "context": options.context,
-        "steps": {name: {"measured_s": m, "predicted_s": p, "spread_s": s} for name, (m, p, s) in found.items()},
-        "table_s": table_s,
-        "runs": options.rounds,
+        "steps": found,
+        "table_s": median(table_s),
+        "repeats": options.repeats,
         "kernel": ops.isa.name,
         "threads": ops.num_threads,
         "hardware": ops.device.model,

@@ -102,6 +102,7 @@ def test_fewer_experts_a_token_take_as_long_as_fewer_tokens():
     shape = StepShape(4, 0.0, 0, 0.0, 1)
     assert whole.products_s(shape) == 5 * 4.0
     assert half.products_s(shape) == 3 * 4.0 + 2 * 2.0
+    assert half.products_s(ONE_ANSWER) == 3 * 1.0 + 2 * 0.5
 
 
 def test_layers_whose_caches_differ_take_each_their_share():

@@ -95,14 +95,20 @@ class DeviceTable:
             )
         return found.at(count)
 
+    def layer_s(self, activations: str, kind: str, fmt: str, tokens: float, top_k: int | None = None) -> float:
+        """Seconds of one group's product in a layer. top_k: experts of a token, None for as many as were measured with;
+        others take as long as so many more or fewer tokens, of which less than one reads less than one does.
+        """
+        count = tokens * (top_k / self.top_k if top_k and kind in ROUTED else 1.0)
+        return min(1.0, count) * self.group_s(activations, kind, fmt, max(1.0, count))
+
 
 @dataclass(frozen=True, eq=False)
 class PlannedTimes:
     """Step times of one plan: what `halve.engine.simulate` runs on.
 
-    formats: of each group, by its name. caches: the format of each layer's cache. top_k: experts of a token, None for
-    as many as were measured with; others take as long as so many more or fewer tokens. Raises ConfigError for a cache
-    that was not measured.
+    formats: of each group, by its name. caches: the format of each layer's cache. top_k: as for `DeviceTable.layer_s`.
+    Raises ConfigError for a cache that was not measured.
     """
 
     table: DeviceTable
@@ -136,11 +142,10 @@ class PlannedTimes:
         """Seconds of a step's products."""
         tokens = shape.tokens
         if tokens not in self._products:
-            share = (self.top_k or self.table.top_k) / self.table.top_k
-            kinds = ((name.rpartition(".")[2], fmt) for name, fmt in self.formats.items() if name.startswith("layers."))
             self._products[tokens] = sum(
-                self.table.group_s(self.activations, kind, fmt, tokens * share if kind in ROUTED else tokens)
-                for kind, fmt in kinds
+                self.table.layer_s(self.activations, name.rpartition(".")[2], fmt, tokens, self.top_k)
+                for name, fmt in self.formats.items()
+                if name.startswith("layers.")
             )
         head = (
             self.table.group_s(self.activations, "lm_head", self.formats["lm_head"], shape.rows) if shape.rows else 0.0

@@ -120,10 +120,11 @@ class StepCounts:
             stored = byte_s * sum(fmt.size_bytes(m.shape) for m in part.modules)
             if part.group is None:
                 return stored
-            counts = self.rows if part.group.kind == "lm_head" else self.tokens
-            # A change of experts: as if fewer tokens came to all of them.
-            kind, share = part.group.kind, part.top_k / table.top_k if part.of_experts else 1.0
-            return stored + sum(n * table.group_s(activations, kind, fmt.name, c * share) for c, n in counts.items())
+            kind, name = part.group.kind, fmt.name
+            if kind == "lm_head":
+                return stored + sum(n * table.group_s(activations, kind, name, rows) for rows, n in self.rows.items())
+            top_k = part.top_k if part.of_experts else None
+            return stored + sum(n * table.layer_s(activations, kind, name, c, top_k) for c, n in self.tokens.items())
 
         return of
 
