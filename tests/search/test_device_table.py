@@ -49,6 +49,7 @@ def test_a_line_is_straight_between_its_points_and_beyond_the_last_and_never_fal
     assert Line(counts=(1, 2), seconds=(1.0, 2.0)).at(4) == 4.0
     assert Line(counts=(2,), seconds=(5.0,)).at(100) == 5.0
     assert [one.near(x) for x in (0, 4, 7)] == [1.0, 2.5, 2.0]
+    assert Line(counts=(1, 2, 4), seconds=(2.0, 9.0, 3.0)).rising() == Line(counts=(1, 2, 4), seconds=(2.0, 3.0, 3.0))
     assert Line(counts=(1,), seconds=(1.0,)).followed_by(Line(counts=(2,), seconds=(3.0,))).at(1.5) == 2.0
 
 

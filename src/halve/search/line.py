@@ -35,6 +35,11 @@ class Line:
         """Seconds at a count of what may fall, within the counts that were measured."""
         return float(np.interp(count, self.counts, self.seconds))
 
+    def rising(self) -> "Line":
+        """The same where no count takes longer than a higher one: what disturbs a measurement only ever adds."""
+        lowest = np.minimum.accumulate(self.seconds[::-1])[::-1]
+        return Line(counts=self.counts, seconds=tuple(lowest.tolist()))
+
     def followed_by(self, other: "Line") -> "Line":
         """Itself and then another line, whose counts are beyond its own."""
         return Line(counts=self.counts + other.counts, seconds=self.seconds + other.seconds)

@@ -8,7 +8,7 @@ tokens each of a sequence of its own, as when answers are made, beyond them of o
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -151,10 +151,10 @@ class Stopwatch:
         rest = self._rest_bytes() - copies * size
         waits = self._line(program, [t for t in self.tokens if t < COMPUTES], rest, copies, rows=False)
         if not (many := [t for t in self.tokens if t >= COMPUTES]):
-            return waits
+            return waits.rising()
         few = min(copies, FEW_COPIES)
         program = program_of(few)
-        return waits.followed_by(self._line(program, many, self._rest_bytes() - few * size, few, rows=False))
+        return waits.followed_by(self._line(program, many, self._rest_bytes() - few * size, few, rows=False)).rising()
 
     def _product(
         self, program: Program, kind: str, x: Array, linears: list[Linear], outputs: list[Array], gain: Array | None
@@ -196,7 +196,7 @@ class Stopwatch:
         ready = program.prepare(x, linear.layout, gain=gain, eps=1e-5, of_rows=True)
         program.likeliest(ready, linear)
         rows = tuple(r for r in ROWS if r <= self.most)
-        return self._line(program, rows, self._rest_bytes() - fmt.size_bytes(shape), 1, rows=True)
+        return self._line(program, rows, self._rest_bytes() - fmt.size_bytes(shape), 1, rows=True).rising()
 
     def _rest_bytes(self) -> int:
         """Of a whole model in TYPICAL_BITS."""
@@ -206,26 +206,33 @@ class Stopwatch:
         return TYPICAL_BITS * weights // 8
 
     def _line(self, program: Program, counts: Sequence[int], rest_bytes: int, copies: int, *, rows: bool) -> Line:
+        """Counts take turns, so that a bad moment of the machine is not one count's alone."""
         words = max(0, rest_bytes) // 8  # as much as there is
-        seconds = []
-        for count in counts:
-            batch = self.batches.get(count) or self._batch(count)
-            step = self._checked(batch)
-            wanted = np.arange(count, dtype=np.int32) if rows else np.zeros(1, np.int32)
+        timers = [self._timer(program, count, words, rows=rows) for count in counts]
+        most = REPEATS if words < FEW_WORDS else FEW_REPEATS
+        repeats = [most if once() < LONG_S else LEAST_REPEATS for once in timers]
+        taken: list[list[float]] = [[] for _ in counts]
+        for turn in range(max(repeats)):
+            for once, wanted, seconds in zip(timers, repeats, taken, strict=True):
+                if turn < wanted:
+                    seconds.append(once())
+        return Line(counts=tuple(counts), seconds=tuple(_undisturbed(seconds) / copies for seconds in taken))
 
-            def once(step: Step = step, batch: TokenBatch = batch, wanted: Array = wanted) -> float:
-                self.other[:words].sum()
-                for _ in range(WAKE_RUNS):  # threads that fell asleep while memory was read are awake in a step
-                    self.waker.run(step, batch.token_ids, wanted[:1])
-                started = time.perf_counter()
-                program.run(step, batch.token_ids, wanted)
-                return time.perf_counter() - started
+    def _timer(self, program: Program, count: int, words: int, *, rows: bool) -> Callable[[], float]:
+        """Runs the program for so many tokens behind so many words of other memory, and says how long it took."""
+        batch = self.batches.get(count) or self._batch(count)
+        step = self._checked(batch)
+        wanted = np.arange(count, dtype=np.int32) if rows else np.zeros(1, np.int32)
 
-            first = once()
-            repeats = REPEATS if words < FEW_WORDS else FEW_REPEATS
-            repeats = repeats if first < LONG_S else LEAST_REPEATS
-            seconds.append(_undisturbed(once() for _ in range(repeats)) / copies)
-        return Line(counts=tuple(counts), seconds=tuple(seconds))
+        def once() -> float:
+            self.other[:words].sum()
+            for _ in range(WAKE_RUNS):  # threads that fell asleep while memory was read are awake in a step
+                self.waker.run(step, batch.token_ids, wanted[:1])
+            started = time.perf_counter()
+            program.run(step, batch.token_ids, wanted)
+            return time.perf_counter() - started
+
+        return once
 
     def _checked(self, batch: TokenBatch) -> Step:
         return self.steps.program(batch, np.zeros(1, np.int32), full=False)[1]
