@@ -13,6 +13,7 @@ from halve.api.progress import SILENT
 from halve.api.study import Question
 from halve.api.texts import prepare_texts
 from halve.checkpoint import open_checkpoint
+from halve.core.errors import QualityError
 from halve.evaluate.scorer import DecoderScorer
 from halve.kernels.reference import TorchOps
 from halve.models import load_config, load_decoder, stored_formats
@@ -110,6 +111,36 @@ def test_no_expert_of_a_trained_model_goes_for_nothing():
     assert 0.001 < left_out.low < left_out.high < merged.high < 0.02
 
 
-def test_a_service_level_is_refused_before_any_work(sparse, text, tmp_path):
+def test_plans_of_a_sparse_model_are_ranked_by_seconds_and_keep_a_service_level(sparse, text, tmp_path):
+    with pytest.raises(QualityError, match="no plan keeps this service level"):
+        halve.optimize(sparse, tmp_path / "out", max_quality_loss="5%", calibration=text, slo="tpot=0.0001ms")
+    made = halve.optimize(
+        sparse, tmp_path / "out", max_quality_loss="5%", calibration=text, slo="ttft=10s,tpot=1s", method="clip"
+    )
+    assert moves(made.path)[1]["basis"] == "seconds"
+    assert made.certificate.workload_cost is not None
+    assert made.certificate.workload_cost.replayed is not None
+
+
+def test_a_service_level_is_refused_before_any_work_where_layers_differ(tmp_path, text):
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    path = tmp_path / "model"
+    transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    tokenizer().save(str(path / "tokenizer.json"))
     with pytest.raises(halve.core.errors.ConfigError, match="ranked by bytes"):
-        halve.optimize(sparse, tmp_path / "out", max_quality_loss="2%", slo="ttft=1s", calibration=text, method="clip")
+        halve.optimize(path, tmp_path / "out", max_quality_loss="2%", slo="ttft=1s", calibration=text, method="clip")

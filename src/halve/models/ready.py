@@ -35,6 +35,7 @@ from halve.core.units import format_bytes
 from halve.formats import FORMATS, Format
 from halve.kernels.arena import Arena
 from halve.kernels.ops import Array, Packed, PackingOps
+from halve.kernels.packed import aligned_bytes
 
 log = logging.getLogger("halve.models")
 
@@ -172,7 +173,7 @@ def kept_file(
 
     def packed() -> Iterator[tuple[str, Packed]]:
         for i, (module, (shape, _)) in enumerate(weights.items()):
-            yield module, ops.pack(checkpoint.read_weight(module, shape))
+            yield module, ops.pack(checkpoint.read_weight(module, shape), aligned_bytes)  # gone with the next
             checkpoint.reader.forget()
             if progress:
                 progress(i + 1, len(weights))
