@@ -10,7 +10,7 @@ import pytest
 
 import halve
 from halve.api import guesses, judging, making, study
-from halve.core.errors import ConfigError, PlanError, QualityError
+from halve.core.errors import ConfigError, DataError, PlanError, QualityError
 from halve.core.plan import Plan
 from halve.kernels import native_library
 from tests.api.tiny import halve as command
@@ -256,3 +256,20 @@ def test_one_figure_alone_may_be_judged_and_that_is_recorded(tiny, text, cache, 
     assert result.certificate.quality.ppl_ratio.high <= 1.05
     assert "--quality ppl" in result.certificate.inputs.command
     assert not_of_time(halve.verify(result.path, against=tiny).differences) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("arrival_s,prompt_tokens,output_tokens\n0,-4,1\n", "trace.csv:2: prompt_tokens"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,nan,1\n", "trace.csv:2: prompt_tokens"),
+        ("when,how_long\n0,1\n", "trace.csv"),
+        ("arrival_s,prompt_tokens,output_tokens\n", "trace.csv"),
+    ],
+)
+def test_a_trace_that_is_none_is_refused_before_any_work(tiny, text, tmp_path, rows, said):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(rows)
+    with pytest.raises(DataError, match=said):
+        halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, workload=str(trace))
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.csv"]

@@ -1,10 +1,12 @@
 """Scales and norms that learn under codes that stay."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from halve.checkpoint import open_checkpoint
 from halve.compress import apply_plan
@@ -111,22 +113,32 @@ def test_what_is_closest_on_held_out_text_is_kept(rounded, monkeypatch):
             np.testing.assert_array_equal(found.scales[module.name].reshape(stored.shape), stored)
 
 
-def test_slopes_are_those_of_finite_differences(rounded):
+def test_the_loss_and_every_slope_are_those_of_the_equation_in_float64(rounded):
+    """KL of transformers' own model in double, its weights codes * s * exp(t), differentiated by t."""
     _, config, folder = rounded
     _, teacher = decoder(embedded_model_path(), widened=True)
     _, student = decoder(folder)
-    batch = TokenBatch.whole([documents(config, 1)[0][:WINDOW]])
-    _, slopes = loss_and_slopes(teacher, student, batch)
-    projection = student.layers[1].projections["down"]
-    matrix, (member,) = projection.linears[0][1], projection.group.members
-    first, direction = matrix.scale.clone(), torch.sign(slopes[member.name])
-
-    def loss(step):
-        matrix.scale = first * torch.exp(step * direction)
-        with torch.no_grad():
-            aim, found = (m.logits(m.hidden(batch)).double().log_softmax(-1) for m in (teacher, student))
-        matrix.scale = first
-        return float((aim.exp() * (aim - found)).sum(-1).mean())
-
-    along = (loss(1e-3) - loss(-1e-3)) / 2e-3
-    assert along == pytest.approx(float((slopes[member.name] * direction).sum()), rel=0.02)
+    ids = documents(config, 1)[0][:32]
+    loss, slopes = loss_and_slopes(teacher, student, TokenBatch.whole([ids]))
+    model = transformers.LlamaForCausalLM.from_pretrained(embedded_model_path()).double().eval()
+    tokens = torch.from_numpy(ids.astype(np.int64))[None]
+    exponents, weights = {}, {}
+    with open_checkpoint(folder) as bundle:
+        for module in modules(config):
+            stored = bundle.read_weight(module.name, module.shape)
+            ones = replace(stored, scale=np.ones_like(stored.scale))
+            scale = torch.from_numpy(stored.scale.astype(np.float64))
+            exponents[module.name] = t = torch.zeros_like(scale, requires_grad=True)
+            wide = (scale * t.exp()).repeat_interleave(module.shape[1] // scale.shape[1], dim=1)
+            weights[f"{module.name}.weight"] = torch.from_numpy(ones.dequantize().astype(np.float64)) * wide
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    with torch.no_grad():
+        aim = model(tokens).logits[0].log_softmax(-1)
+    found = torch.func.functional_call(model, weights, (tokens,)).logits[0].log_softmax(-1)
+    expected = (aim.exp() * (aim - found)).sum(-1).mean()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert slopes.keys() == exponents.keys()
+    for name, t in exponents.items():
+        most = float(t.grad.abs().max())
+        np.testing.assert_allclose(slopes[name].reshape(t.shape).numpy(), t.grad.numpy(), atol=1e-4 * most)

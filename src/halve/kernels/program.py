@@ -79,12 +79,9 @@ class BrokenRouteError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where a program's tokens go: `tokens` int32 [T * top_k], sorted by expert; `offsets` int32 [experts + 1]."""
+    """Where a program's tokens go, sorted by expert. broken: int32 [1], 1 where the last step's logits held NaN."""
 
     record: ctypes.Structure
-    tokens: Array
-    offsets: Array
-    weights: Array
     broken: Array
 
     @property
@@ -241,7 +238,7 @@ class Program:
         weights, offsets, broken = np.zeros(size, np.float32), np.zeros(experts + 1, np.int32), np.zeros(1, np.int32)
         arrays = (chosen, weights, at, tokens, offsets, counted, totals, broken)
         record = _Route(logits.ctypes.data, experts, top_k, renormalize, scale, *(one.ctypes.data for one in arrays))
-        places = Places(record, tokens, offsets, weights, broken)
+        places = Places(record, broken)
         self._routes.append(places)
         self._add(_ROUTE, record, keep=(logits, arrays))
         return places

@@ -15,6 +15,7 @@ from halve.core.errors import KernelError
 from halve.formats import Weight
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import Array, AttentionSpec, Buffer, FusingOps, Ops, Packed, TokenBatch
+from halve.kernels.program import MOST_CHOSEN
 from halve.kernels.sampling import Sampled, SamplingBatch
 from halve.models.compiled import CompiledSteps
 from halve.models.config import ModelConfig, Rope
@@ -134,9 +135,12 @@ class DecoderLayer:
 
     @property
     def fused(self) -> bool:
-        """Whether its experts, if it has any, run as one grouped product."""
-        routed = [self.projections[kind] for kind in ROUTED if self.router is not None]
-        return all(isinstance(one, ExpertProjection) and one.grouped is not None for one in routed)
+        """Whether its experts, if it has any, run as one grouped product that a program can hold."""
+        if self.router is None:
+            return True
+        routed = [self.projections[kind] for kind in ROUTED]
+        grouped = all(isinstance(one, ExpertProjection) and one.grouped is not None for one in routed)
+        return grouped and self.router.experts.top_k <= MOST_CHOSEN
 
     def attend(self, x: Buffer, batch: TokenBatch, cache: Any | None = None) -> Buffer:
         """The stream after attention, before the feed-forward: [T, H] -> [T, H]."""
