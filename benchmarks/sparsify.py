@@ -59,7 +59,7 @@ def main() -> None:
                 speed = 0.0 if row.decode_tok_s is None else row.decode_tok_s.value
                 print(f"{row.name:46} {row.of_dense:6.3f} {row.perplexity:8.2f} {kl:26} {speed:8.1f}", flush=True)
             print(made.recovery, made.verdict, sep="\n", flush=True)
-            records.append(to_dict(made))
+            records.append(to_dict(made) | {"path": f"sparse-{active}"})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps({"question": "sparsify", "model": str(options.model), "runs": records}))
