@@ -41,7 +41,7 @@ from halve.evaluate import PairedScores, compare, fails, passes, quality
 from halve.evaluate.scorer import DecoderScorer
 from halve.models import load_config, stored_formats
 from halve.search import Candidate, Judged, cheapest_passing, likely_start
-from halve.search.front import Offer, bytes_cost, candidates
+from halve.search.front import Offer, bytes_cost, candidates, retreat
 from halve.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +144,7 @@ def repeat(ranked: list[tuple[Candidate, PairedScores]], num_documents: int, see
     first, _ = cheapest_passing(plans, judge, start=likely_start(plans, EXPECTED_SHARE * log1p(LIMIT)))
     if first is None:
         return {"certified": None}
-    for attempt, candidate in enumerate(plans[first : first + MAX_ATTEMPTS]):
+    for attempt, candidate in enumerate(plans[i] for i in retreat(plans, first, MAX_ATTEMPTS)):
         if passes(quality(part(scores[id(candidate)], sealed), confidence=confidence), LIMIT):
             again = quality(part(scores[id(candidate)], second), confidence=CONFIDENCE)
             return {
