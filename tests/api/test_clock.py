@@ -61,6 +61,14 @@ def test_a_speed_above_the_limits_fails(tok_s, size, macs, what):
         rooflines([speed(tok_s, size, macs)], Machine())
 
 
+def test_memory_that_gave_more_while_a_speed_was_measured_is_its_limit():
+    (found,) = rooflines([speed(11.0)], Machine(), read_gb_s=12.0)
+    assert found.memory_fraction == pytest.approx(11 / 12)
+    assert found.read_gb_s == 12.0
+    with pytest.raises(QualityError, match="is not certified"):
+        rooflines([speed(11.0)], Machine(), read_gb_s=9.0)
+
+
 def test_weights_that_a_cache_holds_have_no_limit_of_memory():
     (found,) = rooflines([speed(100_000.0, size=900_000, macs=1000)], Machine())
     assert found.memory_fraction is None

@@ -43,7 +43,7 @@ def _what_was_recorded(request, monkeypatch):
         )
 
     monkeypatch.setattr(verb, "run_trial", as_recorded)
-    monkeypatch.setattr(verb, "rooflines", lambda speeds: ())
+    monkeypatch.setattr(verb, "rooflines", lambda speeds, **_: ())
     monkeypatch.setattr(verb, "canary_differences", lambda recorded, again: [])
 
 

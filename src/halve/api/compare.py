@@ -131,7 +131,8 @@ def compare(
                 turns = in_turns(models, progress)
             pairs = zip("AB", sides, turns.speeds, strict=True)
             found = [side.judged(name, measured) for name, side, measured in pairs]
-            limits = rooflines([one for one in found if one is not None]) if device == "cpu" else ()
+            judged = [one for one in found if one is not None]
+            limits = rooflines(judged, read_gb_s=turns.read_gb_s) if device == "cpu" else ()
         facts = [_facts(side, model) for side, model in zip(sides, models, strict=True)]
         for model in models:
             model.close()

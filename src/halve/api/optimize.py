@@ -369,7 +369,8 @@ def _certificate(
         size, weights_sha256 = bundle.weight_bytes, bundle.reader.sha256()
         pairs = zip(("original", "smaller"), (job.checkpoint, bundle), trial.speeds, strict=True)
         found = [judged(name, checkpoint, load_config(checkpoint), speed) for name, checkpoint, speed in pairs]
-    limits = rooflines([one for one in found if one is not None]) if job.device == "cpu" else ()
+    measured = [one for one in found if one is not None]
+    limits = rooflines(measured, read_gb_s=trial.read_gb_s) if job.device == "cpu" else ()
     if trial.replayed is not None:
         check_replay(trial.replayed, job.purpose.workload, limits)
     float32 = 4 * num_parameters(job.config)

@@ -4,7 +4,8 @@ A figure above that is a mistake of whoever measured it, and no certificate is w
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from halve.api.versus.figures import TOLERANCE, Ceiling, Measure, MismeasuredError, Work, turn_of
 from halve.api.versus.rounds import last_level_cache_bytes
@@ -43,9 +44,12 @@ def judged(model: str, checkpoint: Checkpoint, config: ModelConfig, speed: Speed
     return Judged(model=model, decode_tok_s=speed.decode_tok_s.value, bytes_per_step=size, macs=macs)
 
 
-def rooflines(speeds: list[Judged], sample: "Sampler | None" = None) -> tuple[Roofline, ...]:
+def rooflines(
+    speeds: list[Judged], sample: "Sampler | None" = None, *, read_gb_s: float | None = None
+) -> tuple[Roofline, ...]:
     """Each speed at batch 1 as a share of the ceilings. Raises QualityError for one above them.
 
+    read_gb_s: what memory gave while the speeds were measured, where that is known; a shared machine may give less now.
     Nothing where this machine's ceilings can't be measured (a log line says why).
     """
     try:
@@ -54,7 +58,17 @@ def rooflines(speeds: list[Judged], sample: "Sampler | None" = None) -> tuple[Ro
         log.info("speeds are not held against this machine's limits: %s", error)
         return ()
     ceiling = sample()
+    if read_gb_s is not None:
+        ceiling = replace(ceiling, read_gb_s=max(ceiling.read_gb_s, read_gb_s))
     return tuple(_roofline(one, ceiling, sample) for one in speeds)
+
+
+def reader() -> Callable[[], float] | None:
+    """Reads memory for some hundredths of a second and says how fast that was, GB/s; None where the C++ is missing."""
+    if native_library.available():
+        return None
+    arena, threads = Arena(LEAST_ARENA_BYTES), detect_cpu().num_cores
+    return lambda: max(arena.read_gb_s(threads) for _ in range(2))
 
 
 class Sampler:

@@ -17,6 +17,7 @@ from halve.api.clock import witnessed
 from halve.api.model import Model, load
 from halve.api.progress import Progress
 from halve.api.replayed import Paced, replay_in_turns
+from halve.api.roofline import reader
 from halve.api.texts import WINDOW_TOKENS
 from halve.api.versus.processes import Others
 from halve.core.certificate import Measured, Served, Speed, SpeedRatio, WorkloadReplay
@@ -72,8 +73,8 @@ class Trial:
     """speeds: of the original and the smaller model. agreement: KL to the reference kernels. served: how it runs.
 
     ratios: of seconds per decoded token, smaller over original, both measured in turns. parted: tokens after which the
-    greedy answers of both part, for each prompt; answer_tokens: of such an answer. disturbed: as in `Turns`. replayed:
-    the workload, run by both; None where none was asked for.
+    greedy answers of both part, for each prompt; answer_tokens: of such an answer. disturbed, read_gb_s: as in `Turns`.
+    replayed: the workload, run by both; None where none was asked for.
     """
 
     speeds: tuple[Speed, Speed]
@@ -86,6 +87,7 @@ class Trial:
     answer_tokens: int
     disturbed: bool
     replayed: WorkloadReplay | None = None
+    read_gb_s: float | None = None
 
 
 def run_trial(
@@ -135,6 +137,7 @@ def run_trial(
         answer_tokens=answer_tokens,
         disturbed=turns.disturbed,
         replayed=replayed,
+        read_gb_s=turns.read_gb_s,
     )
 
 
@@ -192,24 +195,29 @@ def _agreement(model: Model, reference: Callable[[ActivationFormat], Decoder], d
 class Turns:
     """Speeds of two models that ran in turns, and seconds of the second over the first for a token.
 
-    disturbed: whether other programs used the processors meanwhile, or nothing here says that they did not.
+    disturbed: whether other programs used the processors meanwhile, or nothing here says that they did not. read_gb_s:
+    the fastest that memory was read between the rounds; None where that can't be measured.
     """
 
     speeds: tuple[Speed, Speed]
     decode: Measured
     prefill: Measured
     disturbed: bool
+    read_gb_s: float | None
 
 
 def in_turns(models: Sequence[Model], progress: Progress) -> Turns:
     """Prefill and decode at batch 1, tokens per second: median, lowest and highest run after one that warms up."""
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     others = Others({}) if Path("/proc/stat").exists() else None
+    read, reads = reader(), list[float]()
     with progress.task("Measuring speed", "runs") as advance:
         for done in range(RUNS + 1):
             started = time.perf_counter()
             for model, taken in zip(models, times, strict=True):
                 taken.append(run_once(model, seed=done))
+            if read is not None:
+                reads.append(read())
             if done == 0 and time.perf_counter() - started > SLOW_S * len(models):
                 break
             advance(done, RUNS)
@@ -220,7 +228,13 @@ def in_turns(models: Sequence[Model], progress: Progress) -> Turns:
         ratio_of_medians([1 / rate for rate in after], [1 / rate for rate in before])
         for before, after in zip(first, second, strict=True)
     )
-    return Turns(speeds=(speed_of(rounds[0]), speed_of(rounds[1])), decode=decode, prefill=prefill, disturbed=disturbed)
+    return Turns(
+        speeds=(speed_of(rounds[0]), speed_of(rounds[1])),
+        decode=decode,
+        prefill=prefill,
+        disturbed=disturbed,
+        read_gb_s=max(reads, default=None),
+    )
 
 
 def ratio_of_medians(ours: Sequence[float], others: Sequence[float], *, num_resamples: int = 2000) -> Measured:

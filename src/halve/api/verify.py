@@ -170,7 +170,9 @@ def _measured_again(
         speed=trial.speeds[1],
         original_speed=trial.speeds[0],
         speed_ratios=(*trial.ratios, *(ratio for ratio in again.speed_ratios if ratio.basis == "given")),
-        rooflines=rooflines([one for one in found if one is not None]) if device == "cpu" else (),
+        rooflines=rooflines([one for one in found if one is not None], read_gb_s=trial.read_gb_s)
+        if device == "cpu"
+        else (),
         served=trial.served,
         tasks=results,
         canary=canary(trial.parted, trial.answer_tokens, again.quality.flip_rate, results),
