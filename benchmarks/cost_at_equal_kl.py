@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from methods_against_peers import Bench, opened, uniform
+from step_prediction import BLOCK, Mixed, decode_batch
 
 from halve.api.making import TUNE_STEPS
 from halve.api.shape_cost import CONTEXT, LLAMA_1B, mapped
@@ -32,37 +33,16 @@ from halve.checkpoint import open_checkpoint
 from halve.compress import Choice
 from halve.formats import FORMATS, Format
 from halve.kernels.native import NativeOps
-from halve.kernels.ops import TokenBatch
 from halve.kernels.sampling import SamplingBatch
 from halve.models import Decoder
 from halve.models.names import Module, modules
 from halve.search.front import choices_of, tables
 from halve.search.sensitivity import Part
 from halve.search.solver import front
-from halve.search.timing import random_weight
 
 NATIVE = "int8,int6-g32,int6-g64,int6-g128,int5-g32,int5-g64,int5-g128,int4-g32,int4-g64,int4-g128,int3-g32,int3-g64"
 PORTABLE = "int8,int4-g32,int4-g64,int4-g128"
 ROUNDS = 21
-BLOCK = 16
-
-
-class Random:
-    """Weights that nobody trained, stored as told for each module."""
-
-    def __init__(self, formats: Mapping[str, Format]) -> None:
-        self.formats = formats
-
-    def weight(self, module: str, shape: tuple[int, int]) -> Any:
-        """A matrix."""
-        return random_weight(self.formats[module], shape)
-
-    def vector(self, name: str, shape: tuple[int, ...]) -> Any:
-        """Ones."""
-        return np.ones(shape, np.float32)
-
-    def forget(self) -> None:
-        """Nothing is read."""
 
 
 def stored_in(bench: Bench, choices: Mapping[str, Choice], portable: bool) -> dict[str, Format]:
@@ -91,19 +71,16 @@ def size_of(fmt: Format, module: Module) -> int:
 def decoder_of(bench: Bench, choices: Mapping[str, Choice], portable: bool) -> Decoder:
     """The large shape, stored so."""
     formats = mapped(stored_in(bench, choices, portable), bench.config, LLAMA_1B)
-    return Decoder(LLAMA_1B.with_kv_format("bf16"), NativeOps(activations="int8"), Random(formats))
+    return Decoder(
+        LLAMA_1B.with_kv_format("bf16"),
+        NativeOps(activations="int8"),
+        Mixed({module: fmt.name for module, fmt in formats.items()}),
+    )
 
 
 def in_turns(one: Decoder, other: Decoder) -> tuple[list[float], list[float]]:
     """Seconds of a decode step of each at batch 1."""
-    tables_ = np.arange(CONTEXT // BLOCK, dtype=np.int32)[None]
-    batch = TokenBatch(
-        token_ids=np.array([17], np.int32),
-        positions=np.array([CONTEXT - 1], np.int32),
-        cu_seqlens=np.array([0, 1], np.int32),
-        slot_mapping=np.array([CONTEXT - 1], np.int32),
-        block_tables=tables_,
-    )
+    batch = decode_batch(1, CONTEXT - 1, LLAMA_1B.vocab_size)
     caches = [d.new_cache(CONTEXT // BLOCK, BLOCK) for d in (one, other)]
     taken: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS + 3):

@@ -21,29 +21,32 @@ from halve.models.embedded import SPARSE, embedded_model_path
 from halve.text import Tokenizer
 from tests.api.tiny import BOS, EOS, VOCABULARY, tokenizer
 
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
-@pytest.fixture(scope="module")
-def sparse(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sparse")
+
+def saved(path, kind, config):
+    """A random model with the tiny tokenizer."""
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=128,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    kind(config).to(torch.bfloat16).save_pretrained(path)
     tokenizer().save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOS}))
     return path
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    config = transformers.MixtralConfig(**SIZES, intermediate_size=32, num_hidden_layers=1, num_local_experts=4)
+    return saved(tmp_path_factory.mktemp("sparse"), transformers.MixtralForCausalLM, config)
 
 
 def moves(path):
@@ -124,23 +127,14 @@ def test_plans_of_a_sparse_model_are_ranked_by_seconds_and_keep_a_service_level(
 
 def test_a_service_level_is_refused_before_any_work_where_layers_differ(tmp_path, text):
     config = transformers.Qwen3MoeConfig(
-        hidden_size=32,
+        **SIZES,
         intermediate_size=64,
         moe_intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=128,
         num_experts=4,
-        num_experts_per_tok=2,
         mlp_only_layers=[0],
-        bos_token_id=0,
-        eos_token_id=1,
     )
-    path = tmp_path / "model"
-    transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    tokenizer().save(str(path / "tokenizer.json"))
+    path = saved(tmp_path / "model", transformers.Qwen3MoeForCausalLM, config)
     with pytest.raises(halve.core.errors.ConfigError, match="ranked by bytes"):
         halve.optimize(path, tmp_path / "out", max_quality_loss="2%", slo="ttft=1s", calibration=text, method="clip")

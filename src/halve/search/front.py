@@ -123,8 +123,9 @@ class StepCounts:
             kind, name = part.group.kind, fmt.name
             if kind == "lm_head":
                 return stored + sum(n * table.group_s(activations, kind, name, rows) for rows, n in self.rows.items())
-            top_k = part.top_k if part.of_experts else None
-            return stored + sum(n * table.layer_s(activations, kind, name, c, top_k) for c, n in self.tokens.items())
+            return stored + sum(
+                n * table.layer_s(activations, kind, name, tokens, part.top_k) for tokens, n in self.tokens.items()
+            )
 
         return of
 
