@@ -285,7 +285,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     device = detect_cpu()
     return {
         "question": "sparse_step", "hardware": device.model, "threads": ops.num_threads, "layers": options.layers,
-        "format": options.format, "results": results, "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
+        "format": options.format, "results": results, "command": " ".join(Path(w).name for w in sys.argv),
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 

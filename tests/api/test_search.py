@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 import halve
-from halve.api import guesses, judging, making, study
-from halve.core.errors import ConfigError, DataError, PlanError, QualityError
+from halve.api import guesses, judging, making, pipeline, study
+from halve.core.errors import ConfigError, DataError, KernelError, PlanError, QualityError
 from halve.core.plan import Plan
 from halve.kernels import native_library
 from tests.api.tiny import halve as command
@@ -273,3 +273,19 @@ def test_a_trace_that_is_none_is_refused_before_any_work(tiny, text, tmp_path, r
     with pytest.raises(DataError, match=said):
         halve.optimize(tiny, tmp_path / "out", max_quality_loss="5%", calibration=text, workload=str(trace))
     assert [path.name for path in tmp_path.iterdir()] == ["trace.csv"]
+
+
+def test_an_error_behind_the_certificate_leaves_what_was_certified(tiny, text, tmp_path, monkeypatch):
+    asked = {"max_quality_loss": "5%", "calibration": text, "workload": "batch"}
+
+    def broken(*_):
+        raise KernelError("a defect")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("halve.api.optimize.run_trial", broken)
+        with pytest.raises(KernelError):
+            halve.optimize(tiny, tmp_path / "out", **asked)
+    monkeypatch.setattr(judging, "judge_early", None)  # calling them fails
+    monkeypatch.setattr(pipeline, "score", None)
+    assert halve.optimize(tiny, tmp_path / "out", resume=True, **asked).certificate.verdict == "pass"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

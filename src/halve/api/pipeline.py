@@ -84,6 +84,7 @@ def run(job: Job) -> Outcome:
             Attempt(plan=label(candidate), ppl_ratio=measured.ppl_ratio, kl_mean=measured.kl_mean, passed=passed)
         )
         if passed is not False:
+            job.workspace.worth_keeping = True
             guesses = (
                 () if plans is None else judge_guesses(plans, candidate, directory, job.texts.selection, job.progress)
             )

@@ -41,6 +41,7 @@ class Workspace:
         self.key = json.loads(json.dumps(dict(key)))
         self.force, self.resume = force, resume
         self.resumed = False
+        self.worth_keeping = False  # through an error: what it holds was certified
         self.state: dict[str, Any] = {}
         self.made_here: set[str] = set()  # directories that this process wrote or has checked
         self._lock: IO[str] | None = None
@@ -166,11 +167,16 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the work when the run is over, by success or by an error; keep it when the run was interrupted."""
-        if error is None or isinstance(error, HalveError | OSError):
+        """Remove the work when the run is over, by success or by an error; keep it when the run was interrupted, or
+        failed behind its certificate.
+        """
+        failed = isinstance(error, HalveError | OSError)
+        if error is None or (failed and not self.worth_keeping):
             shutil.rmtree(self.path, ignore_errors=True)
         self._release()
-        if isinstance(error, HalveError | OSError):
+        if failed and self.worth_keeping:
+            log.warning("%s: what was certified is kept; the same command with --resume takes it up", self.path)
+        elif failed:
             self._remove_parents()
         if isinstance(error, OSError) and error.errno in FULL:
             raise OutputError(f"{self.path}: {error.strerror}; nothing was written") from error
