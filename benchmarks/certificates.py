@@ -99,9 +99,8 @@ def score_all(model: Path, texts: list[Path]) -> tuple[list[tuple[Candidate, Pai
         original = original_scorer(checkpoint, config, "cpu")
         studied = study(question, original, Path(folder), SILENT)
         offers = [Offer(setting=setting) for setting in studied.settings]
-        front = candidates(
-            config, studied.parts, studied.sensitivity, bytes_cost, source, offers, portable=False, num_points=96
-        )
+        parts, sensitivity = studied.parts(config)
+        front = candidates(config, parts, sensitivity, bytes_cost, source, offers, portable=False, num_points=96)
         low, high = (share * log1p(LIMIT) for share in NEAR)
         near = [c for c in front if low <= (c.predicted_kl or 0.0) <= high]
         near = near[:: -(-len(near) // MOST_PLANS)]

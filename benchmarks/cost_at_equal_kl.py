@@ -48,7 +48,7 @@ ROUNDS = 21
 def stored_in(bench: Bench, choices: Mapping[str, Choice], portable: bool) -> dict[str, Format]:
     """The format of every module of the small model."""
     found = dict(bench.source)
-    for part in bench.studied(portable).parts:
+    for part in bench.studied(portable).parts(bench.config)[0]:
         if (choice := choices.get(part.name)) is not None and choice.method is not None:
             found |= {m.name: FORMATS[choice.format] for m in part.modules}
     return found
@@ -106,17 +106,15 @@ def plain_models(bench: Bench, names: list[str], portable: bool) -> dict[str, di
 
 def tuned_plans(bench: Bench, portable: bool, lowest: float, highest: float, how_many: int) -> list[dict[str, Any]]:
     """Plans of the front whose losses lie between two, tuned. cost: bytes of a token of the large shape."""
-    studied = bench.studied(portable)
-    there = {part.name: stand_ins(bench, part) for part in studied.parts}
-    costs, losses = tables(
-        studied.parts, studied.sensitivity, lambda part, fmt: float(sum(size_of(fmt, m) for m in there[part.name]))
-    )
+    parts, sensitivity = bench.studied(portable).parts(bench.config)
+    there = {part.name: stand_ins(bench, part) for part in parts}
+    costs, losses = tables(parts, sensitivity, lambda part, fmt: float(sum(size_of(fmt, m) for m in there[part.name])))
     points = front(costs, losses, num_points=96)
     wanted = np.geomspace(max(lowest, points[-1].loss, 1e-6), highest, how_many)
     nearest = {min(points, key=lambda p, w=w: abs(np.log(max(p.loss, 1e-9) / w))).chosen for w in wanted}
     found = []
     for point in (p for p in points if p.chosen in nearest):
-        choices = choices_of(studied.parts, studied.sensitivity, point)
+        choices = choices_of(parts, sensitivity, point)
         made = bench.ours(choices, portable, tuned=True)
         found.append(made | {"choices": choices, "cost": point.cost, "predicted": point.loss})
         print(f"plan of {point.cost / 1e6:.0f} MB there: KL {made['kl']:.5f}", flush=True)

@@ -242,13 +242,12 @@ def uniform(bench: Bench, name: str, method: str, portable: bool) -> dict[str, C
 
 def mixed(bench: Bench, like: Mapping[str, Choice], portable: bool) -> dict[str, Choice]:
     """The plan of least loss within the bytes of another."""
-    studied = bench.studied(portable)
-    costs, losses = tables(studied.parts, studied.sensitivity, bytes_cost)
-    stored = {p.name: bench.source[p.modules[0].name].name for p in studied.parts}
-    budget = sum(
-        bytes_cost(p, FORMATS[like[p.name].format if p.name in like else stored[p.name]]) for p in studied.parts
-    )
-    return choices_of(studied.parts, studied.sensitivity, solve(losses, costs, budget))
+    parts, sensitivity = bench.studied(portable).parts(bench.config)
+    costs, losses = tables(parts, sensitivity, bytes_cost)
+    whole = parts_of(bench.config)
+    stored = {p.name: bench.source[p.modules[0].name].name for p in whole}
+    budget = sum(bytes_cost(p, FORMATS[like[p.name].format if p.name in like else stored[p.name]]) for p in whole)
+    return choices_of(parts, sensitivity, solve(losses, costs, budget))
 
 
 def rows_of(bench: Bench, name: str, tuned: bool) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:

@@ -2,7 +2,8 @@
 
 For each format, the whole model in it by rounding to nearest (rtn), by clip and by gptq; then the plan that the search
 makes within the bytes of that format. KL(original || smaller) in nats per token on sealed text, which neither
-calibration nor search saw, and the plan's less gptq's on the same documents; weights alone are rounded. A group that a
+calibration nor search saw, and the plan's less gptq's on the same documents; weights alone are rounded. Of a sparse
+model also the plan in which all experts of a layer are alike. A group that a
 format does not fit takes int8, in all of them. With `--speed`, gptq and the plan also decode in turns, so that equal
 bytes are held against measured seconds.
 
@@ -39,6 +40,7 @@ from halve.kernels.reference import TorchOps
 from halve.models import load_config, load_decoder, stored_formats
 from halve.search import bytes_per_token
 from halve.search.front import bytes_cost, choices_of, tables
+from halve.search.sensitivity import parts_of
 from halve.search.solver import solve
 from halve.text import Tokenizer
 
@@ -122,7 +124,10 @@ def main() -> None:
         differences: dict[str, Measured] = {}
         ratios: dict[str, Measured] = {}
         scored: dict[str, PairedScores] = {}
-        costs, losses = tables(studied.parts, studied.sensitivity, bytes_cost)
+        whole = parts_of(config)
+        ways = {"mixed": studied.parts(config)}
+        if config.sparse:
+            ways["alike"] = whole, studied.sensitivity
         for name in options.formats.split(","):
             rows = {}
             for method in ("rtn", "clip", "gptq"):
@@ -131,12 +136,14 @@ def main() -> None:
                         format="int8" if FORMATS[name].refusal(p.modules[0].shape[1]) else name,
                         method="clip" if p.name == "embedding" and method == "gptq" else method,
                     )
-                    for p in studied.parts
+                    for p in whole
                 }
                 rows[method] = kl(choices, Path(folder) / name / method)
-            budget = sum(bytes_cost(p, FORMATS[choices[p.name].format]) for p in studied.parts)
-            plan = solve(losses, costs, budget)
-            rows["mixed"] = kl(choices_of(studied.parts, studied.sensitivity, plan), Path(folder) / name / "mixed")
+            budget = sum(bytes_cost(p, FORMATS[choices[p.name].format]) for p in whole)
+            for way, (parts, sensitivity) in ways.items():
+                costs, losses = tables(parts, sensitivity, bytes_cost)
+                plan = choices_of(parts, sensitivity, solve(losses, costs, budget))
+                rows[way] = kl(plan, Path(folder) / name / way)
             results[name] = {m: {"kl": v, "low": a, "high": b, "bytes": size} for m, (v, a, b, size) in rows.items()}
             for method, (value, low, high, size) in rows.items():
                 print(f"{name:10} {method:6} KL {value:.5f} [{low:.5f}, {high:.5f}]  {size} bytes a token", flush=True)

@@ -65,12 +65,25 @@ def test_pruning_is_refused_with_its_figure_when_fidelity_falls(sparse, text, tm
     assert "2 of 4 experts left out" not in refused  # a kind that was refused goes no further
     assert made.certificate.quality.kl_mean.high <= 0.0198
     assert load_config(open_checkpoint(made.path)).layers[0].experts.num_experts == 4
-    # Groups have formats of their own, all experts of a layer one.
+    # Groups have formats of their own, and of a layer's experts those that lose more have more bits.
     chosen = next(point for point in front["points"] if point["chosen"])
-    assert len(chosen["layers"]) > 1
-    with open_checkpoint(made.path) as bundle:
-        stored = {bundle.layout.format_of(f"model.layers.0.block_sparse_moe.experts.{e}.w1").name for e in range(4)}
-    assert len(stored) == 1
+    assert any("of experts" in line for line in chosen["layers"])
+    assert any(len(formats_of_experts(made.path, part)) > 1 for part in ("w1", "w2"))
+    assert formats_of_experts(made.path, "w1") == formats_of_experts(made.path, "w3")
+    assert halve.verify(made.path, against=sparse).answer == "holds"
+
+
+def formats_of_experts(path, part):
+    with open_checkpoint(path) as bundle:
+        names = [f"model.layers.0.block_sparse_moe.experts.{e}.{part}" for e in range(4)]
+        return {bundle.layout.format_of(name).name for name in names}
+
+
+def test_a_portable_plan_has_one_format_for_a_layers_experts(sparse, text, tmp_path):
+    made = halve.optimize(
+        sparse, tmp_path / "out", max_quality_loss="10%", calibration=text, method="clip", portable=True
+    )
+    assert [len(formats_of_experts(made.path, part)) for part in ("w1", "w2", "w3")] == [1, 1, 1]
 
 
 def test_fewer_experts_a_token_are_taken_where_the_limit_allows_and_hold_on_sealed_text(sparse, text, tmp_path):

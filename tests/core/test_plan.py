@@ -89,6 +89,32 @@ def test_patterns_tell_capitals_apart_and_a_star_spans_dots():
 
 
 @pytest.mark.parametrize(
+    "pattern",
+    [
+        "*",
+        "model.layers.1*",
+        "model.layers.[12].mlp*",
+        "model.layers.?1.*",
+        "lm_head",
+        "model.layers.11.*",
+        "mode*d",
+        "",
+    ],
+)
+def test_rules_of_names_that_begin_alike_are_all_that_can_match_them(pattern):
+    weights = Weights(rules=(WeightRule(pattern=pattern, format="int8"),))
+    names = [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 2, 11, 21) for part in ("up", "down")]
+    for name in [*names, "lm_head", "model.embed_tokens"]:
+        for length in range(len(name)):
+            assert weights.of_names(name[:length]).rule_for(name) == weights.rule_for(name)
+
+
+def test_rules_of_other_layers_are_left_out():
+    rules = tuple(WeightRule(pattern=f"model.layers.{i}.mlp.*", format="int8") for i in range(12))
+    assert Weights(rules=rules).of_names("model.layers.1.").rules == rules[1:2]
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"guesses": {"version": 1}}, r"^plan: unknown keys \['guesses'\]; known keys are \['activations', "),

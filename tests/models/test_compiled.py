@@ -207,8 +207,29 @@ def test_experts_of_a_step_are_those_of_single_operations(kind, activations, wei
     assert decoder._compiled is not None
 
 
-def test_a_token_of_a_sparse_step_is_the_same_to_the_bit_whoever_is_beside_it():
-    decoder = Decoder(sparse(KINDS["qwen2"], "bf16"), NativeOps(activations="int8"), Routed())
+# Experts of a layer in formats of their own; gate and up of one are alike.
+MIXED = {
+    **{f"experts.{e}.gate_proj": f for e, f in ((0, "int8"), (2, "int3-g32"), (3, "bf16"))},
+    **{f"experts.{e}.up_proj": f for e, f in ((0, "int8"), (2, "int3-g32"), (3, "bf16"))},
+    **{f"experts.{e}.down_proj": f for e, f in ((1, "int6-g32"), (4, "int8"), (5, "bf16"))},
+}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2", "gpt_oss", "all"])
+@pytest.mark.parametrize("activations", ["fp32", "bf16", "int8"])
+def test_experts_of_a_layer_may_be_stored_in_formats_of_their_own(kind, activations):
+    decoder = Decoder(sparse(KINDS[kind]), NativeOps(activations=activations), Routed(**MIXED))
+    one, other = decoder.new_cache(8, BLOCK), decoder.new_cache(8, BLOCK)
+    for step, rows in zip(STEPS, ROWS, strict=True):
+        expected = eagerly(decoder, step, other, rows)
+        tolerance = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2}[activations] * np.abs(expected).max()
+        np.testing.assert_allclose(decoder.step(step, one, rows), expected, atol=tolerance)
+    assert decoder._compiled is not None
+
+
+@pytest.mark.parametrize("formats", [{}, MIXED])
+def test_a_token_of_a_sparse_step_is_the_same_to_the_bit_whoever_is_beside_it(formats):
+    decoder = Decoder(sparse(KINDS["qwen2"], "bf16"), NativeOps(activations="int8"), Routed(**formats))
     alone, beside = decoder.new_cache(40, BLOCK), decoder.new_cache(40, BLOCK)
     others = [(0, 11 + i, [4 * i + 4, 4 * i + 5]) for i in range(8)]
     rows = np.array([39], np.int32)

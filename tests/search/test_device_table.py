@@ -18,6 +18,7 @@ from halve.models.names import groups
 from halve.search import device_table as module
 from halve.search.device_table import DeviceTable, PlannedTimes, StepShape, device_table
 from halve.search.line import Line
+from halve.search.reads import Reads
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -99,11 +100,24 @@ def test_fewer_experts_a_token_take_as_long_as_fewer_tokens():
     products = {kind: {"a": line(1.0, 2.0, 3.0, 4.0)} for kind in ("qkv", "o", "gate_up", "down", "shared_down")}
     measured = table(products={"int8": {**products, "lm_head": {"a": line(0.0)}}}, top_k=4)
     formats = {f"layers.0.{kind}": "a" for kind in products} | {"lm_head": "a"}
-    whole, half = (PlannedTimes(measured, formats, "int8", ("bf16",), top_k) for top_k in (None, 2))
+    of = {None: {}, 2: {f"layers.0.{kind}": Reads.even(8, 2) for kind in ("gate_up", "down")}}
+    whole, half = (PlannedTimes(measured, formats, "int8", ("bf16",), of[top_k]) for top_k in (None, 2))
     shape = StepShape(4, 0.0, 0, 0.0, 1)
     assert whole.products_s(shape) == 5 * 4.0
     assert half.products_s(shape) == 3 * 4.0 + 2 * 2.0
     assert half.products_s(ONE_ANSWER) == 3 * 1.0 + 2 * 0.5
+
+
+def test_some_experts_take_their_share_of_what_all_take():
+    products = {"gate_up": {"a": line(4.0, 8.0), "b": line(2.0, 4.0)}, "lm_head": {"a": line(0.0)}}
+    measured = table(products={"int8": products}, top_k=2)
+    some, rest = Reads(own=(1.0, 0.5), layer=(1.0, 0.5, 0.5)), Reads(own=(0.5,), layer=(1.0, 0.5, 0.5))
+    formats = {"layers.0.gate_up[0,2]": "a", "layers.0.gate_up[1]": "b", "lm_head": "a"}
+    times = PlannedTimes(
+        measured, formats, "int8", ("bf16",), {"layers.0.gate_up[0,2]": some, "layers.0.gate_up[1]": rest}
+    )
+    assert times.products_s(ONE_ANSWER) == pytest.approx(4.0 * 0.75 + 2.0 * 0.25)
+    assert times.products_s(StepShape(2, 0, 0, 0.0, 0)) == pytest.approx(8.0 * 1.75 / 2.5 + 4.0 * 0.75 / 2.5)
 
 
 def test_layers_whose_caches_differ_take_each_their_share():

@@ -1,7 +1,7 @@
 """The cost on a workload that a certificate tells, found again: this device timed anew, the same requests replayed."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from halve.core.plan import Plan
 from halve.engine import Simulation
 from halve.kernels import native_library
 from halve.models import ModelConfig, stored_formats
-from halve.models.names import groups
 from halve.search.device_table import PlannedTimes, device_table
+from halve.search.reads import Reads
+from halve.search.sensitivity import parts_of
 
 DEFAULT_WORKLOAD = "chat"
 
@@ -63,8 +64,8 @@ def cost_again(
     workload = workload_of(word, config.context, level_of(level))
     before, after = (_formats(checkpoint, config) for checkpoint in checkpoints)
     own, caches = plan.activations.format, plan.kv_cache.formats(config.num_layers)
-    formats = {ORIGINAL: set(before.values())}
-    formats[own] = formats.get(own, set()) | set(after.values())
+    formats = {ORIGINAL: set(before[0].values())}
+    formats[own] = formats.get(own, set()) | set(after[0].values())
     with progress.task("Timing every product", "products") as advance:
         table = device_table(
             config,
@@ -78,8 +79,8 @@ def cost_again(
     original, smaller = (
         replayed(workload, times, config, engine)
         for times in (
-            PlannedTimes(table, before, ORIGINAL, (ORIGINAL,) * config.num_layers),
-            PlannedTimes(table, after, own, caches),
+            PlannedTimes(table, before[0], ORIGINAL, (ORIGINAL,) * config.num_layers, before[1]),
+            PlannedTimes(table, after[0], own, caches, after[1]),
         )
     )
     return CostAgain(
@@ -93,10 +94,23 @@ def cost_again(
     )
 
 
-def _formats(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
-    """The stored format of each fused group."""
+def _formats(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str], dict[str, Reads]]:
+    """The stored format of each fused group, or of experts of one that share it, to which tokens go alike."""
     stored = stored_formats(checkpoint, config)
-    return {group.name: stored[group.members[0].name].name for group in groups(config)}
+    formats: dict[str, str] = {}
+    reads: dict[str, Reads] = {}
+    for part in parts_of(config):
+        if part.group is None:
+            continue
+        by_format: dict[str, set[int]] = {}
+        for module in part.modules:
+            by_format.setdefault(stored[module.name].name, set()).add(-1 if module.expert is None else module.expert)
+        for fmt, experts in by_format.items():
+            name = part.name if len(by_format) == 1 else part.group.of_experts(experts).name
+            formats[name] = fmt
+            if part.reads is not None:
+                reads[name] = replace(part.reads, own=part.reads.own[: len(experts)])
+    return formats, reads
 
 
 def _asked(command: str) -> tuple[str, str | None]:

@@ -21,7 +21,7 @@ from halve.engine import SamplingParams, Simulation
 from halve.engine.scheduler import Step
 from halve.formats import FORMATS
 from halve.kernels.ops import Array
-from halve.models.names import groups
+from halve.models.names import experts_of, groups
 from halve.search import Candidate, Move
 from halve.search.device_table import PlannedTimes, StepShape
 
@@ -122,7 +122,8 @@ def _with_draft(plans: Plans, times: PlannedTimes) -> Callable[[Step], float]:
     """Step times of a plan whose guesses come from the same model in fewer bits, one step of it for each guess."""
     fmt = FORMATS[DRAFT_FORMAT]
     fits = {g.name: all(fmt.refusal(m.shape[1]) is None for m in g.members) for g in groups(plans.question.config)}
-    smaller = replace(times, formats={name: DRAFT_FORMAT if fits[name] else own for name, own in times.formats.items()})
+    formats = {name: DRAFT_FORMAT if fits[experts_of(name)[0]] else own for name, own in times.formats.items()}
+    smaller = replace(times, formats=formats)
 
     def of_step(step: Step) -> float:
         drafting = [chunk for chunk in step.chunks if chunk.draft]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from halve import __version__
@@ -28,7 +29,7 @@ from halve.engine.scheduler import Step
 from halve.formats import FORMATS
 from halve.kernels import native_library
 from halve.models import ModelConfig
-from halve.models.names import groups
+from halve.models.names import experts_of, groups
 from halve.search import Candidate, Move
 from halve.search.device_table import DeviceTable, PlannedTimes, device_table
 from halve.search.front import (
@@ -133,7 +134,7 @@ class Plans:
 
     def moves(self, candidate: Candidate, room: float) -> list[Move]:
         """What the plan did not do, and why. room: nats per token that it may lose by the sensitivities."""
-        parts, sensitivity = self.studied.parts, self.studied.sensitivity
+        parts, sensitivity = self.studied.parts(self.question.config)
         beside = (candidate.predicted_kl or 0.0) - losses_of(sensitivity, candidate.choices)
         cost_of = self.costs[candidate.plan.activations.format]
         rest = rejected_moves(parts, sensitivity, cost_of, candidate.choices, room - beside)
@@ -182,8 +183,12 @@ class Plans:
         """A change of experts that a plan did not make."""
         cost_of = self.costs[candidate.plan.activations.format]
 
+        formats: dict[str, list[str]] = {}  # of a whole group, one for each of its parts
+        for name, choice in candidate.choices.items():
+            formats.setdefault(experts_of(name)[0], []).append(choice.format)
+
         def cost(config: ModelConfig) -> float:
-            return sum(cost_of(p, FORMATS[candidate.choices[p.name].format]) for p in parts_of(config))
+            return sum(fmean(cost_of(p, FORMATS[name]) for name in formats[p.name]) for p in parts_of(config))
 
         return Move(
             part="experts",
@@ -226,7 +231,7 @@ def find_plans(
         if others := set(question.activations) - {usual.activations} - slower.keys():
             table = _table(question, studied, workspace, progress, {usual.activations, *others})
             assert table is not None
-        plain, part = steps.cost(table, usual.activations), next(p for p in studied.parts if p.group is not None)
+        plain, part = steps.cost(table, usual.activations), next(p for p in parts_of(config) if p.group is not None)
         byte_s = STORED_SHARE * plain(part, FORMATS["int8"]) / bytes_cost(part, FORMATS["int8"])
         for setting in studied.settings:
             if setting.activations in slower:
@@ -237,11 +242,13 @@ def find_plans(
         costs = {activations: steps.cost(table, activations, byte_s=byte_s) for activations in offers}
     found: list[Candidate] = []
     for judged in (None, *(one for one in experts if one.accepted)):
+        changed = config if judged is None else judged.config
+        parts, sensitivity = studied.parts(changed)
         for activations, cost_of in costs.items():
             one = candidates(
-                config if judged is None else judged.config,
-                studied.parts if judged is None else parts_of(judged.config),
-                studied.sensitivity,
+                changed,
+                parts,
+                sensitivity,
                 cost_of,
                 question.source,
                 offers[activations],
@@ -384,7 +391,7 @@ def times_of(table: DeviceTable, candidate: Candidate) -> PlannedTimes:
     plan = candidate.plan
     formats = {name: choice.format for name, choice in candidate.choices.items() if name != "embedding"}
     caches = plan.kv_cache.formats(table.num_layers)
-    return PlannedTimes(table, formats, plan.activations.format, caches, plan.experts.top_k)
+    return PlannedTimes(table, formats, plan.activations.format, caches, candidate.reads)
 
 
 def original_times(table: DeviceTable, question: Question) -> PlannedTimes:

@@ -35,10 +35,12 @@ from halve.search.fisher import fisher
 from halve.search.sensitivity import Part, Score, Screen, Sensitivity, analyse, options_of, parts_of
 from halve.search.settings import Setting, SettingLosses, measure_losses, settings_of
 from halve.search.swaps import Swaps
+from halve.search.tiers import tiered
 from halve.search.uniform import MethodChoice
 
 log = logging.getLogger("halve")
 
+VERSION = 2  # of what is kept: raised when more is learned, or differently
 FISHER_TOKENS = 4096  # of calibration text that run backward; half of them in large models
 SWAP_TOKENS = 2048  # of selection text that swaps are measured on
 SETTING_TOKENS, SETTING_WINDOW = 2048, 512  # of it that other roundings are weighed on: a cache's need a context
@@ -59,12 +61,23 @@ def is_large(config: ModelConfig) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Studied:
-    """statistics: for methods. parts, sensitivity, settings: what can be chosen, and what it loses."""
+    """statistics: for methods. sensitivity, settings: what can be chosen, and what it loses. whole: a layer's experts
+    are all stored alike.
+    """
 
     statistics: Statistics
-    parts: tuple[Part, ...]
     sensitivity: Sensitivity
     settings: tuple[Setting, ...]  # the usual one first
+    whole: bool
+
+    def parts(self, config: ModelConfig) -> tuple[list[Part], Sensitivity]:
+        """What is chosen for at once, and the sensitivity that names it. config: of the model, or of one with other
+        experts.
+        """
+        parts, energies = parts_of(config), self.statistics.energies
+        if self.whole or energies is None:
+            return parts, self.sensitivity
+        return tiered(parts, self.sensitivity, energies.routed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +106,7 @@ class Question:
             "portable": self.portable,
             "device": self.device,
             "halve": __version__,
+            "version": VERSION,
         }
         root = cache_folder("search")
         return (
@@ -150,7 +164,7 @@ def study(
     sensitivity = _analyse(question, original, statistics, parts, options, known, scores_path, progress, time_s)
     losses = _losses(question, original, folder / "settings.json", progress)
     settings = settings_of(losses, question.activations, question.kv_caches, question.config.num_layers)
-    return Studied(statistics=statistics, parts=tuple(parts), sensitivity=sensitivity, settings=tuple(settings))
+    return Studied(statistics=statistics, sensitivity=sensitivity, settings=tuple(settings), whole=question.portable)
 
 
 def _losses(question: Question, original: DecoderScorer, path: Path, progress: Progress) -> SettingLosses:

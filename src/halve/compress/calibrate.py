@@ -10,7 +10,7 @@ ones in memory; moments are written as the layer ends.
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +33,32 @@ FORCED_ROWS = 32  # tokens of each batch that every expert sees at least
 FEW_TOKENS = 64  # routed to an expert in all: fewer, and its statistics are of tokens that were not its own
 ROUGH_PARAMETERS = 200_000_000
 BATCH_TOKENS = 2048  # tokens of one flat batch
+ROUTED = "__routed__"  # before the number of a layer, in files
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Energies:
-    """E[x^2] of each input, by fused group: float64 [in]. num_tokens: that each was averaged over."""
+    """E[x^2] of each input, by fused group: float64 [in]. num_tokens: that each was averaged over. routed: of each
+    sparse layer int64 [experts], tokens that its router sent to each.
+    """
 
     by_group: Mapping[str, Array]
     num_tokens: int
+    routed: Mapping[int, Array] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to a .npz file."""
-        arrays: dict[str, Any] = {"__num_tokens__": self.num_tokens, **self.by_group}
+        routed = {f"{ROUTED}{layer}": tokens for layer, tokens in self.routed.items()}
+        arrays: dict[str, Any] = {"__num_tokens__": self.num_tokens, **self.by_group, **routed}
         np.savez(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> "Energies":
         """Read what `save` wrote."""
         with np.load(path) as stored:
-            by_group = {name: stored[name] for name in stored.files if name != "__num_tokens__"}
-            return cls(by_group=by_group, num_tokens=int(stored["__num_tokens__"]))
+            routed = {int(n.removeprefix(ROUTED)): stored[n] for n in stored.files if n.startswith(ROUTED)}
+            by_group = {name: stored[name] for name in stored.files if not name.startswith("__")}
+            return cls(by_group=by_group, num_tokens=int(stored["__num_tokens__"]), routed=routed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,7 @@ def calibrate(
     sums: dict[str, torch.Tensor] = {}
     counts: Counter[str] = Counter()
     moments: dict[str, torch.Tensor] = {}
+    routed: dict[int, Array] = {}
 
     def look(name: str, x: Buffer, *, of_all: bool = True) -> None:
         squares = x.square().sum(0).double()  # float32 over one batch, float64 over all
@@ -149,7 +156,9 @@ def calibrate(
             for i, batch in enumerate(batches):
                 streams[i] = layer(streams[i], batch)
             _require_finite(streams, f"layer {index}")
-            _tell_coverage(index, layer)
+            if layer.router is not None:
+                routed[index] = layer.router.counts.tokens
+                _tell_coverage(index, routed[index])
             source.forget()
             write_moments()
             if progress:
@@ -159,15 +168,14 @@ def calibrate(
             look("lm_head", ops.rms_norm(stream, gain, config.rms_norm_eps))
         write_moments()
     return Energies(
-        by_group={name: (total / counts[name]).cpu().numpy() for name, total in sums.items()}, num_tokens=num_tokens
+        by_group={name: (total / counts[name]).cpu().numpy() for name, total in sums.items()},
+        num_tokens=num_tokens,
+        routed=routed,
     )
 
 
-def _tell_coverage(index: int, layer: DecoderLayer) -> None:
+def _tell_coverage(index: int, tokens: Array) -> None:
     """Name experts that the text hardly reaches."""
-    if layer.router is None:
-        return
-    tokens = layer.router.counts.tokens
     few = np.flatnonzero(tokens < FEW_TOKENS)
     if len(few):
         named = ", ".join(f"{e} ({tokens[e]})" for e in few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")

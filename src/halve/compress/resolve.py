@@ -1,7 +1,7 @@
 """A plan's patterns to one assignment a module, with every rule of the target checked before any work."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,9 @@ from halve.core.plan import ActivationFormat, Activations, KVCache, KVFormat, Pl
 from halve.formats import FORMATS, Format, check
 from halve.formats.base import formats_that_divide
 from halve.models.config import ModelConfig
-from halve.models.names import EMBEDDING, LM_HEAD, Module, group_pattern, groups, layer_groups, modules
+from halve.models.names import EMBEDDING, LM_HEAD, Module, experts_of, group_pattern, groups, layer_groups, modules
+
+LAYERS = "model.layers."  # before the number of a layer
 
 ActivationChoice = ActivationFormat | Literal["auto"]
 KVChoice = KVFormat | Literal["auto"]
@@ -44,10 +46,14 @@ def resolve(plan: Plan, config: ModelConfig) -> tuple[Assignment, ...]:
     group_of = {m.name: g.name for g in groups(config) for m in g.members}
     used: set[int] = set()
     assignments = []
+    near: dict[str, Weights] = {}  # rules that may match what begins so: those of experts are thousands
     for module in modules(config):
-        rule = plan.weights.rule_for(module.name)
+        beginning = module.name[: module.name.find(".", len(LAYERS)) + 1] if module.name.startswith(LAYERS) else ""
+        if beginning not in near:
+            near[beginning] = plan.weights.of_names(beginning)
+        rule = near[beginning].rule_for(module.name)
         if rule is not None:
-            used.add(plan.weights.rules.index(rule))
+            used.add(id(rule))
         fmt = FORMATS[rule.format] if rule else None
         if fmt is not None and (reason := fmt.refusal(module.shape[1])):
             fitting = formats_that_divide([module.shape[1]])
@@ -55,7 +61,7 @@ def resolve(plan: Plan, config: ModelConfig) -> tuple[Assignment, ...]:
         group = group_of.get(module.name, "embedding")
         assignments.append(Assignment(module=module, group=group, format=fmt, method=rule.method if rule else None))
     for i, rule in enumerate(plan.weights.rules):
-        if i not in used:
+        if id(rule) not in used:
             raise PlanError(f"plan.weights.rules[{i}]: pattern {rule.pattern!r} matches no module that is still free")
     if plan.portable:
         _check_portable(plan, assignments, config)
@@ -125,18 +131,29 @@ def grouped_plan(
 ) -> Plan:
     """The plan that stores each fused group, by its name, as chosen; and `embedding`, the table of an untied model.
 
-    What has no choice stays as the checkpoint has it. Rules are few: what most layers have is said once, last. Raises
-    PlanError for a name that is no group of this model.
+    Some experts of a group may have a choice of their own, under the name of `FusedGroup.of_experts`. What has no
+    choice stays as the checkpoint has it. Rules are few: what most experts of a layer have, and then what most layers
+    have, is said once, last. Raises PlanError for a name that is no group of this model.
     """
     known = {group.name: group for group in groups(config)}
-    if unknown := sorted(choices.keys() - known.keys() - ({"embedding"} if not config.tied else set())):
+    named = {experts_of(name)[0] for name in choices}
+    if unknown := sorted(named - known.keys() - ({"embedding"} if not config.tied else set())):
         raise PlanError(f"choices: {unknown} are no groups of this model; they are {', '.join(known)}")
+    of_experts: dict[str, dict[Choice, list[int]]] = {}
+    for name, choice in choices.items():
+        group_name, experts = experts_of(name)
+        of_experts.setdefault(group_name, {}).setdefault(choice, []).extend(experts or ())
     rules: list[WeightRule] = []
     common: list[WeightRule] = []
     by_pattern: dict[str, dict[int, Choice | None]] = {}
     for layer in range(config.num_layers):
         for kind, group in layer_groups(config, layer).items():
-            by_pattern.setdefault(group_pattern(config, layer, kind), {})[layer] = choices.get(group.name)
+            pattern, by_choice = group_pattern(config, layer, kind), of_experts.get(group.name, {})
+            ordered = sorted(by_choice, key=lambda choice: -len(by_choice[choice]))
+            for other in ordered[1:]:
+                some = [pattern.replace(".experts.*.", f".experts.{n}.") for n in number_patterns(by_choice[other])]
+                rules += [_rule(one.format(layer), other) for one in some]
+            by_pattern.setdefault(pattern, {})[layer] = ordered[0] if ordered else None
     for pattern, chosen in by_pattern.items():
         counts = Counter(chosen.values())
         most = None if None in counts else counts.most_common(1)[0][0]
@@ -153,6 +170,15 @@ def grouped_plan(
         activations=Activations(format=activations),
         kv_cache=kv_cache if isinstance(kv_cache, KVCache) else KVCache(format=kv_cache),
     )
+
+
+def number_patterns(numbers: Iterable[int]) -> list[str]:
+    """Shell wildcards of whole numbers, one for all that differ in their last digit: `[035]`, `1[27]`."""
+    by_tens: dict[str, str] = {}
+    for number in sorted(numbers):
+        tens = str(number)[:-1]
+        by_tens[tens] = by_tens.get(tens, "") + str(number)[-1]
+    return [tens + (digits if len(digits) == 1 else f"[{digits}]") for tens, digits in by_tens.items()]
 
 
 def _rule(pattern: str, choice: Choice) -> WeightRule:

@@ -5,6 +5,7 @@ turn, so that a file written today stays readable; a section or version from a n
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,13 @@ class Weights:
     def rule_for(self, name: str) -> WeightRule | None:
         """The rule of module `name`, such as `model.layers.0.self_attn.q_proj`."""
         return next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
+
+    def of_names(self, beginning: str) -> "Weights":
+        """The rules without those whose pattern can't match a name that begins so."""
+        known = ((rule, re.split(r"[*?\[]", rule.pattern, maxsplit=1)[0]) for rule in self.rules)
+        return Weights(
+            rules=tuple(rule for rule, plain in known if plain.startswith(beginning) or beginning.startswith(plain))
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

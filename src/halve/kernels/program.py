@@ -257,10 +257,13 @@ class Program:
         """Products of rows that lie by expert, each with its own expert's matrices, into output [T * top_k, N].
 
         x: prepared rows of the places, of that layout; or of the tokens, which are then brought to their places. each:
-        one matrix of every expert, or two that gate: silu(x W0) * (x W1), or as `clamp` says.
+        one matrix of every expert, or two that gate: silu(x W0) * (x W1), or as `clamp` says; none of an expert whose
+        rows of the output are left as they are.
         """
         records = (ProductRecord * len(each))()
         for e, linears in enumerate(each):
+            if not linears:
+                continue
             records[e] = product_record(
                 ActivationsRecord(),
                 [linear.matrix for linear in linears],

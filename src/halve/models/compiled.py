@@ -179,11 +179,12 @@ class _Work:
         )
         inner = self._floats("inner", experts.intermediate_size, experts.top_k)
         outputs = self._floats("outputs", self.config.hidden_size, experts.top_k)
-        first, last = layer.projections["gate_up"].grouped, layer.projections["down"].grouped
-        ready = program.prepare(x, first.layout, gain=gain, eps=self.config.rms_norm_eps)
-        program.experts(ready, places, first.layout, first.experts, inner, brought=True, clamp=experts.clamp)
-        ready = program.prepare(inner, last.layout, per_token=experts.top_k)
-        program.experts(ready, places, last.layout, last.experts, outputs, brought=False)
+        for layout, each in layer.projections["gate_up"].grouped.by_layout.items():
+            ready = program.prepare(x, layout, gain=gain, eps=self.config.rms_norm_eps)
+            program.experts(ready, places, layout, each, inner, brought=True, clamp=experts.clamp)
+        for layout, each in layer.projections["down"].grouped.by_layout.items():
+            ready = program.prepare(inner, layout, per_token=experts.top_k)
+            program.experts(ready, places, layout, each, outputs, brought=False)
         shared = shares = None
         if experts.shared_size:
             shared = self._floats("shared", self.config.hidden_size)

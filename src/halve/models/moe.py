@@ -14,7 +14,7 @@ import numpy as np
 
 from halve.core.errors import CheckpointError
 from halve.formats import FORMATS, Weight
-from halve.kernels.grouped import GroupedLinears
+from halve.kernels.grouped import GroupedLinears, ungrouped
 from halve.kernels.native import NativeOps
 from halve.kernels.ops import Array, Buffer, Ops, Packed
 from halve.models.config import Experts, ModelConfig
@@ -201,7 +201,7 @@ class ExpertProjection:
         self.groups = [group.of_expert(e) for e in range(num_experts)]
         self.parts = [[self._linear(m, source) for m in one.members] for one in self.groups]
         self.grouped: GroupedLinears | None = None
-        if isinstance(ops, NativeOps) and len({(one.layout, one.matrix.out_features) for one in self.linears}) == 1:
+        if isinstance(ops, NativeOps) and ungrouped(self.parts) is None:
             self.grouped = GroupedLinears(ops, self.parts)
 
     def _linear(self, module: Module, source: Source) -> Any:

@@ -5,7 +5,7 @@ engines want them in one format.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,7 +34,8 @@ class Module:
 class FusedGroup:
     """Matrices that share their input and run as one product; or those of all experts of a layer, each with its rows.
 
-    All experts of a layer are one group, since they are stored alike; `of_expert` is one expert's.
+    All experts of a layer are one group, which mostly is stored alike; `of_expert` is one expert's part, `of_experts`
+    that of some which are stored in another way than the rest.
     """
 
     name: str  # "layers.0.qkv", "lm_head"
@@ -46,6 +47,39 @@ class FusedGroup:
         """The part of one expert, as it is multiplied; its name is the group's with the expert's number."""
         members = tuple(m for m in self.members if m.expert == expert)
         return replace(self, name=f"{self.name}.{expert}", members=members)
+
+    def of_experts(self, experts: Collection[int]) -> "FusedGroup":
+        """The part of some experts, named after them: `layers.3.down[0-2,5]`. `kind_of`, `experts_of` read the name."""
+        members = tuple(m for m in self.members if m.expert in experts)
+        return replace(self, name=f"{self.name}[{ranges(experts, ',')}]", members=members)
+
+
+def ranges(numbers: Iterable[int], between: str = ", ") -> str:
+    """`0-3, 5`."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return between.join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+
+
+def kind_of(name: str) -> str:
+    """The kind of a group, or of a part of its experts, by its name."""
+    return name.rpartition(".")[2].partition("[")[0]
+
+
+def experts_of(name: str) -> tuple[str, tuple[int, ...] | None]:
+    """The group of a name of `FusedGroup.of_experts`, and the experts; None of a whole group's name."""
+    group, bracket, inside = name.partition("[")
+    if not bracket:
+        return name, None
+    found: list[int] = []
+    for run in inside.removesuffix("]").split(","):
+        first, _, last = run.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return group, tuple(found)
 
 
 # How checkpoints call the parts of a sparse feed-forward: its block, then gate, up and down.

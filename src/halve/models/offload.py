@@ -19,7 +19,7 @@ from halve.core.errors import CheckpointError, ConfigError
 from halve.core.units import format_bytes
 from halve.formats import FORMATS
 from halve.kernels.arena import ALIGNMENT, Arena
-from halve.kernels.grouped import GroupedLinears
+from halve.kernels.grouped import GroupedLinears, ungrouped
 from halve.kernels.native import NativeOps
 from halve.kernels.native_rows import Linear, as_vector
 from halve.kernels.ops import Array, Buffer, Packed
@@ -212,7 +212,7 @@ class OffloadedProjection(ExpertProjection):
         """Rows [N, in] sorted by expert -> one [N, out] for each matrix of an expert."""
         counts = np.diff(offsets)
         parts = [self.layer.here[e][self.group.kind] for e in np.flatnonzero(counts).tolist()]
-        if self.hook or len({(one.layout, one.matrix.out_features) for part in parts for one in part}) != 1:
+        if self.hook or ungrouped(parts):
             return super().__call__(x, offsets)
         return GroupedLinears(self.native, parts)(
             x, np.concatenate([[0], np.cumsum(counts[counts > 0])]).astype(np.int32)

@@ -29,12 +29,14 @@ from halve.formats import FORMATS
 from halve.hardware import Device
 from halve.kernels.native import NativeOps
 from halve.models import ModelConfig
-from halve.models.moe import ROUTED
-from halve.models.names import FusedGroup, head_group, layer_groups
+from halve.models.names import FusedGroup, head_group, kind_of, layer_groups
 from halve.search.line import Line
+from halve.search.reads import Reads
 from halve.search.timing import FEWEST_PROMPT, MOST_DECODES, Stopwatch, engine_line
 
 log = logging.getLogger("halve.search")
+
+VERSION = 3  # of tables: raised when what was measured means something else, or was measured wrongly
 
 
 class StepShape(NamedTuple):
@@ -84,7 +86,7 @@ class DeviceTable:
     pair: Mapping[str, Line]
     engine: Line
     top_k: int = 1
-    version: int = 2
+    version: int = VERSION
 
     def group_s(self, activations: str, kind: str, fmt: str, count: float) -> float:
         """Seconds of one group's product for so many tokens (of the head: rows). Raises ConfigError if unmeasured."""
@@ -95,27 +97,30 @@ class DeviceTable:
             )
         return found.at(count)
 
-    def layer_s(self, activations: str, kind: str, fmt: str, tokens: float, top_k: int | None = None) -> float:
-        """Seconds of one group's product in a layer. top_k: experts of a token, None for as many as were measured with;
-        others take as long as so many more or fewer tokens, of which less than one reads less than one does.
+    def layer_s(self, activations: str, kind: str, fmt: str, tokens: float, reads: Reads | None = None) -> float:
+        """Seconds of one group's product in a layer. reads: of experts, None for all as they were measured; other
+        experts a token take as long as so many more or fewer tokens, of which less than one reads less than one does,
+        and some of the experts their share of those that are read.
         """
-        count = tokens * (top_k / self.top_k if top_k and kind in ROUTED else 1.0)
-        return min(1.0, count) * self.group_s(activations, kind, fmt, max(1.0, count))
+        if reads is None:
+            return self.group_s(activations, kind, fmt, tokens)
+        count = tokens * reads.top_k / self.top_k
+        return reads.of_step(tokens) * min(1.0, count) * self.group_s(activations, kind, fmt, max(1.0, count))
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedTimes:
     """Step times of one plan: what `halve.engine.simulate` runs on.
 
-    formats: of each group, by its name. caches: the format of each layer's cache. top_k: as for `DeviceTable.layer_s`.
-    Raises ConfigError for a cache that was not measured.
+    formats: of each group, or part of one's experts, by its name. caches: the format of each layer's cache. reads: of
+    experts, as for `DeviceTable.layer_s`, by the same names. Raises ConfigError for a cache that was not measured.
     """
 
     table: DeviceTable
     formats: Mapping[str, str]
     activations: str
     caches: tuple[str, ...]
-    top_k: int | None = None
+    reads: Mapping[str, Reads] = field(default_factory=dict)
     _products: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,7 +148,7 @@ class PlannedTimes:
         tokens = shape.tokens
         if tokens not in self._products:
             self._products[tokens] = sum(
-                self.table.layer_s(self.activations, name.rpartition(".")[2], fmt, tokens, self.top_k)
+                self.table.layer_s(self.activations, kind_of(name), fmt, tokens, self.reads.get(name))
                 for name, fmt in self.formats.items()
                 if name.startswith("layers.")
             )
@@ -269,6 +274,9 @@ def _read(path: Path, key: Mapping[str, str]) -> DeviceTable | None:
         table = from_json(DeviceTable, path.read_text(encoding="utf-8"), str(path))
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         log.warning("device table can't be read and is measured again: %s", error)
+        return None
+    if table.version != VERSION:
+        log.info("%s: a table of version %d, and this Halve measures version %d", path, table.version, VERSION)
         return None
     if dict(table.device) != dict(key):
         changed = sorted(k for k in key if table.device.get(k) != key[k])

@@ -6,8 +6,8 @@ its choices; none is tried for its own sake.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +19,9 @@ from halve.engine.scheduler import Step
 from halve.formats import FORMATS, Format
 from halve.kernels.ops import Array
 from halve.models import ModelConfig
+from halve.models.names import experts_of, ranges
 from halve.search.device_table import DeviceTable, PlannedTimes, StepShape
+from halve.search.reads import Reads
 from halve.search.sensitivity import Part, Score, Sensitivity
 from halve.search.settings import Setting
 from halve.search.solver import Solution, front
@@ -41,7 +43,7 @@ class Candidate:
 
     format: `int4-g32`, or `mixed-3.52` by the bits of a weight that is read. method: of most of its weights.
     predicted_kl: nats per token by the sensitivities; cost: in the unit that was searched in; both null for a named
-    format. choices: by part, empty for a named format.
+    format. choices: by part, empty for a named format; reads: of its parts that hold experts.
     """
 
     format: str
@@ -51,6 +53,7 @@ class Candidate:
     predicted_kl: float | None = None
     cost: float | None = None
     choices: Mapping[str, Choice]
+    reads: Mapping[str, Reads] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +84,8 @@ class Move:
 def bytes_cost(part: Part, fmt: Format) -> float:
     """Bytes that a decoded token reads at batch 1, and STORED_SHARE of those that it does not."""
     size = sum(fmt.size_bytes(m.shape) for m in part.modules)
-    if part.read_share < 1:
-        return size * (part.read_share + STORED_SHARE * (1 - part.read_share))
+    if part.reads is not None:
+        return size * (part.reads.of_token + STORED_SHARE * (1 - part.reads.of_token))
     if part.group is None:  # a table is looked up: one row of it
         return sum(fmt.size_bytes((1, m.shape[1])) for m in part.modules) + STORED_SHARE * size
     return float(size)
@@ -124,7 +127,7 @@ class StepCounts:
             if kind == "lm_head":
                 return stored + sum(n * table.group_s(activations, kind, name, rows) for rows, n in self.rows.items())
             return stored + sum(
-                n * table.layer_s(activations, kind, name, tokens, part.top_k) for tokens, n in self.tokens.items()
+                n * table.layer_s(activations, kind, name, tokens, part.reads) for tokens, n in self.tokens.items()
             )
 
         return of
@@ -175,6 +178,7 @@ def candidates(
                 predicted_kl=point.loss + setting.loss,
                 cost=point.cost + offer.cost,
                 choices=choices,
+                reads={part.name: part.reads for part in parts if part.reads is not None},
             )
         )
     return found
@@ -329,29 +333,38 @@ def _score(sensitivity: Sensitivity, part: str, choice: Choice) -> Score:
 def in_words(choices: Mapping[str, Choice]) -> list[str]:
     """What is done to which layers: `int4-g32 (gptq): qkv of layers 0-3, 5; down of layers 1, 2`."""
     by_choice: dict[Choice, dict[str, list[int]]] = {}
-    for name, choice in choices.items():
+    for name, choice in _joined(choices):
         layer, _, kind = name.removeprefix("layers.").partition(".")
         kinds = by_choice.setdefault(choice, {})
         if name.startswith("layers."):
-            kinds.setdefault(kind, []).append(int(layer))
+            kinds.setdefault(_of_kind(kind), []).append(int(layer))
         else:
             kinds.setdefault("embedding table" if name == "embedding" else name, [])
     lines = []
     for choice, kinds in sorted(by_choice.items(), key=lambda item: -FORMATS[item[0].format].bits_per_weight):
         said = [
-            f"{kind} of layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}" if layers else kind
+            f"{kind} of layer{'s' if len(layers) > 1 else ''} {ranges(layers)}" if layers else kind
             for kind, layers in kinds.items()
         ]
         lines.append(f"{choice}: {'; '.join(said)}")
     return lines
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3, 5`."""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
+def _joined(choices: Mapping[str, Choice]) -> Iterator[tuple[str, Choice]]:
+    """Parts of experts that one choice was made for, as one; as the whole group where that is all of them."""
+    of_group: dict[str, dict[Choice, list[int]]] = {}
+    for name, choice in choices.items():
+        group, experts = experts_of(name)
+        if experts is None:
+            yield name, choice
         else:
-            runs.append([n, n])
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+            of_group.setdefault(group, {}).setdefault(choice, []).extend(experts)
+    for group, by_choice in of_group.items():
+        for choice, members in by_choice.items():
+            yield group if len(by_choice) == 1 else f"{group}[{ranges(members)}]", choice
+
+
+def _of_kind(kind: str) -> str:
+    """`gate_up of experts 0-2, 5 of` a layer."""
+    name, bracket, experts = kind.partition("[")
+    return f"{name} of experts {experts.removesuffix(']')}" if bracket else name

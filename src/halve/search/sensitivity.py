@@ -30,6 +30,7 @@ from halve.kernels.ops import Array
 from halve.models import ModelConfig, WeightSource
 from halve.models.names import EMBEDDING, FusedGroup, Module, groups
 from halve.search.fisher import Fisher, Rows
+from halve.search.reads import Reads
 from halve.search.swaps import Swaps
 
 log = logging.getLogger("halve.search")
@@ -41,25 +42,19 @@ LEAST_KL = 1e-9  # nats: below it a float32 sum over a vocabulary says nothing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What is chosen at once: a fused group, or the embedding table of an untied model (group None).
-
-    read_share: of its weights that a token reads; of all experts of a layer those that it runs through.
+    """What is chosen at once: a fused group, some experts of one, or the embedding table of an untied model (group
+    None). reads: of experts; None where every token meets all of the part.
     """
 
     name: str
     group: FusedGroup | None
     modules: tuple[Module, ...]
-    read_share: float = 1.0
+    reads: Reads | None = None
 
     @property
     def of_experts(self) -> bool:
-        """Whether it holds a sparse layer's experts."""
-        return self.modules[0].expert is not None
-
-    @property
-    def top_k(self) -> int:
-        """Experts that a token runs through; 1 where it runs through all of the part."""
-        return round(self.read_share * len({m.expert for m in self.modules}))
+        """Whether it holds experts of a sparse layer."""
+        return self.reads is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +62,7 @@ class Score:
     """An option of a part, in nats per token.
 
     predicted: by the screen. measured: by a swap, null where it was not. loss: the estimate that plans are made by.
+    by_expert: what the screen says of each expert, in their order; empty where none are.
     """
 
     format: str
@@ -74,6 +70,7 @@ class Score:
     predicted: float
     measured: float | None
     loss: float
+    by_expert: tuple[float, ...] = ()
 
     @property
     def choice(self) -> Choice:
@@ -92,19 +89,19 @@ class Sensitivity:
 
 def parts_of(config: ModelConfig) -> list[Part]:
     """Everything that a plan chooses for, in the order it runs; the untied table first."""
-    found = [Part(name=g.name, group=g, modules=g.members, read_share=_read_share(config, g)) for g in groups(config)]
+    found = [Part(name=g.name, group=g, modules=g.members, reads=_reads(config, g)) for g in groups(config)]
     if not config.tied:
         table = Module(name=EMBEDDING, shape=(config.vocab_size, config.hidden_size))
         found.insert(0, Part(name="embedding", group=None, modules=(table,)))
     return found
 
 
-def _read_share(config: ModelConfig, group: FusedGroup) -> float:
+def _reads(config: ModelConfig, group: FusedGroup) -> Reads | None:
     if group.layer is None or group.members[0].expert is None:
-        return 1.0
+        return None
     experts = config.layers[group.layer].experts
     assert experts is not None
-    return experts.top_k / experts.num_experts
+    return Reads.even(experts.num_experts, experts.top_k)
 
 
 def options_of(
@@ -162,23 +159,23 @@ class Screen:
         originals = [original[rows.index] for original, rows in zip(originals, drawn, strict=True)]
         near = anchors(options, len(ANCHORS))
         gains: dict[int, float] = {}  # by bits, error of gptq over that of clip
-        scores = {o: _score(o, 0.0, 0.0) for o in options if not FORMATS[o.format].scaled}
+        scores = {o: _score(o, [0.0], 0.0) for o in options if not FORMATS[o.format].scaled}
         for option in sorted((o for o in options if o not in scores), key=lambda o: o not in near):
             bits = FORMATS[option.format].bits
             exact = option.method != "gptq" or option in near or bits not in gains
             stored = self._round(part, originals, option if exact else replace(option, method="clip"))
             predicted = self._predicted(part, originals, stored, drawn)
             if not exact:
-                predicted *= gains[bits]
+                predicted = [gains[bits] * one for one in predicted]
             elif option.method == "gptq":
                 clipped = self._round(part, originals, replace(option, method="clip"))
-                rough = self._predicted(part, originals, clipped, drawn)
-                gains[bits] = predicted / rough if rough > 0 else 1.0
+                rough = sum(self._predicted(part, originals, clipped, drawn))
+                gains[bits] = sum(predicted) / rough if rough > 0 else 1.0
             measured = None
             if exact and self.swaps is not None and measure(option):
                 weights = {m.name: w for m, w in zip(part.modules, stored, strict=True)}
                 measured = self.swaps.kl(part.group, weights)
-            scores[option] = _score(option, predicted, measured)
+            scores[option] = _score(option, predicted, measured, by_expert=part.of_experts)
         self.source.forget()
         return [scores[o] for o in options]
 
@@ -213,6 +210,8 @@ class Screen:
         energies = self.statistics.energies.by_group
         importances = [np.zeros(len(original)) for original in originals]
         for name, places in self._weighed_together(part):
+            if name not in self.fisher.outputs:
+                continue
             members = [originals[i] for i in places]
             for i, found in zip(places, self.fisher.importance(name, members, energies.get(name)), strict=True):
                 importances[i] += found
@@ -221,39 +220,53 @@ class Screen:
         return [Rows.drawn(importance, self.most_rows) for importance in importances]
 
     def _weighed_together(self, part: Part) -> list[tuple[str, list[int]]]:
-        """Names that the Fisher information knows groups by, and which of the part's modules they hold."""
+        """Names that the Fisher information knows groups by, and which of the part's modules they hold: one for each
+        expert, or for all.
+        """
         if part.group is None or not part.of_experts:
             return [] if part.group is None else [(part.name, list(range(len(part.modules))))]
         by_expert: dict[int, list[int]] = {}
         for place, module in enumerate(part.group.members):
             assert module.expert is not None
             by_expert.setdefault(module.expert, []).append(place)
-        named = [(part.group.of_expert(expert).name, places) for expert, places in by_expert.items()]
-        return [(name, places) for name, places in named if name in self.fisher.outputs]
+        return [(part.group.of_expert(expert).name, places) for expert, places in by_expert.items()]
 
     def _predicted(
         self, part: Part, originals: Sequence[Array], stored: Sequence[Weight], drawn: Sequence[Rows]
-    ) -> float:
-        """Of all that is weighed; an expert has inputs of its own, and one that no token came to costs nothing."""
-        total = 0.0
+    ) -> list[float]:
+        """Of all that is weighed, or of each expert, which has inputs of its own; one that no token came to costs 0."""
+        found = []
         hessians = None if part.of_experts else self.statistics.hessians
         for name, places in self._weighed_together(part):
             assert self.statistics.energies is not None
-            total += self.fisher.of_product(
-                name,
-                [originals[i] for i in places],
-                [stored[i] for i in places],
-                self.statistics.energies.by_group[name],
-                None if hessians is None else hessians.of(name),
-                [drawn[i] for i in places],
+            if name not in self.fisher.outputs:
+                found.append(0.0)
+                continue
+            found.append(
+                self.fisher.of_product(
+                    name,
+                    [originals[i] for i in places],
+                    [stored[i] for i in places],
+                    self.statistics.energies.by_group[name],
+                    None if hessians is None else hessians.of(name),
+                    [drawn[i] for i in places],
+                )
             )
         if part.modules[0].name == EMBEDDING:
-            total += self.fisher.of_table(originals[0], stored[0], drawn[0])
-        return total
+            found.append(self.fisher.of_table(originals[0], stored[0], drawn[0]))
+        return found
 
 
-def _score(option: Choice, predicted: float, measured: float | None) -> Score:
-    return Score(format=option.format, method=option.method, predicted=predicted, measured=measured, loss=predicted)
+def _score(option: Choice, predicted: Sequence[float], measured: float | None, *, by_expert: bool = False) -> Score:
+    total = sum(predicted)
+    return Score(
+        format=option.format,
+        method=option.method,
+        predicted=total,
+        measured=measured,
+        loss=total,
+        by_expert=tuple(predicted) if by_expert else (),
+    )
 
 
 def anchors(options: Sequence[Choice], how_many: int) -> list[Choice]:

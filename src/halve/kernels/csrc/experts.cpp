@@ -110,10 +110,10 @@ int32_t run_experts(int32_t isa, const Experts& e, int32_t threads) {
     if (!products.holds(r.experts * static_cast<int64_t>(sizeof(Product)))) return 2;
     Product* work = static_cast<Product*>(products.data);
     const bool brought = e.tokens.values;
-    int64_t count = 0, cost = 0, alone = 0;
+    int64_t count = 0, cost = 0, several = 0;  // rows of experts that have several
     for (int64_t expert = 0; expert < r.experts; ++expert) {
         const int64_t first = r.offsets[expert], rows = r.offsets[expert + 1] - first;
-        if (!rows) continue;
+        if (!rows || !e.each[expert].members) continue;
         Product& p = work[count++];
         p = e.each[expert];
         p.rows = rows;
@@ -124,10 +124,10 @@ int32_t run_experts(int32_t isa, const Experts& e, int32_t threads) {
             if (p.y[i]) p.y[i] += first * p.y_stride[i];
         }
         cost += product_cost(p);
-        alone += rows == 1;
+        several += rows > 1 ? rows : 0;
     }
-    const int64_t num_places = r.offsets[r.experts];
-    if (brought && alone < num_places) {
+    if (brought && several) {
+        const int64_t num_places = r.offsets[r.experts];
         int64_t bytes = 0;
         for (const int64_t part : e.row_bytes) bytes += part;
         each(num_places, num_places * bytes / 16, threads, [&](int64_t place) {

@@ -28,7 +28,7 @@ struct Route {
     int32_t* broken;   // 1 where a logit is NaN
 };
 
-// Products of every expert that has places.
+// Products of every expert that has places, but for those without members here.
 struct Experts {
     const Route* route;
     const Product* each;   // [E], outputs [T * k, N] of all; input and rows come from the route
