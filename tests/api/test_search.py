@@ -10,9 +10,11 @@ import pytest
 
 import halve
 from halve.api import guesses, judging, making, pipeline, study
+from halve.checkpoint import open_checkpoint
 from halve.core.errors import ConfigError, DataError, KernelError, PlanError, QualityError
 from halve.core.plan import Plan
 from halve.kernels import native_library
+from halve.models import load_config, stored_formats
 from tests.api.tiny import halve as command
 from tests.tools import not_of_time
 
@@ -143,7 +145,7 @@ def test_a_cheaper_plan_with_tuned_scales_goes_first_where_it_passes(found, tiny
 @pytest.mark.skipif(native_library.available() is not None, reason="only measured times can be simulated")
 def test_guesses_that_pay_are_in_the_plan_and_answers_stay_the_same(found, tiny, text, tmp_path, monkeypatch):
     def most_right(directory, texts, progress):
-        return guesses.Counted(steps=100, made=200, right=195)
+        return guesses.Counted(steps=100, made=200, right=195), []
 
     monkeypatch.setattr(guesses, "_count", most_right)
     # Whether they pay depends on this machine; what follows where they do, does not.
@@ -159,6 +161,61 @@ def test_guesses_that_pay_are_in_the_plan_and_answers_stay_the_same(found, tiny,
     verified = halve.verify(out, against=tiny)
     assert not_of_time(verified.differences) == []
     assert "workload_cost: it was foretold with guesses, which are not counted again" in verified.not_compared
+    assert not (out / "draft").exists()
+
+
+@pytest.mark.skipif(native_library.available() is not None, reason="only measured times can be simulated")
+def test_a_draft_that_pays_lies_in_the_bundle_and_answers_stay_the_same(found, tiny, text, tmp_path, monkeypatch):
+    count, agreeing, counted = guesses._count, guesses._agreeing, []
+
+    def hardly_right(directory, texts, progress):
+        return guesses.Counted(steps=100, made=200, right=1), count(directory, texts, progress)[1]
+
+    def noted(draft, answers, progress):
+        counted.append(agreeing(draft, answers, progress))
+        return counted[0]
+
+    monkeypatch.setattr(guesses, "_count", hardly_right)
+    monkeypatch.setattr(guesses, "_agreeing", noted)
+    # As if the draft took no time: whether it pays depends on this machine; what follows where it does, does not.
+    monkeypatch.setattr(guesses, "_with_draft", lambda plans, times: times.of_step)
+    monkeypatch.setattr(guesses, "is_worthwhile", lambda found, plain: True)
+    out = tmp_path / "out"
+    certificate = halve.optimize(tiny, out, max_quality_loss="5%", calibration=text, workload="batch").certificate
+    plan = Plan.from_json((out / "halve/plan.json").read_text())
+    assert (plan.speculation.method, plan.speculation.path) == ("draft", "draft")
+    assert 0.03 < counted[0].rate <= 1  # of random weights; chance is 1 in 300
+    assert counted[0].rate == pytest.approx(counted[0].right / counted[0].made)
+    with open_checkpoint(out / "draft") as draft:
+        assert {f.name for f in stored_formats(draft, load_config(draft)).values()} <= {"int3-g64", "int8"}
+    assert certificate.served.speculation == "draft"
+    assert certificate.served.answers_compared > 0
+    assert all(limit.memory_fraction is None or limit.memory_fraction < 1.1 for limit in certificate.rooflines)
+    moves = [m for m in front_of(SimpleNamespace(path=out))["rejected_moves"] if m["part"] == "speculation"]
+    assert [m["rejected"] for m in moves] == ["ngram"]
+    assert moves[0]["why"] == "saves less than what was taken: 1 of 200 guesses were right in 100 steps"
+    ways = [halve.load(out, keep=False, speculation=way) for way in (None, "off")]
+    guessed, plain = (model.generate("Once upon a time", max_tokens=20).token_ids for model in ways)
+    assert guessed == plain
+    assert not_of_time(halve.verify(out, against=tiny).differences) == []
+
+
+@pytest.mark.skipif(native_library.available() is not None, reason="only measured times can be simulated")
+def test_a_draft_that_does_not_pay_is_told_with_its_count_and_removed(found, tiny, text, tmp_path, monkeypatch):
+    asked = []
+
+    def only_the_bound(found, plain):
+        asked.append(found)
+        return len(asked) == 1  # if every guess were right; not as many as are
+
+    monkeypatch.setattr(guesses, "is_worthwhile", only_the_bound)
+    out = tmp_path / "out"
+    halve.optimize(tiny, out, max_quality_loss="5%", calibration=text, workload="batch")
+    assert Plan.from_json((out / "halve/plan.json").read_text()).speculation.method == "none"
+    assert not (out / "draft").exists()
+    moves = [m for m in front_of(SimpleNamespace(path=out))["rejected_moves"] if m["part"] == "speculation"]
+    assert {m["rejected"] for m in moves} == {"ngram", "draft in int3-g64"}
+    assert all(re.search(r"saves less than .*: \d+ of \d+ guesses were right in \d+ steps", m["why"]) for m in moves)
 
 
 def test_a_number_that_no_plan_has_is_refused_with_those_there_are(found, tiny, text, tmp_path):

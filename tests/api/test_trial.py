@@ -17,6 +17,9 @@ class Of:
 
     name: str
 
+    def let_go(self):
+        pass
+
 
 def agreement(monkeypatch, activations, apart):
     """What `_agreement` says of kernels and a reference that lie `apart`, by pairs of names, in nats a token."""
@@ -27,7 +30,7 @@ def agreement(monkeypatch, activations, apart):
         return SimpleNamespace(kl=np.full(7, apart[one.name, other.name]))
 
     monkeypatch.setattr(trial, "compare", compare)
-    monkeypatch.setattr(trial, "DecoderScorer", lambda decoder: decoder)
+    monkeypatch.setattr(trial, "DecoderScorer", lambda decoder, *, keep_bytes: decoder)
     model = SimpleNamespace(
         config=SimpleNamespace(context=64),
         plan=Plan(activations=Activations(format=activations), kv_cache=KVCache(format="bf16")),

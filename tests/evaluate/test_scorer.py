@@ -53,6 +53,17 @@ def test_remembered_states_change_no_score_and_stay_within_their_bytes(decoder):
     assert sum(len(hidden) for hidden in keeping._kept.values()) <= 100
 
 
+def test_a_scorer_that_let_go_answers_what_it_kept(decoder):
+    texts = documents([30, 60])
+    scorer = DecoderScorer(decoder, keep_bytes=1 << 20)
+    before = [logits(scorer, text) for text in texts]
+    scorer.let_go()
+    for text, known in zip(texts, before, strict=True):
+        np.testing.assert_array_equal(logits(scorer, text), known)
+    assert decoder.layers
+    assert not scorer.decoder.layers
+
+
 def test_an_answer_that_is_not_read_to_its_end_leaves_torch_as_it_was(decoder):
     stream = DecoderScorer(decoder).logits(documents([10])[0])
     next(stream)

@@ -11,6 +11,7 @@ from halve.core.errors import ConfigError, KernelError
 from halve.formats import FORMATS, Weight, pack_codes
 from halve.formats.activations import activations_for, fp8_rows, int8_rows
 from halve.formats.base import BF16
+from halve.kernels import reference
 from halve.kernels.ops import AttentionSpec, TokenBatch
 from halve.kernels.reference import (
     QUERY_CHUNK,
@@ -407,3 +408,22 @@ def test_fp8_activations_meet_fp8_weights_and_leave_others_alone():
 def test_fp8_beyond_448_is_cut_off_and_rounds_to_nearest_even():
     x = torch.tensor([448.0, 463.9, 1e9, -1e9, 17.0, 19.0, 0.0009765625])
     assert round_fp8(x).tolist() == [448.0, 448.0, 448.0, -448.0, 16.0, 20.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "bf16"])
+def test_a_matrix_too_large_to_widen_at_once_is_multiplied_in_parts(name, monkeypatch):
+    fmt, shape = FORMATS[name], (70, 64)
+    rng = np.random.default_rng(0)
+    bias = rng.standard_normal(70).astype(np.float32)
+    if fmt.scaled:
+        codes = pack_codes(rng.integers(-8, 8, shape).astype(np.int8), 4)
+        weight = Weight(format=fmt, shape=shape, codes=codes, scale=np.full(fmt.scale_shape(shape), 0.5, BF16))
+    else:
+        weight = Weight(format=fmt, shape=shape, codes=rng.standard_normal(shape).astype(BF16))
+    ops = TorchOps()
+    x = ops.from_host(rng.standard_normal((5, 64)).astype(np.float32))
+    whole = ops.project(ops.linear(weight, bias), x)
+    monkeypatch.setattr(reference, "DENSE_VALUES", 33 * 64)
+    parts = ops.project(ops.linear(weight, bias), x)
+    assert parts.shape == (5, 70)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)

@@ -1,14 +1,18 @@
 """Whether guesses of next tokens pay for a workload: how many are right is measured, what steps then take simulated.
 
-The plan that passed answers prompts of the selection text one after the other, and n-gram guesses are counted. A draft,
-the same model in fewer bits, is not made: the simulation says what it would save if all of its guesses were right.
+The plan that passed answers prompts of the selection text one after the other, and guesses are counted: n-grams', and
+those of a draft, the same model in fewer bits. A draft is only made where the simulation says that it would pay if all
+of its guesses were right; one that then pays lies in the bundle.
 """
 
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from halve.api.bundle import PLAN_FILE
 from halve.api.model import load
@@ -16,19 +20,23 @@ from halve.api.plans import Plans, replayed, times_of
 from halve.api.progress import Progress
 from halve.api.serving import WORTHWHILE, engine_for, is_worthwhile
 from halve.api.workspace import write_atomic
+from halve.compress import Choice, apply_plan, grouped_plan
 from halve.core.plan import Speculation
 from halve.engine import SamplingParams, Simulation
 from halve.engine.scheduler import Step
 from halve.formats import FORMATS
 from halve.kernels.ops import Array
-from halve.models.names import experts_of, groups
+from halve.models.names import Module, experts_of, groups
 from halve.search import Candidate, Move
 from halve.search.device_table import PlannedTimes, StepShape
+from halve.search.sensitivity import parts_of
 
 log = logging.getLogger("halve")
 
 NUM_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 256, 48
 DRAFT_FORMAT, DRAFT_LENGTHS = "int3-g64", (1, 2, 4)
+DRAFT_FOLDER = "draft"  # of a bundle
+NGRAM = Speculation(method="ngram")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,11 @@ class Counted:
     steps: int
     made: int
     right: int
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        return f"{self.right} of {self.made} guesses were right in {self.steps} steps"
 
     @property
     def length(self) -> int:
@@ -57,12 +70,23 @@ class Counted:
         return high
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """A way to guess: what comes of the workload, at which pace, and in words how often it was right."""
+
+    name: str
+    speculation: Speculation
+    found: tuple[float, Simulation]
+    said: str
+
+
 def judge_guesses(
     plans: Plans, candidate: Candidate, directory: Path, texts: list[Array], progress: Progress
 ) -> tuple[Move, ...]:
     """Choose what the plan in `directory` guesses, which is written into it; returns what was not chosen, and why.
 
-    texts: selection text, whose beginnings are prompts. Nothing is guessed where steps are not timed.
+    texts: selection text, whose beginnings are prompts. A draft model that is chosen lies in the directory. Nothing is
+    guessed where steps are not timed.
     """
     table = plans.table
     if table is None:
@@ -75,23 +99,41 @@ def judge_guesses(
         guessed: dict[str, Any] = {"num_drafts": length, "draft_rate": rate}
         return replayed(plans.purpose.workload, times, config, engine, seconds=seconds, **guessed)
 
-    counted = _count(directory, texts, progress)
+    def drafted(rate: float) -> tuple[float, Simulation]:
+        """At the best number of guesses a step."""
+        seconds = _with_draft(plans, times)
+        found = (simulated(seconds, length, rate) for length in DRAFT_LENGTHS)
+        return max(found, key=lambda one: one[1].output_tok_s)
+
+    counted, answers = _count(directory, texts, progress)
     ngram = simulated(times.of_step, counted.length, counted.rate)
-    with_draft = _with_draft(plans, times)
-    draft = max((simulated(with_draft, length, 1.0)[1] for length in DRAFT_LENGTHS), key=lambda one: one.output_tok_s)
-    of_ngram = f"{counted.right} of {counted.made} guesses were right in {counted.steps} steps"
-    moves = []
-    if is_worthwhile(ngram[1], plain):
-        log.info("n-gram guesses are made: %s", of_ngram)
-        plan = replace(candidate.plan, speculation=Speculation(method="ngram"))
-        write_atomic(directory / PLAN_FILE, plan.to_json())
-        plans.foresee(candidate, ngram)
+    ways, moves = [_Way(name="ngram", speculation=NGRAM, found=ngram, said=counted.said)], []
+    draft, name = directory / DRAFT_FOLDER, f"draft in {DRAFT_FORMAT}"
+    shutil.rmtree(draft, ignore_errors=True)
+    bound = drafted(1.0)
+    if not is_worthwhile(bound[1], plain):
+        moves.append(_move(name, plain, bound[1], f"saves less than {WORTHWHILE:.0%} even if every guess is right"))
+    elif candidate.plan.experts.changes:
+        moves.append(_move(name, plain, bound[1], "was not made of other experts; told is what perfect guesses save"))
     else:
-        moves.append(_move("ngram", plain, ngram[1], f"saves less than {WORTHWHILE:.0%}: {of_ngram}"))
-    why = f"saves less than {WORTHWHILE:.0%} even if every guess is right"
-    if is_worthwhile(draft, plain):
-        why = "was not made: what is told is what it saves if every guess is right; try one by --speculate"
-    moves.append(_move(f"draft in {DRAFT_FORMAT}", plain, draft, why))
+        _make_draft(plans, candidate, draft, progress)
+        counted = _agreeing(draft, answers, progress)
+        speculation = Speculation(method="draft", path=DRAFT_FOLDER)
+        ways.append(_Way(name=name, speculation=speculation, found=drafted(counted.rate), said=counted.said))
+    best = max(ways, key=lambda way: way.found[1].output_tok_s)
+    chosen = best if is_worthwhile(best.found[1], plain) else None
+    if chosen is not None:
+        log.info("guesses are made by %s: %s", chosen.name, chosen.said)
+        plan = replace(candidate.plan, speculation=chosen.speculation)
+        write_atomic(directory / PLAN_FILE, plan.to_json())
+        plans.foresee(candidate, chosen.found)
+    if chosen is None or chosen.speculation.method != "draft":
+        shutil.rmtree(draft, ignore_errors=True)
+    for way in ways:
+        if way is not chosen:
+            pays = is_worthwhile(way.found[1], plain)
+            why = "saves less than what was taken" if pays else f"saves less than {WORTHWHILE:.0%}"
+            moves.append(_move(way.name, plain, way.found[1], f"{why}: {way.said}"))
     return tuple(moves)
 
 
@@ -100,34 +142,75 @@ def _move(what: str, plain: Simulation, found: Simulation, why: str) -> Move:
     return Move(part="speculation", chosen="none", rejected=what, cost=cost, loss=0.0, why=why)
 
 
-def _count(directory: Path, texts: list[Array], progress: Progress) -> Counted:
-    """Answer beginnings of texts alone, where guesses are made most freely."""
+def _make_draft(plans: Plans, candidate: Candidate, directory: Path, progress: Progress) -> None:
+    """Write the original in few bits, rounded and cached as the plan is; formats that fit no group become int8."""
+    question = plans.question
+    choices = {
+        part.name: Choice(format=DRAFT_FORMAT if _fits(part.modules) else "int8", method="clip")
+        for part in parts_of(question.config)
+    }
+    activations, kv_cache = candidate.plan.activations.format, candidate.plan.kv_cache
+    plan = grouped_plan(question.config, choices, portable=False, activations=activations, kv_cache=kv_cache)
+    with progress.task(f"Writing a draft in {DRAFT_FORMAT}", "matrices") as advance:
+        energies = plans.studied.statistics.energies
+        apply_plan(question.checkpoint, question.config, plan, directory, energies=energies, progress=advance)
+
+
+def _fits(modules: Sequence[Module]) -> bool:
+    return all(FORMATS[DRAFT_FORMAT].refusal(module.shape[1]) is None for module in modules)
+
+
+Answers = list[tuple[list[int], Sequence[int]]]  # token ids of prompts, and of what the plan says then
+
+
+def _count(directory: Path, texts: list[Array], progress: Progress) -> tuple[Counted, Answers]:
+    """Answer beginnings of texts alone, where n-gram guesses are made most freely."""
     model = load(directory, device="cpu", keep=False, speculation="ngram")
     try:
         sampling = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
         most = min(PROMPT_TOKENS, model.config.context - ANSWER_TOKENS)
         prompts = [text[: min(most, len(text))].tolist() for text in texts[:NUM_PROMPTS] if len(text) and most > 0]
+        answers: Answers = []
         with progress.task("Counting guesses", "answers") as advance:
             for done, prompt in enumerate(prompts):
-                model.generate_all([prompt], sampling)
+                answers += [(prompt, one.token_ids) for one in model.generate_all([prompt], sampling)]
                 advance(done + 1, len(prompts))
         found = model.engine.metrics()
     finally:
         model.close()
     right = found.num_accepted_tokens
-    return Counted(steps=max(1, found.num_sampled_tokens - right), made=found.num_draft_tokens, right=right)
+    return Counted(steps=max(1, found.num_sampled_tokens - right), made=found.num_draft_tokens, right=right), answers
+
+
+def _agreeing(draft: Path, answers: Answers, progress: Progress) -> Counted:
+    """Tokens of answers that a draft would have guessed, behind the right ones before them; one guess a token."""
+    model = load(draft, device="cpu", keep=False)
+    made = right = 0
+    try:
+        with progress.task("Counting a draft's guesses", "answers") as advance:
+            for done, (prompt, answer) in enumerate(answers):
+                logits = model.logits([*prompt, *answer])[len(prompt) - 1 : -1]
+                made, right = made + len(answer), right + int((logits.argmax(axis=1) == np.array(answer)).sum())
+                advance(done + 1, len(answers))
+    finally:
+        model.close()
+    return Counted(steps=max(1, made), made=made, right=right)
 
 
 def _with_draft(plans: Plans, times: PlannedTimes) -> Callable[[Step], float]:
-    """Step times of a plan whose guesses come from the same model in fewer bits, one step of it for each guess."""
-    fmt = FORMATS[DRAFT_FORMAT]
-    fits = {g.name: all(fmt.refusal(m.shape[1]) is None for m in g.members) for g in groups(plans.question.config)}
+    """Step times of a plan whose guesses come from the same model in fewer bits: one step of it for each guess, and
+    its own reading of prompts.
+    """
+    fits = {group.name: _fits(group.members) for group in groups(plans.question.config)}
     formats = {name: DRAFT_FORMAT if fits[experts_of(name)[0]] else own for name, own in times.formats.items()}
     smaller = replace(times, formats=formats)
 
     def of_step(step: Step) -> float:
         drafting = [chunk for chunk in step.chunks if chunk.draft]
         total = times.of_step(step)
+        shape = StepShape.of(step)
+        if shape.prompts:
+            total += smaller.model_s(StepShape(0, 0.0, shape.prompts, shape.prompt_pairs, 0))
         for i in range(max((len(chunk.draft) for chunk in drafting), default=0)):
             pairs = [chunk.start + i + 1.0 for chunk in drafting if len(chunk.draft) > i]
             total += smaller.model_s(StepShape(len(pairs), sum(pairs), 0, 0.0, len(pairs)))

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from halve.api.bundle import read_plan
 from halve.api.versus.figures import TOLERANCE, Ceiling, Measure, MismeasuredError, Work, turn_of
 from halve.api.versus.rounds import last_level_cache_bytes
 from halve.checkpoint import Checkpoint
@@ -41,6 +42,8 @@ def judged(model: str, checkpoint: Checkpoint, config: ModelConfig, speed: Speed
         return None
     macs = sum(m.shape[0] * m.shape[1] for m in modules(config) if m.name != EMBEDDING or config.tied)
     size = bytes_per_token(config, stored_formats(checkpoint, config))
+    if (guesses := read_plan(checkpoint).speculation).method != "none":
+        size //= 1 + guesses.max_tokens  # one reading of the weights may give as many tokens, if all guesses are right
     return Judged(model=model, decode_tok_s=speed.decode_tok_s.value, bytes_per_step=size, macs=macs)
 
 

@@ -18,6 +18,7 @@ from halve.api.model import Model, load
 from halve.api.progress import Progress
 from halve.api.replayed import Paced, replay_in_turns
 from halve.api.roofline import reader
+from halve.api.scorers import KEEP_BYTES
 from halve.api.texts import WINDOW_TOKENS
 from halve.api.versus.processes import Others
 from halve.core.certificate import Measured, Served, Speed, SpeedRatio, WorkloadReplay
@@ -165,13 +166,12 @@ def _agreement(model: Model, reference: Callable[[ActivationFormat], Decoder], d
     """KL(reference || served) in nats per token. Rounded caches make a last-bit difference of two sums a larger one."""
     window_tokens = min(model.config.context, WINDOW_TOKENS)
 
-    def apart(one: Decoder, other: Decoder) -> float:
-        scores = compare(DecoderScorer(one), DecoderScorer(other), documents, window_tokens=window_tokens)
-        return float(scores.kl.mean())
+    def apart(one: DecoderScorer, other: DecoderScorer) -> float:
+        return float(compare(one, other, documents, window_tokens=window_tokens).kl.mean())
 
-    rounded = model.plan.activations.format
-    judge = reference(rounded)
-    divergence = apart(judge, model.decoder)
+    rounded, runs = model.plan.activations.format, DecoderScorer(model.decoder, keep_bytes=KEEP_BYTES)
+    judge = DecoderScorer(reference(rounded), keep_bytes=KEEP_BYTES)
+    divergence = apart(judge, runs)
     allowed = max(
         AGREEMENT_BF16 if model.ops.name == "cuda" else AGREEMENT,
         noise_of(rounded, model.plan.kv_cache.names) ** 2 / 2,
@@ -180,8 +180,9 @@ def _agreement(model: Model, reference: Callable[[ActivationFormat], Decoder], d
         return divergence
     told = ""
     if rounded != "fp32":
-        exact = reference("fp32")
-        ours, theirs = apart(exact, model.decoder), apart(exact, judge)
+        judge.let_go()
+        exact = DecoderScorer(reference("fp32"), keep_bytes=KEEP_BYTES)
+        ours, theirs = apart(exact, runs), apart(exact, judge)
         if ours <= AS_FAR * theirs:
             return divergence
         told = f" (from what is not rounded by {ours:.2g}, the reference by {theirs:.2g})"

@@ -37,6 +37,11 @@ class DecoderScorer:
         self._expected: deque[Array] = deque()
         self._room = keep_bytes // (4 * decoder.config.hidden_size)  # in tokens
 
+    def let_go(self) -> None:
+        """Free the memory of the decoder's layers: from now on only what was asked and kept can be asked again."""
+        self.decoder = self.decoder.copied()
+        self.decoder.layers = []
+
     def expect(self, windows: Sequence[Array]) -> None:
         """Announce the windows that `logits` will be asked for, in order; others may still be asked."""
         self._expected = deque(windows)

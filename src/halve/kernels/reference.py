@@ -133,6 +133,7 @@ ROUND_KV: Mapping[str, Rounding] = {
 ROUND_KEYS: Mapping[str, Rounding] = {**ROUND_KV, "int4": round_keys_int4}
 # What a format of one byte or less stands for, exactly.
 STORED = {name: torch.bfloat16 if name in ("bf16", "fp8") else torch.float32 for name in ROUND_KV}
+DENSE_VALUES = 1 << 26  # of a matrix that are widened at once for a product: a head of many tokens has more
 QUERY_CHUNK = 256  # queries whose scores are held at once where torch's fused attention does not apply
 
 
@@ -168,8 +169,8 @@ class Matrix:
         if widened:
             self.codes, self.scale = self.dense(), None
 
-    def dense(self, rows: Tensor | None = None) -> Tensor:
-        """Float32 [out, in], or [len(rows), in]."""
+    def dense(self, rows: Tensor | slice | None = None) -> Tensor:
+        """Float32 [out, in], or those rows."""
         codes = self.codes if rows is None else self.codes[rows]
         values = codes.to(torch.float32)  # no copy where it is float32 already
         if self.scale is None:
@@ -180,7 +181,13 @@ class Matrix:
 
 
 def _project(matrix: Matrix, x: Tensor) -> Tensor:
-    return F.linear(matrix.round_input(x), matrix.dense(), matrix.bias)
+    x, (outputs, width) = matrix.round_input(x), matrix.codes.shape[-2:]
+    at_once = max(1, DENSE_VALUES // width)
+    if outputs <= at_once or (matrix.scale is None and matrix.codes.dtype == torch.float32):
+        return F.linear(x, matrix.dense(), matrix.bias)
+    parts = [F.linear(x, matrix.dense(slice(i, i + at_once))) for i in range(0, outputs, at_once)]
+    product = torch.cat(parts, dim=-1)
+    return product if matrix.bias is None else product + matrix.bias
 
 
 def _embed(matrix: Matrix, token_ids: Tensor) -> Tensor:

@@ -234,10 +234,12 @@ class Decoder:
         self.layers: list[DecoderLayer] = []
         for index in range(config.num_layers):
             self.layers.append(DecoderLayer(config, index, ops, source, rope))
+            source.forget()  # else a model is there twice for a while: as it is held here, and as mapped files
             if progress:
                 progress(index + 1, config.num_layers)
         self.final_norm = ops.vector(source.vector(FINAL_NORM, (config.hidden_size,)))
         self.head = Projection(head_group(config), ops, source)
+        source.forget()
         self._experts = source.experts if isinstance(source, ExpertSource) else None
         if self._experts is not None:
             for layer, following in pairwise(layer for layer in self.layers if layer.router is not None):
