@@ -17,7 +17,7 @@ from halve.search.front import Offer, bytes_cost
 from halve.search.reads import Reads
 from halve.search.sensitivity import Score, Sensitivity, parts_of
 from halve.search.settings import Setting
-from halve.search.tiers import TIERS, tiered
+from halve.search.tiers import PRIOR_TOKENS, TIERS, tiered
 
 EXPERTS, TOP_K = 12, 3
 CONFIG = ModelConfig(
@@ -45,6 +45,7 @@ PARTS = parts_of(CONFIG)
 SPARSE = [p.name for p in PARTS if p.of_experts]
 LOSSES = {"int8": 1e-4, "int4-g32": 2e-3, "int2-g32": 5e-1, "bf16": 0.0}
 TOKENS = np.full(EXPERTS, 1000)
+SCREENED = 1 << 30  # tokens, so that what the screen says is believed
 # What each loses per token: expert 7 most, then 2, and so on.
 ORDER = [7, 2, 11, 0, 5, 9, 1, 10, 3, 8, 4, 6]
 HURT = np.array([3.0 ** -ORDER.index(e) for e in range(EXPERTS)])
@@ -75,7 +76,7 @@ def sensitivity(**options):
 
 
 def test_experts_lie_with_those_that_lose_as_much_and_losses_add_up_to_the_whole():
-    parts, found = tiered(PARTS, sensitivity(), {1: TOKENS})
+    parts, found = tiered(PARTS, sensitivity(), {1: TOKENS}, SCREENED)
     down = [p for p in parts if p.name.startswith("layers.1.down")]
     assert [experts_of(p.name)[1] for p in down] == [tuple(sorted(ORDER[i : i + 3])) for i in (9, 6, 3, 0)]
     assert down[0].name == "layers.1.down[4,6,8]"
@@ -91,7 +92,7 @@ def test_experts_lie_with_those_that_lose_as_much_and_losses_add_up_to_the_whole
 
 def test_tiers_together_cost_what_the_whole_costs():
     tokens = np.arange(EXPERTS) * 100 + 64
-    parts, _ = tiered(PARTS, sensitivity(tokens=tokens), {1: tokens})
+    parts, _ = tiered(PARTS, sensitivity(tokens=tokens), {1: tokens}, SCREENED)
     for name in SPARSE:
         whole = next(p for p in PARTS if p.name == name)
         tiers = [p for p in parts if experts_of(p.name)[0] == name]
@@ -107,15 +108,26 @@ def test_tiers_together_cost_what_the_whole_costs():
 def test_experts_that_no_token_came_to_are_not_taken_for_harmless():
     tokens = TOKENS.copy()
     tokens[7] = 0  # no token, so the screen saw it lose nothing
-    parts, found = tiered(PARTS, sensitivity(tokens=tokens), {1: tokens})
+    parts, found = tiered(PARTS, sensitivity(tokens=tokens), {1: tokens}, SCREENED)
     tier = next(p for p in parts if p.name.startswith("layers.1.down") and 7 in experts_of(p.name)[1])
     assert 7 not in experts_of(next(p.name for p in parts if p.name.startswith("layers.1.down")))[1]
     assert found.parts[tier.name][1].loss > 0
 
 
+def test_what_few_tokens_say_of_an_expert_is_drawn_towards_its_layer():
+    spread = {}
+    for screened in (1 << 30, 4 * PRIOR_TOKENS, 12):
+        parts, found = tiered(PARTS, sensitivity(), {1: TOKENS}, screened)
+        losses = [found.parts[p.name][1].loss for p in parts if p.name.startswith("layers.1.down")]
+        spread[screened] = np.log(losses[-1] / losses[0])
+        assert sum(losses) == pytest.approx(2e-3)
+    assert spread[4 * PRIOR_TOKENS] == pytest.approx(spread[1 << 30] / 2, rel=0.1)
+    assert len(losses) == 1 or spread[12] < 0.1
+
+
 @pytest.mark.parametrize("routed", [{}, {1: np.zeros(EXPERTS, np.int64)}, {0: TOKENS}, {1: TOKENS[1:]}])
 def test_experts_that_can_not_be_told_apart_stay_one_part(routed):
-    parts, found = tiered(PARTS, sensitivity(), routed)
+    parts, found = tiered(PARTS, sensitivity(), routed, SCREENED)
     assert [p.name for p in parts] == [p.name for p in PARTS]
     assert found == sensitivity()
 
@@ -123,12 +135,12 @@ def test_experts_that_can_not_be_told_apart_stay_one_part(routed):
 def test_experts_without_scores_of_their_own_stay_one_part():
     known = sensitivity().parts
     plain = {name: tuple(replace(score, by_expert=()) for score in scores) for name, scores in known.items()}
-    found = tiered(PARTS, Sensitivity(parts=plain, num_tokens=1), {1: TOKENS})
+    found = tiered(PARTS, Sensitivity(parts=plain, num_tokens=1), {1: TOKENS}, SCREENED)
     assert [p.name for p in found[0]] == [p.name for p in PARTS]
 
 
 def test_a_plan_gives_more_bits_to_experts_that_lose_more_and_says_which():
-    parts, found = tiered(PARTS, sensitivity(), {1: TOKENS})
+    parts, found = tiered(PARTS, sensitivity(), {1: TOKENS}, SCREENED)
     stored = {m.name: FORMATS["bf16"] for p in PARTS for m in p.modules}
     usual = Setting(activations="int8", caches=("bf16", "bf16"))
     front = candidates(CONFIG, parts, found, bytes_cost, stored, [Offer(setting=usual)], portable=False)

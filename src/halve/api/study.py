@@ -59,6 +59,11 @@ def is_large(config: ModelConfig) -> bool:
     return num_parameters(config) >= LARGE
 
 
+def screen_tokens(config: ModelConfig) -> int:
+    """Tokens that a model is screened on."""
+    return FISHER_TOKENS // (2 if is_large(config) else 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Studied:
     """statistics: for methods. sensitivity, settings: what can be chosen, and what it loses. whole: a layer's experts
@@ -77,7 +82,7 @@ class Studied:
         parts, energies = parts_of(config), self.statistics.energies
         if self.whole or energies is None:
             return parts, self.sensitivity
-        return tiered(parts, self.sensitivity, energies.routed)
+        return tiered(parts, self.sensitivity, energies.routed, screen_tokens(config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +219,7 @@ def _analyse(
     screen: Screen | None = None
     if not known.keys() >= options.keys():
         ops = rough_ops(question.device) if large else TorchOps(question.device)
-        text = first_tokens(question.texts.calibration, FISHER_TOKENS // (2 if large else 1))
+        text = first_tokens(question.texts.calibration, screen_tokens(question.config))
         with progress.task("Weighing outputs", "layers") as advance:
             weighed = fisher(question.config, source, ops, text, progress=advance)
         if large:

@@ -1,13 +1,17 @@
 """Experts of a sparse layer that need not be stored alike.
 
-A layer's experts are one part where one format is chosen for all of them. But some lose more than others for each time
-that they are read: tokens differ in how large they are, and in how much their outputs count. So experts are ordered by
+A layer's experts are one part where one format is chosen for all of them. But some lose more than others for each token
+that comes to them: tokens differ in how large they are, and in how much their outputs count. So experts are ordered by
 what they lose per token at one format, and cut into tiers of about equally many, for each of which the search chooses
 on its own. A tier loses its experts' share of what the part loses, by the screen; it costs its share of the experts
 that a step reads, by how often tokens of the calibration text went to them.
 
-Experts that few tokens came to seem to lose nothing; they are taken to lose per token what the middle one of the others
-does. Whoever reads bundles of other engines wants one format a layer, so that portable plans have no tiers.
+The screen sees few tokens of each expert, and a search over many such estimates finds those that are wrong by chance.
+So an expert's loss per token is drawn towards that of its layer, all the way where no token was seen (an
+empirical-Bayes estimate of its logarithm; Efron and Morris 1975): the exponent of the ratio between both is
+n / (n + PRIOR_TOKENS).
+
+Whoever reads bundles of other engines wants one format a layer, so that portable plans have no tiers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +19,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from halve.compress.calibrate import FEW_TOKENS
 from halve.formats import FORMATS
 from halve.kernels.ops import Array
 from halve.search.reads import Reads
@@ -23,21 +26,25 @@ from halve.search.sensitivity import Part, Score, Sensitivity
 
 TIERS = 4
 ORDERED_AT = 4  # bits of the format that experts are ordered at
+PRIOR_TOKENS = 512  # that the loss of an expert of its layer is worth, beside those that the screen saw
+LEAST_RATIO = 1e-3
+LEAST_SPREAD = 1.25  # between the losses per token of the first and the last expert, below which they stay together
 
 
 def tiered(
-    parts: Sequence[Part], sensitivity: Sensitivity, routed: Mapping[int, Array]
+    parts: Sequence[Part], sensitivity: Sensitivity, routed: Mapping[int, Array], num_screened: int
 ) -> tuple[list[Part], Sensitivity]:
     """Parts with experts in tiers, and the sensitivity of these beside what it held.
 
-    routed: int64 [experts], tokens of the calibration text that went to each, by layer. A part stays whole where its
-    experts were not told apart, or are other ones than those that were.
+    routed: int64 [experts], tokens of the calibration text that went to each, by layer. num_screened: tokens of the
+    text that the screen saw. A part stays whole where its experts were not told apart, or are other ones than those
+    that were.
     """
     found: list[Part] = []
     scores = dict(sensitivity.parts)
     for part in parts:
         tokens = _tokens(part, routed)
-        losses = None if tokens is None else _losses(scores[part.name], tokens)
+        losses = None if tokens is None else _losses(part, scores[part.name], tokens, num_screened)
         if tokens is None or losses is None:
             found.append(part)
             continue
@@ -55,18 +62,23 @@ def _tokens(part: Part, routed: Mapping[int, Array]) -> Array | None:
     return None if tokens is None or len(tokens) != len(part.reads.layer) else tokens
 
 
-def _losses(scores: Sequence[Score], tokens: Array) -> dict[str, Array] | None:
+def _losses(part: Part, scores: Sequence[Score], tokens: Array, num_screened: int) -> dict[str, Array] | None:
     """Of each scaled option what each expert loses, float64 [experts]; None where that is not known."""
     scaled = [score for score in scores if FORMATS[score.format].scaled]
-    covered = tokens >= FEW_TOKENS
-    if not scaled or not covered.any() or any(len(s.by_expert) != len(tokens) for s in scaled):
+    if not scaled or not tokens.any() or any(len(s.by_expert) != len(tokens) for s in scaled):
         return None
+    assert part.reads is not None
+    seen = num_screened * part.reads.top_k * tokens / tokens.sum()
+    trust = seen / (seen + PRIOR_TOKENS)
     found = {}
     for score in scaled:
         losses = np.array(score.by_expert)
-        typical = float(np.median(losses[covered] / tokens[covered]))
-        found[str(score.choice)] = np.where(covered, losses, np.maximum(losses, typical * (tokens + 1)))
-    return found if all(losses.sum() > 0 for losses in found.values()) else None
+        if losses.sum() <= 0:
+            return None
+        typical = losses.sum() / tokens.sum()
+        ratios = np.maximum(losses / np.maximum(tokens, 1) / typical, LEAST_RATIO) ** trust
+        found[str(score.choice)] = (tokens + 1) * typical * ratios
+    return found
 
 
 def _split(
@@ -80,7 +92,10 @@ def _split(
         (s for s in scores if str(s.choice) in losses),
         key=lambda s: abs(FORMATS[s.format].bits_per_weight - ORDERED_AT),
     )
-    order = np.argsort(losses[str(reference.choice)] / layer, kind="stable")
+    hurt = losses[str(reference.choice)] / layer
+    if hurt.max() < LEAST_SPREAD * hurt.min():
+        return [(part, tuple(scores))]
+    order = np.argsort(hurt, kind="stable")
     found = []
     for members in np.array_split(order, min(TIERS, len(order))):
         experts = sorted(members.tolist())
