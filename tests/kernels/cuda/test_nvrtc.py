@@ -10,7 +10,9 @@ if importlib.util.find_spec("triton") is None:
 import torch
 
 from halve.core.errors import KernelError
+from halve.formats import FORMATS
 from halve.kernels.cuda import disk, gemv, nvrtc
+from halve.kernels.cuda.packing import CudaMatrix
 
 OPTIONS = ("-DTALL=1",)
 
@@ -199,9 +201,17 @@ def test_what_could_not_be_made_is_tried_again():
 
 
 @pytest.mark.skipif(isinstance(nvrtc.find(), str), reason="no NVRTC on this machine")
-def test_the_real_compiler_makes_code_of_the_few_tokens_kernel(monkeypatch):
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_real_compiler_makes_code_of_the_few_tokens_kernel(norm, monkeypatch):
     monkeypatch.setenv("HALVE_CACHE", "off")
-    fixed = {"KIND": 0, "BITS": 4, "GROUP": 128, "SCALES": 2, "TOKENS": 1, "TALL": 2, "WARPS": 8, "RING": 4}
-    fixed |= {"BLOCKS": 2, "WIDE": 0, "HAS_BIAS": 0, "HAS_ADD": 0}
+    matrix = CudaMatrix(
+        format=FORMATS["int4-g128"],
+        shape=(256, 1024),
+        activations="bf16",
+        codes=torch.zeros((256, 256), dtype=torch.int16),
+        scale=torch.ones((8, 256), dtype=torch.bfloat16),
+        group_size=128,
+    )
+    fixed = gemv.macros(matrix, 1, gemv.OF_PLANES[0], wide=False, add=False, norm=norm)
     assert gemv._binary(tuple(fixed.items()), (9, 0)).startswith(b"\x7fELF")
     assert isinstance(nvrtc.find().library, ctypes.CDLL)
