@@ -49,14 +49,15 @@ def mixtral(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(mixtral, tmp_path_factory):
-    """It in int4-g32, as `halve optimize` writes it, but experts of the last layer in int8."""
+    """It in int4-g32, as `halve optimize` writes it, but experts of the last layer and one of the first in int8."""
     path = tmp_path_factory.mktemp("bundle")
     with open_checkpoint(mixtral) as checkpoint:
         config = load_config(checkpoint)
         formats = stored_formats(checkpoint, config)
         plan = plan_for(config, format_named("int4-g32"), "rtn", portable=False, source=formats)
         last = WeightRule(pattern="model.layers.1.block_sparse_moe.experts.*", format="int8", method="rtn")
-        plan = replace(plan, weights=replace(plan.weights, rules=(last, *plan.weights.rules)))
+        one = WeightRule(pattern="model.layers.0.block_sparse_moe.experts.1.*", format="int8", method="rtn")
+        plan = replace(plan, weights=replace(plan.weights, rules=(one, last, *plan.weights.rules)))
         apply_plan(checkpoint, config, plan, path)
     return path
 
@@ -69,10 +70,10 @@ def needed(path, **options):
     return int(re.search(r"give ([\d,]+) bytes", words)[1].replace(",", "")), words
 
 
-def offloaded(path, cache_bytes, **options):
+def offloaded(path, cache_bytes, *, activations="fp32", **options):
     checkpoint = open_checkpoint(path)
     config = load_config(checkpoint).with_kv_format("fp32")
-    ops = NativeOps()
+    ops = NativeOps(activations=activations)
     return Decoder(config, ops, OffloadSource(checkpoint, config, ops, cache_bytes=cache_bytes, version="1", **options))
 
 
@@ -80,9 +81,10 @@ def logits(decoder, sequences):
     return decoder.logits(decoder.hidden(TokenBatch.whole(sequences)))
 
 
-def in_memory(path):
+def in_memory(path, activations="fp32"):
     with open_checkpoint(path) as checkpoint:
-        return load_decoder(checkpoint, load_config(checkpoint).with_kv_format("fp32"), NativeOps())
+        config = load_config(checkpoint).with_kv_format("fp32")
+        return load_decoder(checkpoint, config, NativeOps(activations=activations))
 
 
 def test_every_family_gives_the_same_bits_with_the_least_cache(saved):
@@ -96,11 +98,12 @@ def test_every_family_gives_the_same_bits_with_the_least_cache(saved):
     assert use.read_bytes > least
 
 
-def test_formats_of_several_sizes_share_a_cache_and_hits_rise_with_its_size(bundle):
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+def test_formats_of_several_sizes_share_a_cache_and_hits_rise_with_its_size(bundle, activations):
     least, _ = needed(bundle)
-    whole, rates, reads = in_memory(bundle), [], []
+    whole, rates, reads = in_memory(bundle, activations), [], []
     for size in (least, 2 * least, 100 * least):
-        decoder = offloaded(bundle, size)
+        decoder = offloaded(bundle, size, activations=activations)
         for sequences in BATCHES * 2:
             np.testing.assert_array_equal(logits(decoder, sequences), logits(whole, sequences))
         rates.append(decoder.expert_cache().hit_rate)
