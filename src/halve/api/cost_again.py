@@ -62,10 +62,10 @@ def cost_again(
     if word not in PRESETS and not Path(word).exists():
         return f"there is no trace {word}"
     workload = workload_of(word, config.context, level_of(level))
-    before, after = (_formats(checkpoint, config) for checkpoint in checkpoints)
+    (before, reads_before), (after, reads_after) = (_formats(checkpoint, config) for checkpoint in checkpoints)
     own, caches = plan.activations.format, plan.kv_cache.formats(config.num_layers)
-    formats = {ORIGINAL: set(before[0].values())}
-    formats[own] = formats.get(own, set()) | set(after[0].values())
+    formats = {ORIGINAL: set(before.values())}
+    formats[own] = formats.get(own, set()) | set(after.values())
     with progress.task("Timing every product", "products") as advance:
         table = device_table(
             config,
@@ -79,8 +79,8 @@ def cost_again(
     original, smaller = (
         replayed(workload, times, config, engine)
         for times in (
-            PlannedTimes(table, before[0], ORIGINAL, (ORIGINAL,) * config.num_layers, before[1]),
-            PlannedTimes(table, after[0], own, caches, after[1]),
+            PlannedTimes(table, before, ORIGINAL, (ORIGINAL,) * config.num_layers, reads_before),
+            PlannedTimes(table, after, own, caches, reads_after),
         )
     )
     return CostAgain(
