@@ -2,17 +2,21 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
 import halve
+from halve.api import pipeline
 from halve.api.expert_moves import judge_experts
+from halve.api.plans import find_plans
 from halve.api.progress import SILENT
 from halve.api.study import Question
 from halve.api.texts import prepare_texts
 from halve.checkpoint import open_checkpoint
+from halve.compress import Choice
 from halve.core.errors import QualityError
 from halve.evaluate.scorer import DecoderScorer
 from halve.kernels.reference import TorchOps
@@ -84,6 +88,26 @@ def test_a_portable_plan_has_one_format_for_a_layers_experts(sparse, text, tmp_p
         sparse, tmp_path / "out", max_quality_loss="10%", calibration=text, method="clip", portable=True
     )
     assert [len(formats_of_experts(made.path, part)) for part in ("w1", "w2", "w3")] == [1, 1, 1]
+
+
+def test_what_a_plan_of_fewer_experts_left_undone_is_told(sparse, text, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(pipeline, "find_plans", lambda *given: found.append(find_plans(*given)) or found[0])
+    halve.optimize(sparse, tmp_path / "out", max_quality_loss="30%", calibration=text, method="clip")
+    (plans,) = found
+    pruned = next(one for one in plans.experts if one.move.kind == "prune")
+    parts, _ = plans.studied.parts(pruned.config)
+    assert any(one.move.kind == "top_k" for one in plans.experts)
+    for one in (None, *plans.experts):
+        config = plans.question.config if one is None else one.config
+        choices = {p.name: Choice(format="int8", method="clip") for p in plans.studied.parts(config)[0]}
+        plan = plans.candidates[0].plan
+        if one is not None:
+            plan = replace(plan, experts=one.move.plan)
+        moves = plans.moves(replace(plans.candidates[0], choices=choices, plan=plan), room=0.2)
+        assert {m.part for m in moves if m.part.startswith("layers.")} <= choices.keys()
+        assert any(m.part.startswith("layers.0.down") for m in moves)
+    assert "layers.0.down" in {part.name for part in parts}  # experts that are no longer those that were weighed
 
 
 def test_fewer_experts_a_token_are_taken_where_the_limit_allows_and_hold_on_sealed_text(sparse, text, tmp_path):

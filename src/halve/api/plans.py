@@ -134,7 +134,8 @@ class Plans:
 
     def moves(self, candidate: Candidate, room: float) -> list[Move]:
         """What the plan did not do, and why. room: nats per token that it may lose by the sensitivities."""
-        parts, sensitivity = self.studied.parts(self.question.config)
+        changed = (one.config for one in self.experts if one.move.plan == candidate.plan.experts)
+        parts, sensitivity = self.studied.parts(next(changed, self.question.config))
         beside = (candidate.predicted_kl or 0.0) - losses_of(sensitivity, candidate.choices)
         cost_of = self.costs[candidate.plan.activations.format]
         rest = rejected_moves(parts, sensitivity, cost_of, candidate.choices, room - beside)
