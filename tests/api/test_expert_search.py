@@ -10,17 +10,21 @@ import transformers
 
 import halve
 from halve.api import pipeline
+from halve.api.cost_again import _formats
 from halve.api.expert_moves import judge_experts
 from halve.api.plans import find_plans
 from halve.api.progress import SILENT
 from halve.api.study import Question
 from halve.api.texts import prepare_texts
+from halve.api.verify import _bytes_ratio
 from halve.checkpoint import open_checkpoint
 from halve.compress import Choice
+from halve.compress.shrink import write_shrunk
 from halve.core.errors import QualityError
+from halve.core.plan import ExpertGroup, ExpertPlan, LayerExperts
 from halve.evaluate.scorer import DecoderScorer
 from halve.kernels.reference import TorchOps
-from halve.models import load_config, load_decoder, stored_formats
+from halve.models import CheckpointSource, load_config, load_decoder, stored_formats
 from halve.models.embedded import SPARSE, embedded_model_path
 from halve.text import Tokenizer
 from tests.api.tiny import BOS, EOS, VOCABULARY, tokenizer
@@ -175,3 +179,17 @@ def test_a_service_level_is_refused_before_any_work_where_layers_differ(tmp_path
     path = saved(tmp_path / "model", transformers.Qwen3MoeForCausalLM, config)
     with pytest.raises(halve.core.errors.ConfigError, match="ranked by bytes"):
         halve.optimize(path, tmp_path / "out", max_quality_loss="2%", slo="ttft=1s", calibration=text, method="clip")
+
+
+def test_a_bundle_of_fewer_experts_is_counted_by_what_it_has(sparse, tmp_path):
+    groups = tuple(ExpertGroup(members=(e,), weights=(1.0,)) for e in (0, 2, 3))
+    plan = ExpertPlan(layers=(LayerExperts(layer=0, groups=groups),))
+    with open_checkpoint(sparse) as original:
+        config = load_config(original)
+        write_shrunk(original, CheckpointSource(original), config, plan, tmp_path / "fewer")
+        with open_checkpoint(tmp_path / "fewer") as fewer:
+            assert load_config(fewer).layers[0].experts.num_experts == 3
+            assert 0.9 < _bytes_ratio(fewer, original) < 1  # a token still runs through two; the router has fewer rows
+            formats, reads = _formats(fewer)
+            assert formats["layers.0.down"] == "bf16"
+            assert (reads["layers.0.down"].top_k, len(reads["layers.0.down"].own)) == (2, 3)

@@ -16,7 +16,7 @@ from halve.core.certificate import Certificate, WorkloadCost, WorkloadReplay
 from halve.core.plan import Plan
 from halve.engine import Simulation
 from halve.kernels import native_library
-from halve.models import ModelConfig, stored_formats
+from halve.models import ModelConfig, load_config, stored_formats
 from halve.search.device_table import PlannedTimes, device_table
 from halve.search.reads import Reads
 from halve.search.sensitivity import parts_of
@@ -62,7 +62,7 @@ def cost_again(
     if word not in PRESETS and not Path(word).exists():
         return f"there is no trace {word}"
     workload = workload_of(word, config.context, level_of(level))
-    (before, reads_before), (after, reads_after) = (_formats(checkpoint, config) for checkpoint in checkpoints)
+    (before, reads_before), (after, reads_after) = map(_formats, checkpoints)
     own, caches = plan.activations.format, plan.kv_cache.formats(config.num_layers)
     formats = {ORIGINAL: set(before.values())}
     formats[own] = formats.get(own, set()) | set(after.values())
@@ -94,8 +94,9 @@ def cost_again(
     )
 
 
-def _formats(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str], dict[str, Reads]]:
+def _formats(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, Reads]]:
     """The stored format of each fused group, or of experts of one that share it, to which tokens go alike."""
+    config = load_config(checkpoint)
     stored = stored_formats(checkpoint, config)
     formats: dict[str, str] = {}
     reads: dict[str, Reads] = {}

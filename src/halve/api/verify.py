@@ -32,7 +32,7 @@ from halve.core.errors import CheckpointError
 from halve.data import encode
 from halve.evaluate import answer, differences, require_enough
 from halve.evaluate.canary import canary
-from halve.models import ModelConfig, load_config, stored_formats
+from halve.models import load_config, stored_formats
 from halve.models.names import num_parameters
 from halve.models.sizes import bytes_per_token
 from halve.text import Tokenizer
@@ -108,7 +108,7 @@ def verify(
                 float32_bytes=parameters,
                 ratio=size / parameters,
             ),
-            cost=replace(recorded.cost, ratio=_bytes_ratio(smaller, original, config)),
+            cost=replace(recorded.cost, ratio=_bytes_ratio(smaller, original)),
         )
         found = [*inconsistencies(recorded), *_byte_differences(recorded, again)]
         skipped: list[str] = []
@@ -133,7 +133,7 @@ def verify(
                 costed.paced if isinstance(costed, CostAgain) else None,
                 costed.usd_per_hour if isinstance(costed, CostAgain) else None,
             )
-            again = _measured_again(again, trial, results, (original, smaller), config, device)
+            again = _measured_again(again, trial, results, (original, smaller), device)
             # Tasks are told apart by their counts below.
             unasked = (replace(quality, tasks={}) for quality in (recorded.quality, measured))
             found += differences(*unasked, activations=plan.activations.format, caches=plan.kv_cache.names)
@@ -158,12 +158,11 @@ def _measured_again(
     trial: Trial,
     results: tuple[TaskResult, ...],
     checkpoints: tuple[Checkpoint, Checkpoint],
-    config: ModelConfig,
     device: str,
 ) -> Certificate:
     """The certificate with what both models did just now. checkpoints: of the original and the smaller model."""
     pairs = zip(("original", "smaller"), checkpoints, trial.speeds, strict=True)
-    found = [judged(name, checkpoint, config, speed) for name, checkpoint, speed in pairs]
+    found = [judged(name, checkpoint, load_config(checkpoint), speed) for name, checkpoint, speed in pairs]
     return replace(
         again,
         quality=replace(again.quality, tasks={result.name: result.accuracy for result in results}),
@@ -225,9 +224,10 @@ def _check_files(smaller: Checkpoint, original: Checkpoint, recorded: Certificat
             )
 
 
-def _bytes_ratio(smaller: Checkpoint, original: Checkpoint, config: ModelConfig) -> float:
+def _bytes_ratio(smaller: Checkpoint, original: Checkpoint) -> float:
     """Bytes that a decoded token reads, smaller over original, from what the files hold."""
-    before, after = (bytes_per_token(config, stored_formats(c, config)) for c in (original, smaller))
+    found = [(checkpoint, load_config(checkpoint)) for checkpoint in (original, smaller)]  # experts may be fewer now
+    before, after = (bytes_per_token(config, stored_formats(one, config)) for one, config in found)
     return after / before
 
 
