@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -135,3 +136,13 @@ def test_a_draft_with_another_vocabulary_or_other_tokens_is_refused_by_name(tiny
 def test_a_draft_that_is_not_there_is_refused(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="no such directory"):
         halve.load(tiny, speculation=str(tmp_path / "nowhere"))
+
+
+def test_a_bundle_that_lost_its_draft_says_so_and_how_to_go_on(tiny, tmp_path):
+    out = smaller(tiny, tmp_path / "bundle")
+    plan = Plan.from_json((out / "halve/plan.json").read_text())
+    plan = replace(plan, speculation=Speculation(method="draft", path="draft"))
+    (out / "halve/plan.json").write_text(plan.to_json())
+    with pytest.raises(ConfigError, match=r"guesses by the draft 'draft', which is not there.*--speculate off"):
+        halve.load(out, keep=False)
+    assert halve.load(out, keep=False, speculation="off").generate("a", max_tokens=2).token_ids

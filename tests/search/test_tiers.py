@@ -9,8 +9,7 @@ from halve.compress import Choice, grouped_plan, resolve
 from halve.compress.resolve import number_patterns
 from halve.core.errors import PlanError
 from halve.formats import FORMATS
-from halve.models import ModelConfig
-from halve.models.config import Experts, LayerSpec, Rope
+from halve.models.config import Experts
 from halve.models.names import experts_of, kind_of, layer_groups
 from halve.search import candidates, in_words
 from halve.search.front import Offer, bytes_cost
@@ -18,29 +17,14 @@ from halve.search.reads import Reads
 from halve.search.sensitivity import Score, Sensitivity, parts_of
 from halve.search.settings import Setting
 from halve.search.tiers import PRIOR_TOKENS, TIERS, tiered
+from tests.search.test_device_table import CONFIG as DENSE
 
 EXPERTS, TOP_K = 12, 3
-CONFIG = ModelConfig(
-    architecture="test",
-    hidden_size=64,
-    intermediate_size=96,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=128,
-    context=64,
-    rms_norm_eps=1e-5,
-    tied=True,
-    attention_bias=False,
-    mlp_bias=False,
-    layers=(
-        LayerSpec(rope=Rope(theta=1e4)),
-        LayerSpec(
-            rope=Rope(theta=1e4),
-            experts=Experts(num_experts=EXPERTS, top_k=TOP_K, intermediate_size=32, renormalize=True),
-        ),
-    ),
+SPARSE_LAYER = replace(
+    DENSE.layers[1],
+    experts=Experts(num_experts=EXPERTS, top_k=TOP_K, intermediate_size=32, renormalize=True),
 )
+CONFIG = replace(DENSE, layers=(DENSE.layers[0], SPARSE_LAYER))
 PARTS = parts_of(CONFIG)
 SPARSE = [p.name for p in PARTS if p.of_experts]
 LOSSES = {"int8": 1e-4, "int4-g32": 2e-3, "int2-g32": 5e-1, "bf16": 0.0}

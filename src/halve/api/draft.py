@@ -16,13 +16,25 @@ from halve.text import Tokenizer
 
 
 def choose_speculation(given: str | Speculation | None, plan: Plan, checkpoint: Checkpoint) -> Speculation:
-    """From `off`, `ngram` or the place of a draft model; None is the plan's, where a path may be inside the bundle."""
+    """From `off`, `ngram` or the place of a draft model; None is the plan's, where a path may be inside the bundle.
+
+    Raises ConfigError for a draft that the plan names and that is nowhere.
+    """
     if isinstance(given, Speculation):
         return given
     if given is None:
         chosen = plan.speculation
-        beside = checkpoint.path / chosen.path if chosen.path else None
-        return replace(chosen, path=str(beside)) if beside is not None and beside.is_dir() else chosen
+        if not chosen.path:
+            return chosen
+        beside = checkpoint.path / chosen.path
+        if beside.is_dir():
+            return replace(chosen, path=str(beside))
+        if "/" not in chosen.path and not Path(chosen.path).is_dir():  # so that it is no ORG/NAME either
+            raise ConfigError(
+                f"{checkpoint.path}: its plan guesses by the draft {chosen.path!r}, which is not there; copy the whole "
+                "bundle, or guess nothing (--speculate off): answers are the same"
+            )
+        return chosen
     if given in ("off", "none"):
         return Speculation()
     return Speculation(method="ngram") if given == "ngram" else Speculation(method="draft", path=given)

@@ -38,6 +38,8 @@ DRAFT_FORMAT, DRAFT_LENGTHS = "int3-g64", (1, 2, 4)
 DRAFT_FOLDER = "draft"  # of a bundle
 NGRAM = Speculation(method="ngram")
 
+Answers = list[tuple[list[int], Sequence[int]]]  # token ids of prompts, and of what the plan says then
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
@@ -158,9 +160,6 @@ def _make_draft(plans: Plans, candidate: Candidate, directory: Path, progress: P
 
 def _fits(modules: Sequence[Module]) -> bool:
     return all(FORMATS[DRAFT_FORMAT].refusal(module.shape[1]) is None for module in modules)
-
-
-Answers = list[tuple[list[int], Sequence[int]]]  # token ids of prompts, and of what the plan says then
 
 
 def _count(directory: Path, texts: list[Array], progress: Progress) -> tuple[Counted, Answers]:

@@ -27,7 +27,7 @@ from halve.search.sensitivity import Part, Score, Sensitivity
 TIERS = 4
 ORDERED_AT = 4  # bits of the format that experts are ordered at
 PRIOR_TOKENS = 512  # that the loss of an expert of its layer is worth, beside those that the screen saw
-LEAST_RATIO = 1e-3
+LEAST_RATIO = 1e-3  # of losses per token: an expert that the screen saw lose nothing has one all the same
 LEAST_SPREAD = 1.25  # between the losses per token of the first and the last expert, below which they stay together
 
 
@@ -84,6 +84,7 @@ def _losses(part: Part, scores: Sequence[Score], tokens: Array, num_screened: in
 def _split(
     part: Part, scores: Sequence[Score], losses: Mapping[str, Array], tokens: Array
 ) -> list[tuple[Part, tuple[Score, ...]]]:
+    """Tiers, and their options; the part itself where its experts hardly differ. losses: of `_losses`."""
     assert part.group is not None
     assert part.reads is not None
     asked = tokens + part.reads.of_token
