@@ -10,6 +10,7 @@ from halve.api.recorded import (
     inconsistencies,
     roofline_differences,
     served_differences,
+    slower_before,
     speed_differences,
     task_differences,
 )
@@ -160,6 +161,14 @@ def test_a_clock_that_lied_when_it_was_certified_is_said(passed):
     assert found == [
         "speed_ratios (original in bf16, same engine): recorded 0.05 [0.0475, 0.0525], now 0.5 [0.475, 0.525]"
     ]
+
+
+def test_a_machine_that_was_slow_meanwhile_is_no_difference_and_is_told(passed):
+    recorded, now = with_speeds(passed.certificate, 20, 40), with_speeds(passed.certificate, 100, 200)
+    both = (now.original_speed, now.speed)
+    assert speed_differences(recorded, both, now.speed_ratios, disturbed=False) == []
+    assert "this machine is 4." in slower_before(recorded, both)
+    assert slower_before(now, both) is None
 
 
 def test_a_ratio_that_its_speeds_do_not_make_is_said(passed):

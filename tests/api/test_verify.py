@@ -10,41 +10,18 @@ from safetensors.torch import load_file, save_file
 
 import halve
 from halve.api import texts
-from halve.api import verify as verb
-from halve.api.bundle import read_certificate
-from halve.api.trial import Trial
 from halve.checkpoint import open_checkpoint
-from halve.core.certificate import Served
 from halve.core.errors import CheckpointError, DataError, QualityError
 from halve.data import Document, documents_sha256, read_documents, write_documents
-from tests.api.tiny import make_model, write_text
+from tests.api.tiny import make_model, run_as_recorded, write_text
 from tests.tools import not_of_time
 
 
 @pytest.fixture(autouse=True)
 def _what_was_recorded(request, monkeypatch):
     """Both models as the certificate says that they ran: one test in the file has them run again."""
-    if "runs_again" in request.fixturenames:
-        return
-
-    def as_recorded(original, smaller, *_):
-        with open_checkpoint(smaller) as opened:
-            recorded = read_certificate(opened)
-        return Trial(
-            speeds=(recorded.original_speed, recorded.speed),
-            answers=(),
-            agreement=0.0,
-            kernels={},
-            served=recorded.served or SERVED,
-            ratios=recorded.speed_ratios,
-            parted=(48, 48),
-            answer_tokens=48,
-            disturbed=False,
-        )
-
-    monkeypatch.setattr(verb, "run_trial", as_recorded)
-    monkeypatch.setattr(verb, "rooflines", lambda speeds, **_: ())
-    monkeypatch.setattr(verb, "canary_differences", lambda recorded, again: [])
+    if "runs_again" not in request.fixturenames:
+        run_as_recorded(monkeypatch)
 
 
 @pytest.fixture
@@ -56,17 +33,6 @@ def runs_again():
 def bundle(passed, tmp_path):
     """A copy of the bundle that a test may spoil."""
     return shutil.copytree(passed.path, tmp_path / "bundle")
-
-
-SERVED = Served(
-    ops="native",
-    batch=32,
-    step_tokens=512,
-    activations="int8",
-    kv_cache="bf16",
-    decoded_share=0.5,
-    reference_kl=0.0,
-)
 
 
 def edit(bundle, change):

@@ -12,6 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from halve.api import verify as verb
+from halve.api.bundle import read_certificate
+from halve.api.trial import Trial
+from halve.checkpoint import open_checkpoint
+from halve.core.certificate import Served
+
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 CONTEXT = 128
 VOCABULARY = 300
@@ -22,6 +28,15 @@ CARRIED = {
     "NOTICE": b"A notice \xff\n",
     "chat_template.jinja": b"{% for m in messages %}{{ m.content }}{% endfor %}",
 }
+SERVED = Served(
+    ops="native",
+    batch=32,
+    step_tokens=512,
+    activations="int8",
+    kv_cache="bf16",
+    decoded_share=0.5,
+    reference_kl=0.0,
+)
 
 
 @dataclass(frozen=True)
@@ -119,3 +134,26 @@ def python(code, *args):
     argv = [sys.executable, "-c", code, *map(str, args)]
     result = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment())
     return Ran(result.returncode, result.stdout, result.stderr)
+
+
+def run_as_recorded(monkeypatch):
+    """Have `verify` find both models as the certificate says that they ran: what it says hangs on no clock then."""
+
+    def as_recorded(original, smaller, *_):
+        with open_checkpoint(smaller) as opened:
+            recorded = read_certificate(opened)
+        return Trial(
+            speeds=(recorded.original_speed, recorded.speed),
+            answers=(),
+            agreement=0.0,
+            kernels={},
+            served=recorded.served or SERVED,
+            ratios=recorded.speed_ratios,
+            parted=(48, 48),
+            answer_tokens=48,
+            disturbed=False,
+        )
+
+    monkeypatch.setattr(verb, "run_trial", as_recorded)
+    monkeypatch.setattr(verb, "rooflines", lambda speeds, **_: ())
+    monkeypatch.setattr(verb, "canary_differences", lambda recorded, again: [])

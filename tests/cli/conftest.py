@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.api.tiny import halve, make_model, write_text
+from tests.api.tiny import halve, make_model, run_as_recorded, write_text
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +42,9 @@ def shell(monkeypatch, capsys):
 
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     return run
+
+
+@pytest.fixture
+def as_recorded(monkeypatch):
+    """`verify` in this process finds both models as fast as they were, whatever else the machine does."""
+    run_as_recorded(monkeypatch)

@@ -102,12 +102,14 @@ main()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.usefixtures("as_recorded")
 def test_verify_exits_0_when_the_certificate_holds(optimized, tiny, shell):
     ran = shell("verify", optimized[1], "--against", tiny)
     assert ran.code == 0, ran.err
     assert "holds (limit 1.000%; text: halve/sealed.jsonl)" in ran.out
 
 
+@pytest.mark.usefixtures("as_recorded")
 def test_json_of_verify_is_the_certificate_with_the_answer(optimized, tiny, shell):
     ran = shell("verify", optimized[1], "--against", tiny, "--json")
     assert ran.json.keys() >= optimized[0].json.keys()
@@ -121,6 +123,7 @@ def test_verify_judges_on_other_text(optimized, tiny, tmp_path, shell):
     assert f"text: {other}" in ran.out
 
 
+@pytest.mark.usefixtures("as_recorded")
 def test_a_contradicted_certificate_exits_1(optimized, tiny, tmp_path, shell):
     bundle = _copy(optimized, tmp_path)
 
@@ -133,6 +136,7 @@ def test_a_contradicted_certificate_exits_1(optimized, tiny, tmp_path, shell):
     assert "contradicted (limit " in ran.out
 
 
+@pytest.mark.usefixtures("as_recorded")
 def test_edited_figures_do_not_reproduce_and_exit_1(optimized, tiny, tmp_path, shell):
     bundle = _copy(optimized, tmp_path)
     edit(bundle, lambda raw: raw["quality"]["kl_mean"].update(value=0.0))

@@ -1,8 +1,9 @@
 """What a certificate says against what was measured again, and against its own figures. Records in, lines out.
 
-A figure of quality comes out again nearly to the bit (`evaluate.verdict`). A speed is another each time: it disagrees
-when its interval and the one measured now, widened, do not meet, on the machine that the certificate names and with
-nothing else running; on another machine it says nothing.
+A figure of quality comes out again nearly to the bit (`evaluate.verdict`). A speed is another each time. Alone it
+claims what the machine gives at least: it disagrees when it lies above the interval measured now, widened, on the
+machine that the certificate names and with nothing else running. A machine that was slow meanwhile is no lie. A ratio
+of two speeds, taken in turns, disagrees both ways. On another machine speeds say nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from halve.evaluate.paired import Pairs
 
 ERROR = 0.05  # of all openings of the sealed text together
 RATIO_APART = 1.5  # by which the ends of a ratio of two speeds, taken in turns, may lie off
-SPEED_APART = 2.0  # the same for a speed alone, which follows the machine's clock and heat
+SPEED_APART = 2.0  # by which a speed alone, which follows the machine's clock and heat, may lie above one of now
 COST_RATIO_APART = 1.5  # by which the gain on a workload may lie off, whose steps are timed anew
 ITEMS_APART = 0.01  # of the questions of a task: what rounding on another machine may answer otherwise; at least one
 
@@ -154,7 +155,7 @@ def speed_differences(
     pairs = zip(("original_speed", "speed"), (recorded.original_speed, recorded.speed), speeds, strict=True)
     for name, one, other in [] if disturbed else pairs:
         for figure in ("prefill_tok_s", "decode_tok_s"):
-            found += _apart(f"{name}.{figure}", getattr(one, figure), getattr(other, figure), SPEED_APART)
+            found += _above(f"{name}.{figure}", getattr(one, figure), getattr(other, figure))
     now = {ratio.against: ratio.ratio for ratio in ratios if ratio.basis == "turns"}
     for ratio in recorded.speed_ratios:
         if ratio.basis == "turns" and ratio.batch == 1 and ratio.against in now:
@@ -167,14 +168,40 @@ def speed_differences(
     return found
 
 
-def _apart(name: str, one: Measured | None, other: Measured | None, apart: float) -> Iterator[str]:
+def slower_before(recorded: Certificate, speeds: tuple[Speed, Speed]) -> str | None:
+    """In words, speeds recorded far below what this machine gives now: they claim too little, not too much."""
+    pairs = zip((recorded.original_speed, recorded.speed), speeds, strict=True)
+    both = [(one.decode_tok_s, now.decode_tok_s) for one, now in pairs]
+    times = [now.low / one.high for one, now in both if one is not None and now is not None]
+    if not times or max(times) <= SPEED_APART:
+        return None
+    return f"speeds alone: this machine is {max(times):.1f} times as fast as when they were recorded"
+
+
+def _above(name: str, one: Measured | None, other: Measured | None) -> Iterator[str]:
+    """A speed that was recorded above what the machine gives now."""
     if one is None or other is None:
-        if one is not other:
-            yield f"{name}: {'not recorded' if one is None else 'recorded, but not measured again'}"
-        return
-    if one.low / apart > other.high or one.high * apart < other.low:
-        told = f"recorded {one.value:.4g} [{one.low:.4g}, {one.high:.4g}], now {other.value:.4g}"
-        yield f"{name}: {told} [{other.low:.4g}, {other.high:.4g}]"
+        yield from _one_of_two(name, one, other)
+    elif one.low / SPEED_APART > other.high:
+        yield _beside(name, one, other)
+
+
+def _apart(name: str, one: Measured | None, other: Measured | None, apart: float) -> Iterator[str]:
+    """Figures whose intervals do not meet, even widened."""
+    if one is None or other is None:
+        yield from _one_of_two(name, one, other)
+    elif one.low / apart > other.high or one.high * apart < other.low:
+        yield _beside(name, one, other)
+
+
+def _one_of_two(name: str, one: Measured | None, other: Measured | None) -> Iterator[str]:
+    if one is not other:
+        yield f"{name}: {'not recorded' if one is None else 'recorded, but not measured again'}"
+
+
+def _beside(name: str, one: Measured, other: Measured) -> str:
+    told = f"recorded {one.value:.4g} [{one.low:.4g}, {one.high:.4g}], now {other.value:.4g}"
+    return f"{name}: {told} [{other.low:.4g}, {other.high:.4g}]"
 
 
 def served_differences(recorded: Served | None, again: Served, *, same_machine: bool) -> list[str]:
@@ -229,7 +256,7 @@ def cost_differences(recorded: WorkloadCost, again: WorkloadCost, *, disturbed: 
         found.append(f"workload_cost: recorded {ratio:.3g}x the original's tokens a second, now {now:.3g}x")
     for name in () if disturbed else ("output_tok_s", "original_output_tok_s"):
         one, other = getattr(recorded, name), getattr(again, name)
-        if not 1 / SPEED_APART <= one / other <= SPEED_APART:
+        if one / other > SPEED_APART:
             found.append(f"workload_cost.{name}: recorded {one:.4g}, now {other:.4g}")
     if recorded.replayed is not None and again.replayed is not None:
         ratios = (recorded.replayed.ratio, again.replayed.ratio)

@@ -18,6 +18,7 @@ from halve.api.recorded import (
     inconsistencies,
     roofline_differences,
     served_differences,
+    slower_before,
     speed_differences,
     task_differences,
 )
@@ -199,6 +200,8 @@ def _of_this_machine(
     skipped = []
     if trial.disturbed:
         skipped.append("speeds alone: other programs used the processors meanwhile; their ratio was compared")
+    elif told := slower_before(recorded, trial.speeds):
+        skipped.append(f"{told}; their ratio was compared")
     cost = None
     if recorded.workload_cost is not None:
         if isinstance(costed, str):
