@@ -11,7 +11,7 @@ import pytest
 import halve
 from halve.api import guesses, judging, making, pipeline, study
 from halve.checkpoint import open_checkpoint
-from halve.core.errors import ConfigError, DataError, KernelError, PlanError, QualityError
+from halve.core.errors import CheckpointError, ConfigError, DataError, KernelError, PlanError, QualityError
 from halve.core.plan import Plan
 from halve.kernels import native_library
 from halve.models import load_config, stored_formats
@@ -189,6 +189,7 @@ def test_a_draft_that_pays_lies_in_the_bundle_and_answers_stay_the_same(found, t
     with open_checkpoint(out / "draft") as draft:
         assert {f.name for f in stored_formats(draft, load_config(draft)).values()} <= {"int3-g64", "int8"}
     assert certificate.served.speculation == "draft"
+    assert certificate.draft.bytes == sum(file.stat().st_size for file in (out / "draft").glob("*.safetensors"))
     assert certificate.served.answers_compared > 0
     assert all(limit.memory_fraction is None or limit.memory_fraction < 1.1 for limit in certificate.rooflines)
     moves = [m for m in front_of(SimpleNamespace(path=out))["rejected_moves"] if m["part"] == "speculation"]
@@ -198,6 +199,11 @@ def test_a_draft_that_pays_lies_in_the_bundle_and_answers_stay_the_same(found, t
     guessed, plain = (model.generate("Once upon a time", max_tokens=20).token_ids for model in ways)
     assert guessed == plain
     assert not_of_time(halve.verify(out, against=tiny).differences) == []
+    assert "draft of" in (out / "halve/report.html").read_text()
+    weights = out / "draft/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="draft: is not the draft that was certified"):
+        halve.verify(out, against=tiny)
 
 
 @pytest.mark.skipif(native_library.available() is not None, reason="only measured times can be simulated")

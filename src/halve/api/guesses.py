@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from halve.api.bundle import PLAN_FILE
+from halve.api.bundle import DRAFT_FOLDER, PLAN_FILE
 from halve.api.model import load
 from halve.api.plans import Plans, replayed, times_of
 from halve.api.progress import Progress
@@ -35,7 +35,6 @@ log = logging.getLogger("halve")
 
 NUM_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 256, 48
 DRAFT_FORMAT, DRAFT_LENGTHS = "int3-g64", (1, 2, 4)
-DRAFT_FOLDER = "draft"  # of a bundle
 NGRAM = Speculation(method="ngram")
 
 Answers = list[tuple[list[int], Sequence[int]]]  # token ids of prompts, and of what the plan says then

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from halve.api.bundle import CERTIFICATE_FILE, FRONT_FILE, REPORT_FILE, SEALED_FILE, SEEN_FILE
+from halve.api.bundle import CERTIFICATE_FILE, FRONT_FILE, REPORT_FILE, SEALED_FILE, SEEN_FILE, read_draft
 from halve.api.certify import plan_sha256
 from halve.api.elsewhere import estimates_warning, refuse_elsewhere, where
 from halve.api.facts import environment, versions
@@ -413,6 +413,7 @@ def _certificate(
         judged_by=job.judged_by,
         workload_cost=None if outcome.plans is None else outcome.plans.cost(outcome.candidate, trial.replayed),
         tuning=outcome.tuning,
+        draft=read_draft(outcome.directory),
         preflight=before,
     )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from halve.api.bundle import read_certificate, read_plan
+from halve.api.bundle import DRAFT_FOLDER, read_certificate, read_draft, read_plan
 from halve.api.certify import check_plan, check_unseen, score, served_device, text_to_judge
 from halve.api.cost_again import CostAgain, cost_again
 from halve.api.facts import environment, versions
@@ -219,6 +219,13 @@ def _check_files(smaller: Checkpoint, original: Checkpoint, recorded: Certificat
                 f"{smaller.path}: the weight files are not the ones that were certified (their hash differs); "
                 "make the bundle again by `halve optimize`"
             )
+    if recorded.draft is not None:
+        with progress.task("Hashing the draft", "bytes") as advance:
+            if read_draft(smaller.path, advance) != recorded.draft:
+                raise CheckpointError(
+                    f"{smaller.path / DRAFT_FOLDER}: is not the draft that was certified with the bundle; "
+                    "make the bundle again by `halve optimize`"
+                )
     with progress.task("Hashing the original", "bytes") as advance:
         if original.sha256(advance) != recorded.inputs.model_sha256:
             raise CheckpointError(

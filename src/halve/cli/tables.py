@@ -55,6 +55,8 @@ def show_certificate(certificate: Certificate) -> None:
         f"{size.bytes / size.original_bytes:.2f}x",
     )
     table.add_row("as float32", format_bytes(size.float32_bytes), "", f"{size.ratio:.2f}x")
+    if certificate.draft is not None:
+        table.add_row("draft that guesses, beside it", "", format_bytes(certificate.draft.bytes), "")
     table.add_row("bytes read per token", "", "", f"{cost.ratio:.2f}x")
     for name in ("prefill_tok_s", "decode_tok_s"):
         before, after = getattr(certificate.original_speed, name), getattr(certificate.speed, name)

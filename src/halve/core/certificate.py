@@ -52,6 +52,14 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """The smaller model inside a bundle that guesses tokens: bytes of its weight files, in addition, and their hash."""
+
+    bytes: int
+    weights_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
     """basis "bytes": ranked by the bytes read for one token, no price known; dollars are then null, never 0."""
 
@@ -343,4 +351,5 @@ class Certificate:
     judged_by: JudgedBy = "both"
     preflight: Preflight | None = None
     tuning: Tuning | None = None  # of the scales, where the plan's were tuned
+    draft: Draft | None = None
     version: int = 1

@@ -72,7 +72,7 @@ def _worst_first(error: LayerError) -> float:
 
 def _headlines(certificate: Certificate) -> list[dict[str, str]]:
     """The three figures under the banner: name, figure, and a line that explains it."""
-    size, q = certificate.size, certificate.quality
+    size, q, draft = certificate.size, certificate.quality, certificate.draft
     said = words.loss(q.ppl_ratio, certificate.max_quality_loss)
     decode, before = certificate.speed.decode_tok_s, certificate.original_speed.decode_tok_s
     ratio = words.times_faster(decode, before)
@@ -83,7 +83,8 @@ def _headlines(certificate: Certificate) -> list[dict[str, str]]:
             "figure": words.times_smaller(size.bytes, size.original_bytes),
             "line": f"{format_bytes(size.original_bytes)} → {format_bytes(size.bytes)}; "
             f"against float32: {words.times_smaller(size.bytes, size.float32_bytes)} "
-            f"({words.percent(size.ratio)} of {format_bytes(size.float32_bytes)})",
+            f"({words.percent(size.ratio)} of {format_bytes(size.float32_bytes)})"
+            + (f"; beside it a draft of {format_bytes(draft.bytes)}" if draft else ""),
         },
         {
             "name": "Loss of quality",
