@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,6 +80,41 @@ class _Way:
     said: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Foretold:
+    """What comes of the workload with a plan, by simulation: plain, and with guesses."""
+
+    plans: Plans
+    candidate: Candidate
+    times: PlannedTimes
+
+    @property
+    def plain(self) -> Simulation:
+        """Without guesses."""
+        return self.plans.simulation(self.candidate)
+
+    def with_ngrams(self, counted: Counted) -> tuple[float, Simulation]:
+        """With as many right n-gram guesses a step as were counted."""
+        return self._replayed(self.times.of_step, counted.length, counted.rate)
+
+    def with_draft(self, rate: float) -> tuple[float, Simulation]:
+        """With a draft whose guesses are right at this rate, at the best number of guesses a step."""
+        seconds = _with_draft(self.plans, self.times)
+        found = (self._replayed(seconds, length, rate) for length in DRAFT_LENGTHS)
+        return max(found, key=lambda one: one[1].output_tok_s)
+
+    def _replayed(self, seconds: Callable[[Step], float], length: int, rate: float) -> tuple[float, Simulation]:
+        return replayed(
+            self.plans.purpose.workload,
+            self.times,
+            self.plans.question.config,
+            engine_for(self.plans.serving),
+            seconds=seconds,
+            num_drafts=length,
+            draft_rate=rate,
+        )
+
+
 def judge_guesses(
     plans: Plans, candidate: Candidate, directory: Path, texts: list[Array], progress: Progress
 ) -> tuple[Move, ...]:
@@ -89,38 +123,15 @@ def judge_guesses(
     texts: selection text, whose beginnings are prompts. A draft model that is chosen lies in the directory. Nothing is
     guessed where steps are not timed.
     """
-    table = plans.table
-    if table is None:
+    if plans.table is None:
         return ()
-    times = times_of(table, candidate)
-    config, engine = plans.question.config, engine_for(plans.serving)
-    plain = plans.simulation(candidate)
-
-    def simulated(seconds: Callable[[Step], float], length: int, rate: float) -> tuple[float, Simulation]:
-        guessed: dict[str, Any] = {"num_drafts": length, "draft_rate": rate}
-        return replayed(plans.purpose.workload, times, config, engine, seconds=seconds, **guessed)
-
-    def drafted(rate: float) -> tuple[float, Simulation]:
-        """At the best number of guesses a step."""
-        seconds = _with_draft(plans, times)
-        found = (simulated(seconds, length, rate) for length in DRAFT_LENGTHS)
-        return max(found, key=lambda one: one[1].output_tok_s)
-
+    foretold = _Foretold(plans=plans, candidate=candidate, times=times_of(plans.table, candidate))
     counted, answers = _count(directory, texts, progress)
-    ngram = simulated(times.of_step, counted.length, counted.rate)
-    ways, moves = [_Way(name="ngram", speculation=NGRAM, found=ngram, said=counted.said)], []
-    draft, name = directory / DRAFT_FOLDER, f"draft in {DRAFT_FORMAT}"
-    shutil.rmtree(draft, ignore_errors=True)
-    bound = drafted(1.0)
-    if not is_worthwhile(bound[1], plain):
-        moves.append(_move(name, plain, bound[1], f"saves less than {WORTHWHILE:.0%} even if every guess is right"))
-    elif candidate.plan.experts.changes:
-        moves.append(_move(name, plain, bound[1], "was not made of other experts; told is what perfect guesses save"))
-    else:
-        _make_draft(plans, candidate, draft, progress)
-        counted = _agreeing(draft, answers, progress)
-        speculation = Speculation(method="draft", path=DRAFT_FOLDER)
-        ways.append(_Way(name=name, speculation=speculation, found=drafted(counted.rate), said=counted.said))
+    ways = [_Way(name="ngram", speculation=NGRAM, found=foretold.with_ngrams(counted), said=counted.said)]
+    drafted = _try_draft(foretold, directory, answers, progress)
+    ways += [drafted] if isinstance(drafted, _Way) else []
+    moves = [drafted] if isinstance(drafted, Move) else []
+    plain = foretold.plain
     best = max(ways, key=lambda way: way.found[1].output_tok_s)
     chosen = best if is_worthwhile(best.found[1], plain) else None
     if chosen is not None:
@@ -129,13 +140,28 @@ def judge_guesses(
         write_atomic(directory / PLAN_FILE, plan.to_json())
         plans.foresee(candidate, chosen.found)
     if chosen is None or chosen.speculation.method != "draft":
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(directory / DRAFT_FOLDER, ignore_errors=True)
     for way in ways:
         if way is not chosen:
             pays = is_worthwhile(way.found[1], plain)
             why = "saves less than what was taken" if pays else f"saves less than {WORTHWHILE:.0%}"
             moves.append(_move(way.name, plain, way.found[1], f"{why}: {way.said}"))
     return tuple(moves)
+
+
+def _try_draft(foretold: _Foretold, directory: Path, answers: Answers, progress: Progress) -> _Way | Move:
+    """A draft, made and counted; or why none was made."""
+    draft, name = directory / DRAFT_FOLDER, f"draft in {DRAFT_FORMAT}"
+    shutil.rmtree(draft, ignore_errors=True)
+    plain, bound = foretold.plain, foretold.with_draft(1.0)[1]
+    if not is_worthwhile(bound, plain):
+        return _move(name, plain, bound, f"saves less than {WORTHWHILE:.0%} even if every guess is right")
+    if foretold.candidate.plan.experts.changes:
+        return _move(name, plain, bound, "was not made of other experts; told is what perfect guesses save")
+    _make_draft(foretold.plans, foretold.candidate, draft, progress)
+    counted = _agreeing(draft, answers, progress)
+    speculation = Speculation(method="draft", path=DRAFT_FOLDER)
+    return _Way(name=name, speculation=speculation, found=foretold.with_draft(counted.rate), said=counted.said)
 
 
 def _move(what: str, plain: Simulation, found: Simulation, why: str) -> Move:
