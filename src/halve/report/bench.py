@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from halve.core.units import format_bytes
 from halve.report.charts import both
+from halve.report.filling import fill
 from halve.report.svg import MARKERS, Plot, drawing, join, label, line, linear_axis, marker, shorten, tag, text_width
 from halve.report.words import number, printable
 
@@ -73,12 +73,12 @@ class BenchPage:
 
 def render_bench(page: BenchPage) -> str:
     """The page as one HTML document that loads nothing: CSS and charts are inline, there is no script."""
-    html = _template().render(
+    return fill(
+        "bench",
         page=page,
         bars=both(lambda width: bar_chart(page.charts, page.engines, width)),
         curve=both(lambda width: curve_chart(page.points, page.engines, page.level_ms, width)) if page.points else None,
     )
-    return printable(html)
 
 
 def draw_bench(page: BenchPage, width: int = 860) -> str:
@@ -89,18 +89,6 @@ def draw_bench(page: BenchPage, width: int = 860) -> str:
     view = f"-12 -12 {width + 24:g} {height + 24:g}"
     chart = tag("svg", style, paper, *parts, xmlns="http://www.w3.org/2000/svg", viewBox=view, width=width + 24)
     return printable(f"{chart}\n")
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("halve.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("bench.html.j2")
 
 
 @cache

@@ -6,17 +6,15 @@ and `--csv` hold all digits.
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from halve.economics.currency import Currency
 from halve.report import margin_charts as charts
 from halve.report.charts import both
+from halve.report.filling import fill
 from halve.report.languages import STYLE, Both, Grid, Language, in_both, same, switch
-from halve.report.words import printable
 
 BASES = {
     "measured": Both("measured", "実測"),
@@ -66,7 +64,8 @@ def render_costs(
     section. left_out: machines that take no part in the ranking, and why.
     """
     chosen: Language = "ja" if language == "ja" else "en"
-    html = _template().render(
+    return fill(
+        "costs",
         title=title,
         language=chosen,
         switch=switch(chosen),
@@ -88,20 +87,6 @@ def render_costs(
         left_out=left_out,
         notes=notes,
     )
-    return printable(html)
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("halve.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["t"] = Both
-    return environment.get_template("costs.html.j2")
 
 
 def _usd(value: Any) -> Decimal:

@@ -6,9 +6,7 @@ recomputes in a spreadsheet, and `--json` and `--csv` hold all digits.
 
 from collections.abc import Sequence
 from decimal import Decimal
-from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from halve.economics.currency import Currency
@@ -20,6 +18,7 @@ from halve.economics.tenants import Books
 from halve.report import margin_charts as charts
 from halve.report import margin_grids as grids
 from halve.report.charts import both
+from halve.report.filling import fill
 from halve.report.languages import STYLE, Both, Language, in_both, switch
 from halve.report.margin_words import (
     CASES,
@@ -33,7 +32,6 @@ from halve.report.margin_words import (
     share,
     span_words,
 )
-from halve.report.words import printable
 
 
 def render_margin(
@@ -53,7 +51,8 @@ def render_margin(
     """The page. It loads nothing and has no script; the switch of language is style alone."""
     words = Words(currency)
     chosen: Language = "ja" if language == "ja" else "en"
-    html = _template().render(
+    return fill(
+        "margin",
         title=product.name,
         language=chosen,
         switch=switch(chosen),
@@ -76,20 +75,6 @@ def render_margin(
         book_words=books and _book_words(books, words),
         inputs=grids.inputs_grid(product, words),
     )
-    return printable(html)
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("halve.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["t"] = Both
-    return environment.get_template("margin.html.j2")
 
 
 def _currency_words(currency: Currency) -> Both:

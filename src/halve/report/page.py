@@ -1,14 +1,12 @@
 """From a `ReportPage` to HTML: prepares what the template shows and fills it, everything escaped."""
 
-from functools import cache
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from halve.core.certificate import Certificate, Measured
 from halve.core.record import to_json
 from halve.core.units import format_bytes
 from halve.report import charts, words
+from halve.report.filling import fill
 from halve.report.records import LayerError, ReportPage
 
 SHORT_TABLE = 12  # rows that are shown at once; longer tables start folded
@@ -21,7 +19,8 @@ def render(page: ReportPage) -> str:
     """
     certificate = page.certificate
     series = charts.series_of(page.groups, page.layers)
-    html = _template().render(
+    return fill(
+        "page",
         page=page,
         groups=sorted(page.groups, key=lambda g: (series[g.pattern], -g.bytes_before)),
         certificate=certificate,
@@ -40,30 +39,6 @@ def render(page: ReportPage) -> str:
         plan_json=to_json(page.plan),
         short=SHORT_TABLE,
     )
-    return words.printable(html)
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("halve.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        bytes=format_bytes,
-        number=words.number,
-        percent=words.percent,
-        measured=words.measured,
-        loss=words.loss,
-        unbroken=words.unbroken,
-        format_words=words.format_words,
-        method_words=words.method_words,
-        times_smaller=words.times_smaller,
-    )
-    return environment.get_template("page.html.j2")
 
 
 def _worst_first(error: LayerError) -> float:

@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
 from importlib.resources import files
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from halve.economics.currency import USD
 from halve.economics.routing import Interval, Prices, Strategy, Verdict
 from halve.report.charts import both
+from halve.report.filling import fill
 from halve.report.languages import STYLE, Both, Grid, Language, in_both, same, switch
 from halve.report.svg import Plot, drawing, label, line, linear_axis, marker, shorten, tag, text_width
 from halve.report.words import number, printable
@@ -104,7 +103,8 @@ def sentence(page: RoutingPage) -> Both:
 
 def render_routing(page: RoutingPage, language: Language = "en") -> str:
     """The page. It loads nothing and has no script."""
-    html = _template().render(
+    return fill(
+        "routing",
         title=page.title,
         language=language,
         switch=switch(language),
@@ -117,7 +117,6 @@ def render_routing(page: RoutingPage, language: Language = "en") -> str:
         inputs=_inputs(page),
         notes=page.notes,
     )
-    return printable(html)
 
 
 def draw_routing(page: RoutingPage, width: int = 860) -> str:
@@ -131,19 +130,6 @@ def draw_routing(page: RoutingPage, width: int = 860) -> str:
     parts = [tag("style", Markup(css)), paper, Markup(inner)]
     svg = tag("svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=view, width=width + 24)
     return printable(f"{svg}\n")
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("halve.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["t"] = Both
-    return environment.get_template("routing.html.j2")
 
 
 def chart(page: RoutingPage, lang: Language, width: int) -> Markup:
