@@ -233,9 +233,12 @@ def tuned_cheaper(
     if index is None:
         return None
     candidate = replace(ranked[index], format=f"{ranked[index].format}-tuned")
+    stored = job.workspace.state.setdefault("judged", {})
+    known = _judged_before(stored, candidate)
+    if known is not None and not known.passed:
+        return None  # a run that was killed has tuned it already
     try:
         directory = make_tuned(job, original, ranked[index], candidate, statistics, min(TUNE_S, left_s))
-        stored = job.workspace.state.setdefault("judged", {})
         result = _judged_before(stored, candidate) or _judged(job, original, candidate, directory)
     except KeyboardInterrupt:
         log.info("stopped: going on with %s, whose scales are as they were rounded", label(ranked[first]))

@@ -16,7 +16,7 @@ from halve.api.progress import Progress
 from halve.api.replayed import Paced
 from halve.api.serving import best_serving, engine_for
 from halve.api.study import Question, Studied
-from halve.api.workloads import replay, workload_cost
+from halve.api.workloads import ALONE, replay, workload_cost
 from halve.compress import resolve
 from halve.core.cache import cache_folder
 from halve.core.certificate import WorkloadCost, WorkloadReplay
@@ -24,7 +24,7 @@ from halve.core.errors import ConfigError, QualityError
 from halve.core.plan import ActivationFormat, KVCache, Serving
 from halve.core.workload import ServiceLevel, Workload
 from halve.economics.catalogue import CatalogueDevice
-from halve.engine import EngineConfig, Simulation
+from halve.engine import EngineConfig, Simulation, simulate
 from halve.engine.scheduler import Step
 from halve.formats import FORMATS
 from halve.kernels import native_library
@@ -90,6 +90,18 @@ class Plans:
     def simulation(self, candidate: Candidate | None) -> Simulation:
         """The workload on a plan, None for the original in bf16."""
         return self._paced(candidate)[1]
+
+    def alone(self, candidate: Candidate) -> Simulation:
+        """The workload on a plan where every request comes alone: no pace keeps a service level that this does not."""
+        assert self.table is not None, "only measured times can be replayed"
+        times, config, engine = times_of(self.table, candidate), self.question.config, engine_for(self.serving)
+        return simulate(
+            self.purpose.workload.faster(ALONE),
+            times.of_step,
+            num_blocks=cache_blocks(config.with_kv_format(times.caches), engine, None),
+            context=config.context,
+            config=engine,
+        )
 
     def _paced(self, candidate: Candidate | None) -> tuple[float, Simulation]:
         assert self.table is not None, "only measured times can be replayed"
@@ -317,17 +329,16 @@ def _within_level(plans: Plans, progress: Progress) -> Plans:
         )
     for serving in dict.fromkeys((plans.serving, Serving())):  # steps divided for speed may answer later
         plans = plans.served(serving)
-        kept: list[Candidate] = []
+        found: list[Simulation] = []
         with progress.task("Holding plans against the service level", "plans") as advance:
-            for done, candidate in enumerate(plans.candidates, 1):
-                if plans.simulation(candidate).level_met:
-                    kept.append(candidate)
-                advance(done, len(plans.candidates))
+            for candidate in plans.candidates:
+                found.append(plans.alone(candidate))
+                advance(len(found), len(plans.candidates))
+        kept = [candidate for candidate, alone in zip(plans.candidates, found, strict=True) if alone.level_met]
         if kept:
             return replace(plans, candidates=tuple(kept))
-    nearest = min(plans.candidates, key=lambda candidate: _beyond(level, plans.simulation(candidate)))
-    found = plans.simulation(nearest)
-    ttft_s, time_per_token_s = found.ttft_s.p99, found.time_per_token_s.p99
+    nearest, alone = min(zip(plans.candidates, found, strict=True), key=lambda pair: _beyond(level, pair[1]))
+    ttft_s, time_per_token_s = alone.ttft_s.p99, alone.time_per_token_s.p99
     raise QualityError(
         f"no plan keeps this service level: the nearest, {nearest.format}, answers requests that come alone with a "
         f"first token after {ttft_s:.3g} s and {time_per_token_s:.3g} s a token (99th percentiles); ask for no less "

@@ -17,7 +17,7 @@ from halve.engine.scheduler import Step
 NUM_REQUESTS = 64
 TRACE_REQUESTS = 200
 NUM_LOADS = 7  # tried by bisection for the most that keeps a service level
-SINGLE = 1e-6  # of a trace's pace: every request is alone
+ALONE = 1e-6  # of a trace's pace: every request is alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,10 +138,10 @@ def replay(
     full = at(math.inf)
     if full.level_met:
         return math.inf, full
-    alone = at(SINGLE)
+    alone = at(ALONE)
     if not alone.level_met or workload.duration_s == 0:
-        return SINGLE, alone
-    best, low = alone, SINGLE
+        return ALONE, alone
+    best, low = alone, ALONE
     high = full.num_requests / full.duration_s * workload.duration_s / max(1, full.num_requests - 1)
     for _ in range(NUM_LOADS):
         pace = math.sqrt(low * high) if low > high * 1e-3 else high / 4
