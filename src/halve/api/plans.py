@@ -95,10 +95,13 @@ class Plans:
         """The workload on a plan where every request comes alone: no pace keeps a service level that this does not."""
         assert self.table is not None, "only measured times can be replayed"
         times, config, engine = times_of(self.table, candidate), self.question.config, engine_for(self.serving)
+        workload = self.purpose.workload
+        if len({replace(request, arrival_s=0.0) for request in workload.requests}) == 1:
+            workload = workload.first(1)  # alone, all of a preset's are answered alike
         return simulate(
-            self.purpose.workload.faster(ALONE),
+            workload.faster(ALONE),
             times.of_step,
-            num_blocks=cache_blocks(config.with_kv_format(times.caches), engine, None),
+            num_blocks=_num_blocks(config, times, engine),
             context=config.context,
             config=engine,
         )
@@ -397,16 +400,20 @@ def replayed(
 
     seconds: of a step, where it takes more than `times` says. num_drafts, draft_rate: as `simulate` takes them.
     """
-    own = config.with_kv_format(times.caches)
     return replay(
         workload,
         seconds or times.of_step,
         engine=engine,
-        num_blocks=cache_blocks(own, engine, None),
+        num_blocks=_num_blocks(config, times, engine),
         context=config.context,
         num_drafts=num_drafts,
         draft_rate=draft_rate,
     )
+
+
+def _num_blocks(config: ModelConfig, times: PlannedTimes, engine: EngineConfig) -> int:
+    """Of the cache, in the plan's formats."""
+    return cache_blocks(config.with_kv_format(times.caches), engine, None)
 
 
 def times_of(table: DeviceTable, candidate: Candidate) -> PlannedTimes:
